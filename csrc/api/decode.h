@@ -1,0 +1,247 @@
+// santa::decode: checks, allocation and parameters, written once for both backends.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "api/checks.h"
+#include "core/softmax_state.h"
+#include "params.h"
+
+namespace santa::api {
+
+constexpr int64_t kMaxNumSamples = int64_t{1} << 20;
+constexpr int64_t kMaxGroupSize = 1024;  // with kMaxNumSamples: draws per stream stay below 2^31
+constexpr int64_t kMaxBatch = 65535;
+constexpr int64_t kMaxKvLen = 2147483647;
+
+template <std::size_t RANK>
+Tensor empty(const std::array<int64_t, RANK>& sizes, ScalarType dtype, const Tensor& like) {
+  std::array<int64_t, RANK> strides;
+  int64_t stride = 1;
+  for (std::size_t i = RANK; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto stable_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(RANK, sizes.data(), strides.data(), stable_dtype, device_type,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+struct DecodeArguments {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const std::optional<Tensor>& kv_lens;
+  const std::optional<Tensor>& kv_starts;
+  int64_t num_samples;
+  int64_t sampler;
+  int64_t budget;
+  int64_t kv_layout;
+  std::optional<double> sm_scale;
+  int64_t seed;
+  const std::optional<Tensor>& row_seeds;
+  std::optional<int64_t> min_sampled_len;
+};
+
+inline void check_decode(const DecodeArguments& a) {
+  check_range("kv_layout", a.kv_layout, 0, 1);
+  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
+  const char* kv_shape = hnd ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)"
+                             : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
+  check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
+  check_rank("k", a.k, 4, kv_shape);
+  check_rank("v", a.v, 4, kv_shape);
+
+  const ScalarType dtype = a.q.scalar_type();
+  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  if (!half && !(a.q.is_cpu() && dtype == ScalarType::Float)) {
+    fail("q is ", name_of(dtype), "; it needs to be bfloat16 or float16", a.q.is_cpu() ? " or float32" : " on CUDA");
+  }
+  check_dtype("k", a.k, dtype, ", q's dtype");
+  check_dtype("v", a.v, dtype, ", q's dtype");
+  check_same_device("k", a.k, a.q);
+  check_same_device("v", a.v, a.q);
+
+  const int64_t batch = a.q.size(0), head_dim = a.q.size(2);
+  if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
+    fail("q has head_dim ", head_dim, "; it needs to be one of 64, 96, 128, 192, 256");
+  }
+  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
+  check_size("k", a.k, 0, batch, "batch");
+  check_size("k", a.k, 3, head_dim, "head_dim");
+  for (int dim = 0; dim < 4; ++dim) check_size("v", a.v, dim, a.k.size(dim), "as in k");
+  if (batch > kMaxBatch) fail("q has batch ", batch, "; it needs to be at most ", kMaxBatch);
+  const int64_t num_qo_heads = a.q.size(1), num_kv_heads = a.k.size(head_axis);
+  if (num_qo_heads < 1) fail("q has shape ", shape_of(a.q), "; it needs at least one head");
+  if (num_kv_heads < 1 || num_qo_heads % num_kv_heads != 0 || num_qo_heads / num_kv_heads > kMaxGroupSize) {
+    fail("k has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads, ") needs to be a multiple of it, at most ",
+         kMaxGroupSize, " times");
+  }
+  if (a.k.size(token_axis) > kMaxKvLen) {
+    fail("k has max_kv_len ", a.k.size(token_axis), "; it needs to be at most ", kMaxKvLen);
+  }
+  check_last_dim_contiguous("q", a.q);
+  check_last_dim_contiguous("k", a.k);
+  check_last_dim_contiguous("v", a.v);
+
+  if (a.kv_lens) check_per_row("kv_lens", *a.kv_lens, a.q, ScalarType::Int);
+  if (a.kv_starts) check_per_row("kv_starts", *a.kv_starts, a.q, ScalarType::Int);
+  if (a.row_seeds) check_per_row("row_seeds", *a.row_seeds, a.q, ScalarType::Long);
+  check_range("num_samples", a.num_samples, 0, kMaxNumSamples);
+  check_range("sampler", a.sampler, 0, 3);
+  check_range("budget", a.budget, 0, 1);
+  if (a.sm_scale && !std::isfinite(*a.sm_scale)) fail("sm_scale is ", *a.sm_scale, "; it needs to be finite");
+  if (a.min_sampled_len && *a.min_sampled_len < 0) {
+    fail("min_sampled_len is ", *a.min_sampled_len, "; it needs to be at least 0");
+  }
+}
+
+struct DecodeOutputs {
+  Tensor out;
+  Tensor lse;
+  std::optional<Tensor> rows_read;
+};
+
+// Carves aligned arrays out of one allocation. A first pass with a null base measures.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  void take(T*& array, int64_t count) {
+    array = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+inline int64_t carve(DecodeParams& p, void* base) {
+  Workspace workspace(base);
+  const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
+  const int64_t tiles = groups * p.max_tiles, stats = tiles * p.gqa_group_size;
+  workspace.take(p.tile_max, stats);
+  workspace.take(p.tile_sum, stats);
+  workspace.take(p.o_accum, stats * p.head_dim);
+  if (p.num_samples > 0) {
+    workspace.take(p.scores, groups * p.scores_per_row);
+    workspace.take(p.row_lse, groups * p.gqa_group_size);
+    workspace.take(p.segment_lse, stats);
+    workspace.take(p.tile_start, tiles * p.num_streams());
+    workspace.take(p.tile_mass, tiles * p.num_streams());
+    workspace.take(p.segment_total, tiles * p.num_streams());
+    workspace.take(p.tile_rows, tiles);
+  }
+  return workspace.used();
+}
+
+// `Backend::run(params, device_index)` does the work.
+template <typename Backend>
+DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
+  check_decode(a);
+  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
+  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
+  const int64_t batch = a.q.size(0), num_qo_heads = a.q.size(1), head_dim = a.q.size(2);
+  const int64_t num_kv_heads = a.k.size(head_axis), group_size = num_qo_heads / num_kv_heads;
+  const ScalarType dtype = a.q.scalar_type();
+
+  DecodeOutputs outputs{empty<3>({batch, num_qo_heads, head_dim}, dtype, a.q),
+                        empty<2>({batch, num_qo_heads}, ScalarType::Float, a.q), std::nullopt};
+  if (want_rows_read) outputs.rows_read = empty<2>({batch, num_kv_heads}, ScalarType::Int, a.q);
+  if (batch == 0) return outputs;
+
+  DecodeParams p{};
+  p.q = a.q.const_data_ptr();
+  p.k = a.k.const_data_ptr();
+  p.v = a.v.const_data_ptr();
+  p.kv_lens = a.kv_lens ? a.kv_lens->const_data_ptr<int32_t>() : nullptr;
+  p.kv_starts = a.kv_starts ? a.kv_starts->const_data_ptr<int32_t>() : nullptr;
+  p.row_seeds = a.row_seeds ? a.row_seeds->const_data_ptr<int64_t>() : nullptr;
+  p.out = outputs.out.mutable_data_ptr();
+  p.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
+  p.rows_read = want_rows_read ? static_cast<int32_t*>(outputs.rows_read->mutable_data_ptr()) : nullptr;
+
+  p.stride_q_batch = a.q.stride(0), p.stride_q_head = a.q.stride(1);
+  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(token_axis), p.stride_k_head = a.k.stride(head_axis);
+  p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(token_axis), p.stride_v_head = a.v.stride(head_axis);
+
+  p.dtype = dtype == ScalarType::BFloat16 ? Dtype::kBFloat16
+            : dtype == ScalarType::Half   ? Dtype::kFloat16
+                                          : Dtype::kFloat32;
+  p.batch = static_cast<int>(batch);
+  p.num_qo_heads = static_cast<int>(num_qo_heads);
+  p.num_kv_heads = static_cast<int>(num_kv_heads);
+  p.gqa_group_size = static_cast<int>(group_size);
+  p.head_dim = static_cast<int>(head_dim);
+  p.max_kv_len = static_cast<int>(a.k.size(token_axis));
+
+  const int64_t align = 16 / static_cast<int64_t>(a.q.element_size());
+  p.aligned = true;
+  for (const void* data : {p.q, p.k, p.v}) p.aligned &= reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (const int64_t stride : {p.stride_q_batch, p.stride_q_head, p.stride_k_batch, p.stride_k_token, p.stride_k_head,
+                               p.stride_v_batch, p.stride_v_token, p.stride_v_head}) {
+    p.aligned &= stride % align == 0;
+  }
+
+  const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
+  p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));
+  p.sampler = static_cast<Sampler>(a.sampler);
+  p.budget = static_cast<Budget>(a.budget);
+  p.num_samples = static_cast<int>(a.num_samples);
+  p.min_sampled_len =
+      a.min_sampled_len ? *a.min_sampled_len : default_min_sampled_len(a.num_samples, group_size);
+  p.seed = a.seed;
+
+  // Known on the host: no row can be long enough to be sampled.
+  if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
+
+  p.max_tiles = max_num_tiles(p.max_kv_len);
+  p.group_pitch = p.gqa_group_size == 1 ? 1 : (p.gqa_group_size + 1) / 2 * 2;
+  p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;
+  const int64_t bytes = carve(p, nullptr);
+  Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
+  carve(p, workspace.mutable_data_ptr());
+
+  Backend::run(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
+  return outputs;
+}
+
+// The two registered operators differ in what they return alone.
+template <typename Backend>
+std::tuple<Tensor, Tensor> decode_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> kv_lens,
+                                     std::optional<Tensor> kv_starts, int64_t num_samples, int64_t sampler,
+                                     int64_t budget, int64_t kv_layout, std::optional<double> sm_scale, int64_t seed,
+                                     std::optional<Tensor> row_seeds, std::optional<int64_t> min_sampled_len) {
+  const DecodeOutputs outputs = decode<Backend>({q, k, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
+                                                 sm_scale, seed, row_seeds, min_sampled_len},
+                                                /*want_rows_read=*/false);
+  return {outputs.out, outputs.lse};
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> decode_rows_read_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> kv_lens,
+                                                       std::optional<Tensor> kv_starts, int64_t num_samples,
+                                                       int64_t sampler, int64_t budget, int64_t kv_layout,
+                                                       std::optional<double> sm_scale, int64_t seed,
+                                                       std::optional<Tensor> row_seeds,
+                                                       std::optional<int64_t> min_sampled_len) {
+  const DecodeOutputs outputs = decode<Backend>({q, k, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
+                                                 sm_scale, seed, row_seeds, min_sampled_len},
+                                                /*want_rows_read=*/true);
+  return {outputs.out, outputs.lse, *outputs.rows_read};
+}
+
+}  // namespace santa::api

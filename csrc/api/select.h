@@ -1,0 +1,59 @@
+// santa::_select: the draws of one segment, given the integer CDF. It exists so that tests can show that both backends
+// draw the same rows.
+#pragma once
+
+#include "api/checks.h"
+#include "api/decode.h"
+#include "core/samplers.h"
+
+namespace santa {
+
+struct SelectParams {
+  const int64_t* tile_mass;    // [rows, tiles]
+  const int32_t* row_weights;  // [rows, tiles, tile_kv]
+  const int64_t* row_seeds;    // [rows]
+  int32_t* counts;             // [rows, tiles, tile_kv]
+  int rows, tiles, tile_kv;
+  int num_draws;
+  Sampler sampler;
+  int64_t seed;
+};
+
+namespace api {
+
+template <typename Backend>
+Tensor select_op(Tensor tile_mass, Tensor row_weights, Tensor row_seeds, int64_t num_draws, int64_t sampler,
+                 int64_t seed) {
+  check_dtype("tile_mass", tile_mass, ScalarType::Long, "");
+  check_rank("tile_mass", tile_mass, 2, "[rows, tiles]");
+  check_dtype("row_weights", row_weights, ScalarType::Int, "");
+  check_rank("row_weights", row_weights, 3, "[rows, tiles, tile_kv]");
+  check_size("row_weights", row_weights, 0, tile_mass.size(0), "rows");
+  check_size("row_weights", row_weights, 1, tile_mass.size(1), "tiles");
+  check_per_row("row_seeds", row_seeds, tile_mass, ScalarType::Long);
+  check_range("num_draws", num_draws, 1, kMaxNumSamples * kMaxGroupSize);
+  check_range("sampler", sampler, 0, 3);
+  if (!tile_mass.is_contiguous()) fail("tile_mass needs to be contiguous");
+  if (!row_weights.is_contiguous()) fail("row_weights needs to be contiguous");
+  if (row_weights.size(2) < 1 || row_weights.size(2) > kMaxTileKv) {
+    fail("row_weights has tile_kv ", row_weights.size(2), "; it needs to be in [1, ", kMaxTileKv, "]");
+  }
+  Tensor counts = empty<3>({row_weights.size(0), row_weights.size(1), row_weights.size(2)}, ScalarType::Int, tile_mass);
+  if (counts.numel() == 0) return counts;
+  SelectParams p{};
+  p.tile_mass = tile_mass.const_data_ptr<int64_t>();
+  p.row_weights = row_weights.const_data_ptr<int32_t>();
+  p.row_seeds = row_seeds.const_data_ptr<int64_t>();
+  p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
+  p.rows = static_cast<int>(row_weights.size(0));
+  p.tiles = static_cast<int>(row_weights.size(1));
+  p.tile_kv = static_cast<int>(row_weights.size(2));
+  p.num_draws = static_cast<int>(num_draws);
+  p.sampler = static_cast<Sampler>(sampler);
+  p.seed = seed;
+  Backend::run(p, tile_mass.is_cpu() ? -1 : tile_mass.get_device_index());
+  return counts;
+}
+
+}  // namespace api
+}  // namespace santa

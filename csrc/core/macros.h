@@ -1,0 +1,8 @@
+// Host/device markers: `core/` compiles as plain C++17 and as CUDA, and gives the same bits in both.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SANTA_HD __host__ __device__ __forceinline__
+#else
+#define SANTA_HD inline
+#endif

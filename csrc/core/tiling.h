@@ -1,0 +1,57 @@
+// How a row of keys is cut: into tiles (the unit of work and of partial results) and into segments (runs of tiles that
+// share one CDF and one budget). Both depend on kv_len and num_samples alone, never on batch size or device: that is
+// what makes results batch-invariant.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace santa {
+
+constexpr int kMaxTileKv = 512;
+
+// Keys per tile. Short rows take small tiles, because a few hundred tiles must exist to fill a GPU; long rows take large
+// ones, because every tile costs a partial result of group x head_dim floats.
+SANTA_HD int tile_kv_of(int64_t kv_len) {
+  if (kv_len <= 4096) return 128;
+  if (kv_len <= 16384) return 256;
+  return kMaxTileKv;
+}
+
+SANTA_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+SANTA_HD int num_tiles_of(int64_t kv_len) { return static_cast<int>(ceil_div(kv_len, tile_kv_of(kv_len))); }
+
+// Upper bound of num_tiles_of over all lengths up to max_kv_len: num_tiles_of is not monotone where the tile grows.
+inline int max_num_tiles(int64_t max_kv_len) {
+  int bound = num_tiles_of(max_kv_len);
+  if (max_kv_len > 4096 && num_tiles_of(4096) > bound) bound = num_tiles_of(4096);
+  if (max_kv_len > 16384 && num_tiles_of(16384) > bound) bound = num_tiles_of(16384);
+  return bound;
+}
+
+// The budget of one row. Proportional: one segment, the whole row, with all S draws. Uniform: segments of equally many
+// tiles, at most S of them, each with ceil(S / num_segments) draws; the total is below 2 S.
+struct SegmentPlan {
+  int tiles_per_segment;
+  int num_segments;
+  int draws;  // per query head and segment
+};
+
+SANTA_HD SegmentPlan plan_segments(int num_tiles, int num_samples, bool uniform) {
+  if (!uniform || num_tiles == 0) return {num_tiles, num_tiles > 0 ? 1 : 0, num_samples};
+  const int tiles_per_segment = static_cast<int>(ceil_div(num_tiles, num_samples));
+  const int num_segments = static_cast<int>(ceil_div(num_tiles, tiles_per_segment));
+  return {tiles_per_segment, num_segments, static_cast<int>(ceil_div(num_samples, num_segments))};
+}
+
+// Rows below this length take the exact path when the caller gives no min_sampled_len. Sampling reads kv_len keys and up
+// to S * gqa_group_size value rows where exact attention reads kv_len of each: it can pay only if the budget is a small
+// part of the row (a quarter at most), and if the row is long enough for its reads to outweigh the extra stages.
+SANTA_HD int64_t default_min_sampled_len(int64_t num_samples, int64_t gqa_group_size) {
+  const int64_t budget_rows = 4 * num_samples * gqa_group_size;
+  return budget_rows > 8192 ? budget_rows : 8192;
+}
+
+}  // namespace santa

@@ -1,0 +1,49 @@
+// CPU implementations of the schemas in ops.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "api/decode.h"
+#include "api/select.h"
+#include "cpu/decode.h"
+
+namespace santa::cpu {
+namespace {
+
+struct DecodeBackend {
+  static void run(const DecodeParams& p, int) { decode(p); }
+};
+
+struct SelectBackend {
+  static void run(const SelectParams& p, int) {
+    for (int row = 0; row < p.rows; ++row) {
+      uint64_t total = 0;
+      for (int tile = 0; tile < p.tiles; ++tile) total += p.tile_mass[row * p.tiles + tile];
+      const Draws draws =
+          Draws::make(p.sampler, RandomStream::make(p.seed, p.row_seeds[row], 0, 0), 0, p.num_draws, total);
+      uint64_t start = 0;
+      for (int tile = 0; tile < p.tiles; ++tile) {
+        const int64_t index = static_cast<int64_t>(row) * p.tiles + tile;
+        const int32_t* weights = p.row_weights + index * p.tile_kv;
+        std::vector<uint32_t> cumulative(p.tile_kv);
+        uint32_t sum = 0;
+        for (int n = 0; n < p.tile_kv; ++n) cumulative[n] = sum += weights[n];
+        std::fill_n(p.counts + index * p.tile_kv, p.tile_kv, 0);
+        if (sum > 0 && p.tile_mass[index] > 0) {
+          draw_tile(draws, start, p.tile_mass[index], cumulative.data(), p.tile_kv, p.counts + index * p.tile_kv);
+        }
+        start += p.tile_mass[index];
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace santa::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(santa, CPU, m) {
+  m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cpu::DecodeBackend>));
+  m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cpu::DecodeBackend>));
+  m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cpu::SelectBackend>));
+}

@@ -1,0 +1,28 @@
+// Launch checks without Torch: every CUDA call that can fail is looked at, and failure is an exception.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace santa::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("santa: ") + what + " failed: " + cudaGetErrorString(status));
+  }
+}
+
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+// Shared memory above the default limit of 48 KB has to be asked for, once per kernel and device; asking again is cheap
+// and keeps no state here.
+template <typename Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes) {
+  if (bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  }
+}
+
+}  // namespace santa::cuda

@@ -1,0 +1,91 @@
+// Stage 4: one CTA per query head adds up the tiles in a fixed order and writes the output.
+#pragma once
+
+#include "core/mixture.h"
+#include "core/softmax_state.h"
+#include "cuda/common/ptx.cuh"
+#include "params.h"
+
+namespace santa::cuda {
+
+constexpr int kCombineThreads = 256;
+
+// Threads along head_dim take 4 dimensions each; the rest split the tiles.
+template <typename T>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ float4 partial[kCombineThreads];
+  __shared__ float shared_lse;
+  __shared__ int shared_rows[kCombineThreads];
+
+  const int qo_head = blockIdx.x, batch_index = blockIdx.y;
+  const int kv_head = qo_head / p.gqa_group_size, h = qo_head % p.gqa_group_size;
+  const RowShape row = row_shape_of(p, batch_index);
+  const int64_t group = p.group_index(batch_index, kv_head);
+  const int64_t stats = p.stats_offset(group) + h;
+  const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;
+  const int32_t* tile_rows = p.tile_rows + group * p.max_tiles;
+
+  if (row.sampled) {
+    if (threadIdx.x == 0) shared_lse = p.row_lse[group * p.gqa_group_size + h];
+  } else if (threadIdx.x < 32) {
+    SoftmaxState state = empty_softmax_state();
+    for (int tile = threadIdx.x; tile < row.num_tiles; tile += 32) {
+      const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
+      state = merge(state, {p.tile_max[index], p.tile_sum[index]});
+    }
+    for (int offset = 16; offset > 0; offset >>= 1) {
+      state = merge(state, {__shfl_xor_sync(0xffffffffu, state.max, offset),
+                            __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+    }
+    if (threadIdx.x == 0) shared_lse = log2_sum(state);
+  }
+  __syncthreads();
+  const float lse = shared_lse;
+
+  const int lanes = p.head_dim / 4, slots = kCombineThreads / lanes;
+  const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (slot < slots) {
+#pragma unroll 4
+    for (int tile = slot; tile < row.num_tiles; tile += slots) {
+      if (row.sampled && tile_rows[tile] == 0) continue;
+      const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
+      const float weight = row.sampled ? 1.0f : exp2_below(p.tile_max[index], lse);
+      const float4 value = *reinterpret_cast<const float4*>(p.o_accum + index * p.head_dim + lane * 4);
+      acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
+    }
+  }
+  partial[threadIdx.x] = acc;
+  const bool counts_rows = p.rows_read != nullptr && h == 0;
+  if (counts_rows) {
+    int rows = 0;
+    if (row.sampled) {
+      for (int tile = threadIdx.x; tile < row.num_tiles; tile += kCombineThreads) rows += tile_rows[tile];
+    } else if (threadIdx.x == 0) {
+      rows = row.kv_len;
+    }
+    shared_rows[threadIdx.x] = rows;
+  }
+  __syncthreads();
+
+  if (threadIdx.x < lanes) {
+    for (int s = 1; s < slots; ++s) {
+      const float4 value = partial[s * lanes + threadIdx.x];
+      acc.x += value.x, acc.y += value.y, acc.z += value.z, acc.w += value.w;
+    }
+    // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
+    const bool defined = row.valid && (row.kv_len == 0 || is_finite(lse));
+    const float nan = __int_as_float(0x7fffffff);
+    if (!defined) acc = {nan, nan, nan, nan};
+    const uint2 packed = {Half<T>::pack(acc.x, acc.y), Half<T>::pack(acc.z, acc.w)};
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + threadIdx.x * 4) = packed;
+    if (threadIdx.x == 0 && !row.sampled) p.lse[head_index] = row.valid ? lse * kLn2 : nan;
+  }
+  if (counts_rows && threadIdx.x == 0) {
+    int rows = 0;
+    for (int i = 0; i < kCombineThreads; ++i) rows += shared_rows[i];
+    p.rows_read[group] = row.valid ? rows : -1;
+  }
+}
+
+}  // namespace santa::cuda

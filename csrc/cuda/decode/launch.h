@@ -1,0 +1,19 @@
+// Launchers of the decode kernels: a stage each, on the given stream. No Torch, no allocation, no synchronisation.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace santa::cuda {
+
+// Stages that depend on dtype and head_dim; one explicit instantiation per file in instantiations/.
+template <typename T, int HEAD_DIM>
+void launch_tiles(const DecodeParams& p, cudaStream_t stream);
+template <typename T, int HEAD_DIM>
+void launch_gather(const DecodeParams& p, cudaStream_t stream);
+
+// All stages, in order.
+void launch_decode(const DecodeParams& p, cudaStream_t stream);
+
+}  // namespace santa::cuda

@@ -1,0 +1,340 @@
+// Stage 1: one CTA per tile of keys and KV head (and block of 8 query heads, for larger groups).
+//
+// Sampled rows: scores of the tile to the workspace, and the softmax state of every head. V is not touched.
+// Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
+//
+// Every warp walks its own keys, 16 at a time, through a ring of shared-memory slots that it fills itself with cp.async
+// and synchronises with nobody. Keys are the M of m16n8k16 and the heads of the group its N: a KV head serves up to 8
+// query heads with one read. For exact rows V^T is the M of a second product and the transposed probabilities its N.
+#pragma once
+
+#include "core/kv_view.h"
+#include "core/softmax_state.h"
+#include "cuda/common/row_load.cuh"
+#include "params.h"
+
+namespace santa::cuda {
+
+constexpr int kTileWarps = 4;
+constexpr int kTileThreads = kTileWarps * 32;
+constexpr int kHeadBlock = 8;   // query heads per CTA: the N of the matrix instruction
+constexpr int kSlotRows = 16;   // keys per ring slot: its M
+constexpr int kRingSlots = 3;
+
+template <int HEAD_DIM>
+struct TileShared {
+  // Rows of 96 elements are stored with the pitch of 128, so that the swizzle below stays inside the row.
+  static constexpr int kRowPitch = HEAD_DIM == 96 ? 128 : HEAD_DIM;
+
+  struct alignas(16) Slot {
+    uint16_t rows[kSlotRows][kRowPitch];
+  };
+  // A warp's ring; after its last slot was read, the warp's output [kHeadBlock][HEAD_DIM] in float32.
+  Slot ring[kTileWarps][kRingSlots];
+  float max[kTileWarps][kHeadBlock];
+  float sum[kTileWarps][kHeadBlock];
+};
+
+// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that both readers are free of
+// bank conflicts: fragments of K read 4 chunks of 2 adjacent rows at once (they differ in bit 2 of the permutation),
+// ldmatrix on V reads one chunk of 8 rows (all 8 differ).
+template <int HEAD_DIM>
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+  const int permuted = chunk ^ (((row & 1) << 2) | ((row >> 1) & 3));
+  return static_cast<uint32_t>(row * TileShared<HEAD_DIM>::kRowPitch * 2 + permuted * 16);
+}
+
+// Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_slot(uint32_t slot, const StridedKvView<T>& view, int64_t first, int64_t limit,
+                                          bool aligned, uint64_t policy, int lane) {
+  constexpr int kChunks = HEAD_DIM / 8;
+#pragma unroll
+  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
+    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+    const bool valid = first + row < limit;
+    const T* source = view.row(valid ? first + row : 0) + chunk * 8;
+    copy_8_to_shared(slot + chunk_offset<HEAD_DIM>(row, chunk), source, valid, aligned, policy);
+  }
+}
+
+// q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and two
+// matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
+template <typename T, int HEAD_DIM>
+struct QueryFragments {
+  uint4 chunk[HEAD_DIM / 32];
+
+  __device__ __forceinline__ void load(const T* q, int64_t stride_head, int num_heads, bool aligned, int lane) {
+    const int head = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 32; ++j) {
+      chunk[j] = {0, 0, 0, 0};
+      if (head < num_heads) chunk[j] = load_global_8(q + head * stride_head + (4 * j + t) * 8, aligned);
+    }
+  }
+};
+
+// Raw scores of 16 keys x 8 heads. Lane (g, t) gets keys g (0, 1) and g + 8 (2, 3), heads 2 t and 2 t + 1.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot,
+                                           const QueryFragments<T, HEAD_DIM>& query, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < HEAD_DIM / 32; ++j) {
+    const uint4 low = load_shared_16(slot + chunk_offset<HEAD_DIM>(g, 4 * j + t));
+    const uint4 high = load_shared_16(slot + chunk_offset<HEAD_DIM>(g + 8, 4 * j + t));
+    Half<T>::mma(scores, {low.x, high.x, low.y, high.y}, query.chunk[j].x, query.chunk[j].y);
+    Half<T>::mma(scores, {low.z, high.z, low.w, high.w}, query.chunk[j].z, query.chunk[j].w);
+  }
+}
+
+__device__ __forceinline__ float max_over_keys(float value) {
+  for (int offset = 4; offset < 32; offset <<= 1) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
+// What a CTA works on.
+template <typename T>
+struct TileWork {
+  int64_t group;      // batch row x KV head
+  int tile;
+  int first_head;     // within the group
+  int num_heads;      // of this CTA, up to 8
+  int64_t first_key;  // of the tile
+  int64_t limit;      // end of the tile's valid keys
+  StridedKvView<T> keys, values;
+};
+
+// Sampled rows. Lane state: the softmax of its own keys for its two heads.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork<T>& work, int tile_kv,
+                                           const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
+                                           uint64_t policy) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int num_slots = tile_kv / (kSlotRows * kTileWarps);
+  const auto key_of = [&](int i) { return work.first_key + (i * kTileWarps + warp) * kSlotRows; };
+  const uint32_t ring = shared_address(&shared.ring[warp][0]);
+  constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
+
+#pragma unroll
+  for (int i = 0; i < kRingSlots - 1; ++i) {
+    if (i < num_slots) load_slot<T, HEAD_DIM>(ring + i * kSlotBytes, work.keys, key_of(i), work.limit, p.aligned, policy, lane);
+    cp_async_commit();
+  }
+
+  float* scores_out = p.scores + work.group * p.scores_per_row;
+  const int head = work.first_head + 2 * t;
+  const bool has_first = 2 * t < work.num_heads, has_second = 2 * t + 1 < work.num_heads;
+  SoftmaxState state[2] = {empty_softmax_state(), empty_softmax_state()};
+
+  int slot = 0;
+  for (int i = 0; i < num_slots; ++i) {
+    cp_async_wait<kRingSlots - 2>();
+    __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
+    const int next = i + kRingSlots - 1;
+    const int next_slot = slot == 0 ? kRingSlots - 1 : slot - 1;
+    if (next < num_slots) {
+      load_slot<T, HEAD_DIM>(ring + next_slot * kSlotBytes, work.keys, key_of(next), work.limit, p.aligned, policy,
+                             lane);
+    }
+    cp_async_commit();
+
+    float scores[4];
+    score_slot<T, HEAD_DIM>(scores, ring + slot * kSlotBytes, query, lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t key = key_of(i) + g + half * 8;
+      const bool valid = key < work.limit;
+      scores[2 * half] = valid ? scores[2 * half] * p.scale_log2 : -INFINITY;
+      scores[2 * half + 1] = valid ? scores[2 * half + 1] * p.scale_log2 : -INFINITY;
+      float* out = scores_out + key * p.group_pitch + head;
+      if (valid && has_second) {
+        *reinterpret_cast<float2*>(out) = {scores[2 * half], scores[2 * half + 1]};
+      } else if (valid && has_first) {
+        *out = scores[2 * half];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float max = fmaxf(state[j].max, fmaxf(scores[j], scores[2 + j]));
+      state[j].sum = state[j].sum * exp2_below(state[j].max, max) + exp2_below(scores[j], max) +
+                     exp2_below(scores[2 + j], max);
+      state[j].max = max;
+    }
+    slot = slot + 1 == kRingSlots ? 0 : slot + 1;
+  }
+
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    for (int offset = 4; offset < 32; offset <<= 1) {
+      state[j] = merge(state[j], {__shfl_xor_sync(0xffffffffu, state[j].max, offset),
+                                  __shfl_xor_sync(0xffffffffu, state[j].sum, offset)});
+    }
+    if (g == 0) {
+      shared.max[warp][2 * t + j] = state[j].max;
+      shared.sum[warp][2 * t + j] = state[j].sum;
+    }
+  }
+}
+
+// Exact rows. Slots alternate between K and V of the same 16 keys. o[m] holds dimensions 16 m + g and + 8 of heads 2 t
+// and 2 t + 1, relative to the running maximum of each head, which all lanes agree on.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<T>& work, int tile_kv,
+                                            const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
+                                            uint64_t policy) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int num_slots = 2 * tile_kv / (kSlotRows * kTileWarps);
+  const auto key_of = [&](int i) { return work.first_key + ((i >> 1) * kTileWarps + warp) * kSlotRows; };
+  const uint32_t ring = shared_address(&shared.ring[warp][0]);
+  constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
+  const auto load = [&](int i, int slot) {
+    if (i < num_slots) {
+      const StridedKvView<T> view = {(i & 1) ? work.values.base : work.keys.base,
+                                     (i & 1) ? work.values.stride_token : work.keys.stride_token};
+      load_slot<T, HEAD_DIM>(ring + slot * kSlotBytes, view, key_of(i), work.limit, p.aligned, policy, lane);
+    }
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kRingSlots - 1; ++i) load(i, i);
+
+  float o[HEAD_DIM / 16][4] = {};
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  uint32_t p_fragment[2] = {0, 0};  // probabilities as B operand: keys x heads
+
+  int slot = 0;
+  for (int i = 0; i < num_slots; ++i) {
+    cp_async_wait<kRingSlots - 2>();
+    __syncwarp();
+    load(i + kRingSlots - 1, slot == 0 ? kRingSlots - 1 : slot - 1);
+    const uint32_t address = ring + slot * kSlotBytes;
+    slot = slot + 1 == kRingSlots ? 0 : slot + 1;
+
+    if ((i & 1) == 0) {
+      float scores[4];
+      score_slot<T, HEAD_DIM>(scores, address, query, lane);
+      float weights[4];
+      bool rescale = false;
+      float factor[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& low = scores[j];
+        float& high = scores[2 + j];
+        low = key_of(i) + g < work.limit ? low * p.scale_log2 : -INFINITY;
+        high = key_of(i) + g + 8 < work.limit ? high * p.scale_log2 : -INFINITY;
+        const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high)));
+        factor[j] = exp2_below(max[j], new_max);
+        rescale |= factor[j] != 1.0f;
+        max[j] = new_max;
+        weights[j] = exp2_below(low, new_max);
+        weights[2 + j] = exp2_below(high, new_max);
+        sum[j] = sum[j] * factor[j] + weights[j] + weights[2 + j];
+      }
+      if (__any_sync(0xffffffffu, rescale)) {
+#pragma unroll
+        for (int m = 0; m < HEAD_DIM / 16; ++m) {
+          o[m][0] *= factor[0], o[m][2] *= factor[0];
+          o[m][1] *= factor[1], o[m][3] *= factor[1];
+        }
+      }
+      p_fragment[0] = transpose_8x8(Half<T>::pack(weights[0], weights[1]));
+      p_fragment[1] = transpose_8x8(Half<T>::pack(weights[2], weights[3]));
+    } else {
+      const int row = (lane & 7) + ((lane >> 4) << 3), chunk = (lane >> 3) & 1;
+#pragma unroll
+      for (int m = 0; m < HEAD_DIM / 16; ++m) {
+        const uint4 a = ldmatrix_x4_transposed(address + chunk_offset<HEAD_DIM>(row, 2 * m + chunk));
+        Half<T>::mma(o[m], {a.x, a.y, a.z, a.w}, p_fragment[0], p_fragment[1]);
+      }
+    }
+  }
+
+  static_assert(kHeadBlock * HEAD_DIM * sizeof(float) <= sizeof(shared.ring[0]), "a warp's output must fit its ring");
+  cp_async_wait<0>();
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
+    if (g == 0) {
+      shared.max[warp][2 * t + j] = max[j];
+      shared.sum[warp][2 * t + j] = sum[j];
+    }
+    auto* own = reinterpret_cast<float(*)[HEAD_DIM]>(&shared.ring[warp][0]);
+#pragma unroll
+    for (int m = 0; m < HEAD_DIM / 16; ++m) {
+      own[2 * t + j][16 * m + g] = o[m][j];
+      own[2 * t + j][16 * m + g + 8] = o[m][2 + j];
+    }
+  }
+}
+
+template <int HEAD_DIM>
+constexpr int tile_ctas_per_sm() {
+  return HEAD_DIM <= 128 ? 4 : 2;
+}
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
+    tile_kernel(const __grid_constant__ DecodeParams p, int head_blocks) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
+
+  // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
+  const int head_block = blockIdx.x % head_blocks;
+  const int kv_head = (blockIdx.x / head_blocks) % p.num_kv_heads;
+  const int tile = blockIdx.x / head_blocks / p.num_kv_heads;
+  const int batch_index = blockIdx.y;
+  const RowShape row = row_shape_of(p, batch_index);
+  if (tile >= row.num_tiles) return;
+
+  TileWork<T> work;
+  work.group = p.group_index(batch_index, kv_head);
+  work.tile = tile;
+  work.first_head = head_block * kHeadBlock;
+  work.num_heads = min(kHeadBlock, p.gqa_group_size - work.first_head);
+  work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
+  work.limit = min(work.first_key + row.tile_kv, static_cast<int64_t>(row.kv_len));
+  work.keys = make_strided_view<T>(p.k, batch_index, kv_head, row.kv_start, p.stride_k_batch, p.stride_k_token,
+                                   p.stride_k_head);
+  work.values = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
+                                     p.stride_v_head);
+  // With several head blocks the same keys are read again by the next CTA.
+  const uint64_t policy = head_blocks == 1 ? evict_first_policy() : evict_normal_policy();
+
+  QueryFragments<T, HEAD_DIM> query;
+  query.load(static_cast<const T*>(p.q) + batch_index * p.stride_q_batch +
+                 (static_cast<int64_t>(kv_head) * p.gqa_group_size + work.first_head) * p.stride_q_head,
+             p.stride_q_head, work.num_heads, p.aligned, threadIdx.x & 31);
+
+  if (row.sampled) {
+    score_tile<T, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
+  } else {
+    attend_tile<T, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
+  }
+  __syncthreads();
+
+  // Merge the warps, in warp order.
+  const int64_t stats = p.stats_offset(work.group) + static_cast<int64_t>(tile) * p.gqa_group_size + work.first_head;
+  if (threadIdx.x < work.num_heads) {
+    SoftmaxState state = empty_softmax_state();
+    for (int w = 0; w < kTileWarps; ++w) state = merge(state, {shared.max[w][threadIdx.x], shared.sum[w][threadIdx.x]});
+    p.tile_max[stats + threadIdx.x] = state.max;
+    p.tile_sum[stats + threadIdx.x] = state.sum;
+  }
+  if (row.sampled) return;
+  for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += kTileThreads) {
+    const int head = item / HEAD_DIM, d = item % HEAD_DIM;
+    float max = -INFINITY, value = 0.0f;
+    for (int w = 0; w < kTileWarps; ++w) max = fmaxf(max, shared.max[w][head]);
+    for (int w = 0; w < kTileWarps; ++w) {
+      const auto* rows = reinterpret_cast<const float(*)[HEAD_DIM]>(&shared.ring[w][0]);
+      const float factor = exp2_below(shared.max[w][head], max);
+      if (factor != 0.0f) value += rows[head][d] * factor;
+    }
+    p.o_accum[(stats + head) * HEAD_DIM + d] = value;
+  }
+}
+
+}  // namespace santa::cuda

@@ -1,0 +1,94 @@
+// What both backends receive: plain data, no Torch. Pointers are device pointers on CUDA. Strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/samplers.h"
+#include "core/tiling.h"
+
+namespace santa {
+
+enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
+enum class KvLayout : int { kNHD = 0, kHND = 1 };
+
+struct DecodeParams {
+  // Inputs.
+  const void* q;             // [batch, num_qo_heads, head_dim], last dimension contiguous
+  const void* k;             // [batch, max_kv_len, num_kv_heads, head_dim] through the strides below
+  const void* v;             // the same shape, its own strides
+  const int32_t* kv_lens;    // [batch], or null: every row has max_kv_len keys
+  const int32_t* kv_starts;  // [batch], or null: every row starts at position 0
+  const int64_t* row_seeds;  // [batch], or null: 0 for every row
+
+  // Outputs.
+  void* out;           // [batch, num_qo_heads, head_dim], contiguous, q's dtype
+  float* lse;          // [batch, num_qo_heads], natural logarithm
+  int32_t* rows_read;  // [batch, num_kv_heads], or null: not asked for
+
+  int64_t stride_q_batch, stride_q_head;
+  int64_t stride_k_batch, stride_k_token, stride_k_head;
+  int64_t stride_v_batch, stride_v_token, stride_v_head;
+
+  Dtype dtype;
+  int batch;
+  int num_qo_heads;
+  int num_kv_heads;
+  int gqa_group_size;
+  int head_dim;
+  int max_kv_len;
+  bool aligned;  // q, k and v rows all start on 16-byte boundaries
+
+  float scale_log2;  // sm_scale * log2(e): scores are kept in base 2
+  Sampler sampler;
+  Budget budget;
+  int num_samples;  // S per query head; 0 = exact
+  int64_t min_sampled_len;
+  int64_t seed;
+
+  // Workspace, in the order in which it is written. Shapes are per batch row and KV head; `tiles` is max_tiles, `streams`
+  // is 1 for the grouped sampler and gqa_group_size for the others.
+  int max_tiles;
+  int64_t scores_per_row;  // elements of `scores` per (batch, KV head)
+  int group_pitch;         // gqa_group_size, rounded up to even when above 1: a key's scores stay float2-aligned
+  float* scores;           // [max_tiles * tile, group_pitch], base 2; sampled rows only
+  float* tile_max;         // [tiles, gqa_group_size]
+  float* tile_sum;         // [tiles, gqa_group_size]: sum of exp2(score - tile_max)
+  float* row_lse;          // [gqa_group_size], base 2
+  float* segment_lse;      // [tiles, gqa_group_size], base 2; one entry per segment
+  uint64_t* tile_start;    // [streams, tiles], within the segment
+  uint64_t* tile_mass;     // [streams, tiles]
+  uint64_t* segment_total; // [streams, tiles]; one entry per segment
+  int32_t* tile_rows;      // [tiles]: distinct V rows the tile read
+  float* o_accum;          // [tiles, gqa_group_size, head_dim]; undefined where tile_rows is 0
+
+  SANTA_HD int64_t group_index(int batch_index, int kv_head) const {
+    return static_cast<int64_t>(batch_index) * num_kv_heads + kv_head;
+  }
+  SANTA_HD int num_streams() const { return sampler == Sampler::kGrouped ? 1 : gqa_group_size; }
+  SANTA_HD int64_t stats_offset(int64_t group) const { return group * max_tiles * gqa_group_size; }
+  SANTA_HD int64_t stream_offset(int64_t group, int stream) const {
+    return (group * num_streams() + stream) * max_tiles;
+  }
+};
+
+// One batch row, as every stage sees it.
+struct RowShape {
+  int64_t kv_start;
+  int kv_len;
+  bool valid;    // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
+  bool sampled;  // false: the exact path
+  int tile_kv;
+  int num_tiles;
+};
+
+SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
+  const int64_t start = p.kv_starts != nullptr ? p.kv_starts[batch_index] : 0;
+  int64_t length = p.kv_lens != nullptr ? p.kv_lens[batch_index] : p.max_kv_len - start;
+  const bool valid = start >= 0 && length >= 0 && start + length <= p.max_kv_len;
+  if (!valid) length = 0;
+  const bool sampled = p.num_samples > 0 && length > 0 && length >= p.min_sampled_len;
+  return {start, static_cast<int>(length), valid, sampled, tile_kv_of(length), num_tiles_of(length)};
+}
+
+}  // namespace santa

@@ -1,0 +1,15 @@
+"""Stochastic sparse attention for long-context LLM inference.
+
+``santa.decode`` (also ``torch.ops.santa.decode``) computes one decode step of attention: it reads every key but only a
+few value rows, drawn from the softmax distribution, and returns an unbiased estimate of the attention output.
+"""
+
+from santa import _library
+
+_library.load()
+
+from santa.config import SantaConfig  # noqa: E402
+from santa.ops import Budget, KvLayout, Sampler, decode, default_min_sampled_len  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["Budget", "KvLayout", "Sampler", "SantaConfig", "decode", "default_min_sampled_len"]

@@ -1,0 +1,83 @@
+"""Settings of sampled decoding for the integrations with inference frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import IntEnum
+
+from santa.ops import Budget, Sampler
+
+# Streams of neighbouring layers are `seed + layer_idx`; the head-room keeps that sum inside int64.
+_MAX_SEED = (1 << 62) - 1
+_MAX_SAMPLES = 1 << 20
+_MAX_INT32 = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class SantaConfig:
+    """How a model decodes with `santa`.
+
+    Attributes:
+        num_samples: S, the draws per query head and step, 0 to 2^20; 0 is exact attention.
+        sampler: "multinomial", "stratified", "systematic" or "grouped", or a `santa.Sampler` or its integer;
+            stored as the `santa.Sampler`.
+        budget: "proportional" or "uniform", or a `santa.Budget` or its integer; stored as the `santa.Budget`.
+        seed: base of the random streams, 0 to 2^62 - 1. Layer i draws from stream `seed + i`, so runs that
+            must be independent of each other need seeds further apart than the model has layers.
+        min_context: rows with fewer valid keys are exact (the operator's `min_sampled_len`); None is
+            `santa.default_min_sampled_len`, 0 always samples.
+        layers: indices of the layers that sample, the others decode exactly; None is all of them. Stored as a
+            sorted tuple.
+
+    Raises:
+        TypeError, ValueError: naming the field, what it got and what it needs.
+    """
+
+    num_samples: int = 256
+    sampler: Sampler | int | str = Sampler.GROUPED
+    budget: Budget | int | str = Budget.PROPORTIONAL
+    seed: int = 0
+    min_context: int | None = None
+    layers: Collection[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("num_samples", self.num_samples, _MAX_SAMPLES)
+        _check_int("seed", self.seed, _MAX_SEED)
+        if self.min_context is not None:
+            _check_int("min_context", self.min_context, _MAX_INT32)
+        # The class is frozen for its users; its own normalisation goes around that.
+        object.__setattr__(self, "sampler", _choice("sampler", self.sampler, Sampler))
+        object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
+        object.__setattr__(self, "layers", _normalise_layers(self.layers))
+
+    def samples_in_layer(self, layer_idx: int) -> int:
+        """num_samples of one layer: 0, which is exact, for the layers that `layers` leaves out."""
+        return self.num_samples if self.layers is None or layer_idx in self.layers else 0
+
+
+def _check_int(field: str, value: object, maximum: int) -> None:
+    # bool is an int to Python, but nobody means `num_samples=True`.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"santa: {field} is {value!r}; it needs to be an int")
+    if not 0 <= value <= maximum:
+        raise ValueError(f"santa: {field} is {value}; it needs to be from 0 to {maximum}")
+
+
+def _choice(field: str, value: object, kind: type[IntEnum]) -> IntEnum:
+    names = [member.name.lower() for member in kind]
+    if isinstance(value, str) and value.lower() in names:
+        return kind[value.upper()]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(kind):
+        return kind(value)
+    raise ValueError(f"santa: {field} is {value!r}; it needs to be one of {names} or a santa.{kind.__name__}")
+
+
+def _normalise_layers(layers: object) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Collection):
+        raise TypeError(f"santa: layers is {layers!r}; it needs to be None or a collection of layer indices")
+    for layer_idx in layers:
+        _check_int("layers", layer_idx, _MAX_INT32)
+    return tuple(sorted(set(layers)))

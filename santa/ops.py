@@ -1,0 +1,210 @@
+"""The operators: typed Python functions, fake kernels for tracing, and the refusal to differentiate."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Sampler(enum.IntEnum):
+    """How value rows are drawn from the softmax distribution; docs/estimators.md has the estimators."""
+
+    MULTINOMIAL = 0
+    STRATIFIED = 1
+    SYSTEMATIC = 2
+    GROUPED = 3
+
+
+class Budget(enum.IntEnum):
+    """How the draws are shared out along the KV axis.
+
+    PROPORTIONAL: over the whole row, in proportion to probability mass (S2ANTA-Prop). UNIFORM: equally many draws for
+    each segment of the row (S2ANTA-Flash).
+    """
+
+    PROPORTIONAL = 0
+    UNIFORM = 1
+
+
+class KvLayout(enum.IntEnum):
+    """NHD: [batch, max_kv_len, num_kv_heads, head_dim]; HND: [batch, num_kv_heads, max_kv_len, head_dim]."""
+
+    NHD = 0
+    HND = 1
+
+
+_Choice = TypeVar("_Choice", bound=enum.IntEnum)
+
+
+def _choice(name: str, value: Any, kind: type[_Choice]) -> int:
+    """The integer of an enum member given as the member, its integer or its name."""
+    if isinstance(value, str):
+        member = kind.__members__.get(value.upper())
+        if member is not None:
+            return int(member)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        if 0 <= value < len(kind):
+            return int(value)
+    else:
+        raise TypeError(
+            f"santa: {name} is a {type(value).__name__}; it needs to be a santa.{kind.__name__}, an int or a str"
+        )
+    names = ", ".join(f"{member.name if kind is KvLayout else member.name.lower()!r}" for member in kind)
+    raise ValueError(f"santa: {name} is {value!r}; it needs to be one of {names} (or 0 to {len(kind) - 1})")
+
+
+def _check_types(tensors: dict[str, Any], optional: dict[str, Any], integers: dict[str, Any]) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a torch.Tensor")
+    for name, value in optional.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a torch.Tensor or None")
+    for name, value in integers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    num_samples: int = 256,
+    sampler: Sampler | int | str = Sampler.GROUPED,
+    budget: Budget | int | str = Budget.PROPORTIONAL,
+    kv_layout: KvLayout | int | str = KvLayout.NHD,
+    sm_scale: float | None = None,
+    seed: int = 0,
+    row_seeds: Tensor | None = None,
+    min_sampled_len: int | None = None,
+    return_rows_read: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """One decode step of attention, with the value stage sampled (SANTA, arXiv 2605.01910, section 3).
+
+    Every key is read; of the values, only rows drawn from the softmax distribution are. The estimate is unbiased for
+    every sampler: its mean over seeds is exact attention. ``lse`` is always exact.
+
+    Args:
+        q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96, 128,
+            192, 256; num_qo_heads is a multiple of num_kv_heads.
+        k, v: [batch, max_kv_len, num_kv_heads, head_dim] for NHD, [batch, num_kv_heads, max_kv_len, head_dim] for HND;
+            q's dtype and device; any strides with a contiguous last dimension.
+        kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
+            the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would stop
+            the stream, such a row reads nothing and comes out as NaN.
+        kv_starts: int32 [batch]: position of each row's first valid key (left padding). None: 0.
+        num_samples: S, draws per query head, 0 to 2^20. 0 is exact attention.
+        sampler: "multinomial", "stratified", "systematic" or "grouped" (or `Sampler`).
+        budget: "proportional" or "uniform" (or `Budget`). Uniform draws num_segments * ceil(S / num_segments) samples,
+            below 2 S.
+        kv_layout: "NHD" or "HND" (or `KvLayout`).
+        sm_scale: softmax scale; None is 1 / sqrt(head_dim).
+        seed: 64-bit seed. The draws are a function of (seed, row seed, kv_len, head) alone: the same in any batch, on
+            any device, and fresh at each step of a growing row.
+        row_seeds: int64 [batch]: a random stream for each request. None: 0 for every row.
+        min_sampled_len: rows with fewer keys take the exact path. None: `default_min_sampled_len`; 0: always sample.
+        return_rows_read: also return the number of V rows read.
+
+    Returns:
+        out: [batch, num_qo_heads, head_dim], q's dtype. Rows with kv_len 0 are zero.
+        lse: [batch, num_qo_heads], float32: log-sum-exp of the scaled scores, natural logarithm; -inf for kv_len 0.
+        rows_read (with return_rows_read): [batch, num_kv_heads], int32: distinct V rows read for the KV head.
+
+    Raises:
+        ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.
+        TypeError: an argument is of the wrong Python type.
+        RuntimeError: a gradient is asked for.
+    """
+    _check_types(
+        {"q": q, "k": k, "v": v},
+        {"kv_lens": kv_lens, "kv_starts": kv_starts, "row_seeds": row_seeds},
+        {
+            "num_samples": num_samples,
+            "seed": seed,
+            **({} if min_sampled_len is None else {"min_sampled_len": min_sampled_len}),
+        },
+    )
+    op = torch.ops.santa.decode_rows_read if return_rows_read else torch.ops.santa.decode
+    return op(
+        q,
+        k,
+        v,
+        kv_lens=kv_lens,
+        kv_starts=kv_starts,
+        num_samples=num_samples,
+        sampler=_choice("sampler", sampler, Sampler),
+        budget=_choice("budget", budget, Budget),
+        kv_layout=_choice("kv_layout", kv_layout, KvLayout),
+        sm_scale=sm_scale,
+        seed=seed,
+        row_seeds=row_seeds,
+        min_sampled_len=min_sampled_len,
+    )
+
+
+def default_min_sampled_len(num_samples: int, gqa_group_size: int) -> int:
+    """Shortest row that is sampled when ``min_sampled_len`` is None: max(8192, 4 * num_samples * gqa_group_size).
+
+    Exact attention reads kv_len value rows where sampling reads up to num_samples * gqa_group_size of them, so the
+    budget must be a small part of the row.
+    """
+    return max(8192, 4 * num_samples * gqa_group_size)
+
+
+@torch.library.register_fake("santa::decode")
+def _decode_fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("santa::decode_rows_read")
+def _decode_rows_read_fake(
+    q: Tensor, k: Tensor, v: Tensor, *, kv_layout: int = 0, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_kv_heads = k.shape[1 if kv_layout == KvLayout.HND else 2]
+    rows_read = q.new_empty((q.shape[0], num_kv_heads), dtype=torch.int32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), rows_read
+
+
+@torch.library.register_fake("santa::_select")
+def _select_fake(tile_mass: Tensor, row_weights: Tensor, *_: Any) -> Tensor:
+    return row_weights.new_empty(row_weights.shape)
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Lets the forward pass of tensors that require gradients run, and says so when one is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, options: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*tensors, **options)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "santa: decode has no backward pass (it is an inference operator); "
+            "call it under torch.no_grad() or on detached tensors"
+        )
+
+
+def _autograd_kernel(op: Any) -> Any:
+    def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return _InferenceOnly.apply(op, options, *tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*tensors, **options)
+
+    return kernel
+
+
+# Not torch.library.register_autograd: it does not take schemas with keyword-only tensors.
+_autograd = torch.library.Library("santa", "IMPL")
+for _name in ("decode", "decode_rows_read"):
+    _autograd.impl(_name, _autograd_kernel(getattr(torch.ops.santa, _name).default), "Autograd")

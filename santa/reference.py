@@ -1,0 +1,176 @@
+"""The oracle: exact attention and every estimator in plain PyTorch, float64, written from the equations.
+
+Nothing here is fast or shares code with the kernels. `exact` is softmax attention; `moments` gives the mean and the
+variance of each estimator over its random numbers, exactly: in closed form for multinomial and stratified sampling, and
+by enumeration for the samplers with a single uniform number U, whose estimate is piecewise constant in U.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    kv_layout: str = "NHD",
+    sm_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact decode attention. Shapes as in `santa.decode`; returns out [batch, num_qo_heads, head_dim] and lse
+    [batch, num_qo_heads], both float64. Only the valid range of each row is touched."""
+    outs, lses = [], []
+    for b in range(q.shape[0]):
+        start = 0 if kv_starts is None else int(kv_starts[b])
+        p, values, lse = probabilities(
+            q[b],
+            k[b],
+            v[b],
+            kv_start=start,
+            kv_len=None if kv_lens is None else int(kv_lens[b]),
+            kv_layout=kv_layout,
+            sm_scale=sm_scale,
+        )
+        outs.append(torch.einsum("gmn,gnd->gmd", p, values).flatten(0, 1))
+        lses.append(lse.flatten())
+    return torch.stack(outs), torch.stack(lses)
+
+
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_start: int = 0,
+    kv_len: int | None = None,
+    kv_layout: str = "NHD",
+    sm_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of one batch row: q [num_qo_heads, head_dim], k and v without the batch dimension.
+
+    Returns p [num_kv_heads, gqa_group_size, kv_len], values [num_kv_heads, kv_len, head_dim] and lse [num_kv_heads,
+    gqa_group_size], float64.
+    """
+    if kv_layout == "NHD":
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+    stop = k.shape[1] if kv_len is None else kv_start + kv_len
+    keys, values = k[:, kv_start:stop].double(), v[:, kv_start:stop].double()
+    queries = q.double().unflatten(0, (keys.shape[0], -1))
+    scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
+    scores = torch.einsum("gmd,gnd->gmn", queries, keys) * scale
+    lse = torch.logsumexp(scores, dim=-1)
+    # kv_len 0: no keys, lse -inf, p empty.
+    return torch.exp(scores - lse.unsqueeze(-1)), values, lse
+
+
+def systematic_counts(p: Tensor, num_samples: int, u: float) -> Tensor:
+    """Counts of systematic sampling: thresholds (m + u) / S, m = 0..S-1, on the CDF of p [n]. Sums to S.
+
+    Row n is hit by the thresholds in [F_{n-1}, F_n): ceil(S F_n - u) - ceil(S F_{n-1} - u).
+    """
+    return _telescoping_counts(p, num_samples, torch.tensor(u, dtype=torch.float64))
+
+
+def _telescoping_counts(p: Tensor, num_samples: int, u: Tensor) -> Tensor:
+    boundaries = torch.cumsum(p, dim=-1)
+    below = torch.ceil(num_samples * boundaries / boundaries[-1] - u.unsqueeze(-1)).clamp(0, num_samples)
+    below[..., -1] = num_samples
+    return torch.diff(below, prepend=torch.zeros_like(below[..., :1]))
+
+
+def stratified_counts(p: Tensor, num_samples: int, u: Tensor) -> Tensor:
+    """Counts of stratified sampling: thresholds (m + u[m]) / S on the CDF of p [n]; u is [S]. Sums to S."""
+    thresholds = (torch.arange(num_samples, dtype=torch.float64) + u) / num_samples
+    return _counts_of_thresholds(p, thresholds)
+
+
+def multinomial_counts(p: Tensor, num_samples: int, u: Tensor) -> Tensor:
+    """Counts of S i.i.d. draws from p [n] by inversion; u is [S]. Sums to S."""
+    return _counts_of_thresholds(p, u)
+
+
+def _counts_of_thresholds(p: Tensor, thresholds: Tensor) -> Tensor:
+    boundaries = torch.cumsum(p, dim=0)
+    rows = torch.searchsorted(boundaries / boundaries[-1], thresholds, right=True).clamp(max=len(p) - 1)
+    return torch.bincount(rows, minlength=len(p)).double()
+
+
+def grouped_weights(p: Tensor, num_samples: int, u: float) -> Tensor:
+    """Horvitz-Thompson weights [group, n] of the grouped sampler for p [group, n]: 0 for rows that are not selected.
+
+    One systematic pass with R = S * group thresholds over the group mean of p selects row n with probability
+    min(1, R mean_n); a selected row enters head h with p[h, n] / that.
+    """
+    draws = num_samples * p.shape[0]
+    mean = p.mean(dim=0)
+    selected = _telescoping_counts(mean, draws, torch.tensor(u, dtype=torch.float64)) > 0
+    inclusion = (draws * mean).clamp(max=1.0)
+    return torch.where(selected & (inclusion > 0), p / inclusion, 0.0)
+
+
+def moments(p: Tensor, values: Tensor, num_samples: int, sampler: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of an estimator over its random numbers, proportional budget.
+
+    Args:
+        p: [group, n] probabilities of the query heads that share a KV head. values: [n, head_dim].
+        sampler: "multinomial", "stratified", "systematic" or "grouped".
+
+    Returns:
+        mean, variance: [group, head_dim]. The mean equals p @ values for every sampler (computed, not assumed, for
+        those that are enumerated).
+    """
+    p, values = p.double(), values.double()
+    mean = p @ values
+    if sampler == "multinomial":
+        return mean, (p @ values**2 - mean**2) / num_samples
+    if sampler == "stratified":
+        return mean, torch.stack([_stratified_variance(row, values, num_samples) for row in p])
+    if sampler == "systematic":
+        results = [
+            _enumerate(row, num_samples, lambda u, row=row: _telescoping_counts(row, num_samples, u) / num_samples)
+            for row in p
+        ]
+        pieces = [(weights, mass) for weights, mass in results]
+        both = [_weighted_moments(weights @ values, mass) for weights, mass in pieces]
+        return torch.stack([m for m, _ in both]), torch.stack([s for _, s in both])
+    if sampler == "grouped":
+        draws, group_mean = num_samples * p.shape[0], p.mean(dim=0)
+        selected, mass = _enumerate(group_mean, draws, lambda u: _telescoping_counts(group_mean, draws, u) > 0)
+        inclusion = (draws * group_mean).clamp(max=1.0)
+        ratio = torch.where(inclusion > 0, p / inclusion, 0.0)
+        both = [_weighted_moments((selected * row) @ values, mass) for row in ratio]
+        return torch.stack([m for m, _ in both]), torch.stack([s for _, s in both])
+    raise ValueError(f"sampler is {sampler!r}; it needs to be multinomial, stratified, systematic or grouped")
+
+
+def _stratified_variance(p: Tensor, values: Tensor, num_samples: int) -> Tensor:
+    """Sum over strata of the variance of one draw in each: (1/S^2) sum_m (E_m[v^2] - E_m[v]^2)."""
+    high = torch.cumsum(p, dim=0)
+    low = high - p
+    edges = torch.arange(num_samples + 1, dtype=torch.float64) / num_samples
+    overlap = torch.minimum(high, edges[1:, None]) - torch.maximum(low, edges[:-1, None])
+    within = overlap.clamp(min=0) * num_samples  # [S, n]: distribution inside each stratum
+    variance = within @ values**2 - (within @ values) ** 2
+    return variance.sum(dim=0) / num_samples**2
+
+
+def _enumerate(p: Tensor, num_draws: int, weights_at) -> tuple[Tensor, Tensor]:
+    """All values that a function of U can take: evaluated at the middle of every piece between the breakpoints
+    frac(R F_n), with the pieces' lengths."""
+    cuts = torch.remainder(num_draws * torch.cumsum(p, dim=0), 1.0)
+    cuts = torch.cat([cuts.new_zeros(1), torch.sort(cuts).values, cuts.new_ones(1)])
+    lengths = torch.diff(cuts)
+    keep = lengths > 1e-12
+    middle = (cuts[:-1] + cuts[1:])[keep] / 2
+    return weights_at(middle).double(), lengths[keep] / lengths[keep].sum()
+
+
+def _weighted_moments(outcomes: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    mean = mass @ outcomes
+    return mean, mass @ (outcomes - mean) ** 2
