@@ -49,9 +49,7 @@ def make_problem(
 ) -> Problem:
     """Gaussian keys and values; queries scaled so that logits have standard deviation `logit_std`."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
-    kv_shape = (
-        (batch, num_kv_heads, kv_len, head_dim) if layout == "HND" else (batch, kv_len, num_kv_heads, head_dim)
-    )
+    kv_shape = (batch, num_kv_heads, kv_len, head_dim) if layout == "HND" else (batch, kv_len, num_kv_heads, head_dim)
     set_bytes = 2 * batch * kv_len * num_kv_heads * head_dim * dtype.itemsize
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(2, min(64, -(-4 * l2_bytes // max(set_bytes, 1))))
@@ -66,8 +64,8 @@ def make_problem(
 
 
 def time_us(calls: list[Callable[[], object]], *, replays: int = 15, min_ms: float = 1.0) -> float:
-    """Median time of one call in microseconds. `calls` are the same call on different buffers; a CUDA graph runs them in
-    turn, often enough for one replay to last `min_ms`."""
+    """Median time of one call in microseconds. `calls` are the same call on different buffers; a CUDA graph runs them
+    in turn, often enough for one replay to last `min_ms`."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:

@@ -25,9 +25,7 @@ def gpu_lines(status: LibraryStatus) -> list[str]:
 def report() -> str:
     status = load()
     info = status.build_info
-    cuda_library = (
-        f"loaded from {status.cuda_path}" if status.cuda_loaded else f"not loaded: {status.cuda_reason}"
-    )
+    cuda_library = f"loaded from {status.cuda_path}" if status.cuda_loaded else f"not loaded: {status.cuda_reason}"
     rows = [
         ("santa", [version("santa")]),
         ("Python", [f"{platform.python_version()} on {platform.system()} {platform.machine()}"]),
@@ -38,9 +36,7 @@ def report() -> str:
         ("architectures", [" ".join(info.get("cuda_archs", [])) or "none"]),
         ("GPUs", gpu_lines(status)),
     ]
-    return "\n".join(
-        f"{name if i == 0 else '':14}{line}" for name, lines in rows for i, line in enumerate(lines)
-    )
+    return "\n".join(f"{name if i == 0 else '':14}{line}" for name, lines in rows for i, line in enumerate(lines))
 
 
 if __name__ == "__main__":

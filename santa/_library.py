@@ -77,8 +77,7 @@ def load() -> LibraryStatus:
         torch.ops.load_library(cpu_path)
     except OSError as error:
         raise ImportError(
-            f"cannot load {cpu_path}: {error}. "
-            f"It needs torch >= {_OLDEST_TORCH}; this is {torch.__version__}."
+            f"cannot load {cpu_path}: {error}. It needs torch >= {_OLDEST_TORCH}; this is {torch.__version__}."
         ) from error
 
     reason = _load_cuda(cuda_path)

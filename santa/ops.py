@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,24 +36,30 @@ class KvLayout(enum.IntEnum):
     HND = 1
 
 
-_Choice = TypeVar("_Choice", bound=enum.IntEnum)
+# Plain dictionaries and integers: torch.compile of torch 2.11 traces little of enum.
+_VALUES = {
+    kind: {(member.name if kind is KvLayout else member.name.lower()): int(member) for member in kind}
+    for kind in (Sampler, Budget, KvLayout)
+}
 
 
-def _choice(name: str, value: Any, kind: type[_Choice]) -> int:
+def _choice(name: str, value: Any, kind: type[enum.IntEnum]) -> int:
     """The integer of an enum member given as the member, its integer or its name."""
+    values = _VALUES[kind]
+    if isinstance(value, kind):
+        return value.value
     if isinstance(value, str):
-        member = kind.__members__.get(value.upper())
-        if member is not None:
-            return int(member)
+        if value in values:
+            return values[value]
     elif isinstance(value, int) and not isinstance(value, bool):
-        if 0 <= value < len(kind):
-            return int(value)
+        if 0 <= value < len(values):
+            return value
     else:
         raise TypeError(
             f"santa: {name} is a {type(value).__name__}; it needs to be a santa.{kind.__name__}, an int or a str"
         )
-    names = ", ".join(f"{member.name if kind is KvLayout else member.name.lower()!r}" for member in kind)
-    raise ValueError(f"santa: {name} is {value!r}; it needs to be one of {names} (or 0 to {len(kind) - 1})")
+    names = ", ".join(repr(known) for known in values)
+    raise ValueError(f"santa: {name} is {value!r}; it needs to be one of {names} (or 0 to {len(values) - 1})")
 
 
 def _check_types(tensors: dict[str, Any], optional: dict[str, Any], integers: dict[str, Any]) -> None:
@@ -91,13 +97,13 @@ def decode(
     every sampler: its mean over seeds is exact attention. ``lse`` is always exact.
 
     Args:
-        q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96, 128,
-            192, 256; num_qo_heads is a multiple of num_kv_heads.
+        q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96,
+            128, 192, 256; num_qo_heads is a multiple of num_kv_heads.
         k, v: [batch, max_kv_len, num_kv_heads, head_dim] for NHD, [batch, num_kv_heads, max_kv_len, head_dim] for HND;
             q's dtype and device; any strides with a contiguous last dimension.
         kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
-            the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would stop
-            the stream, such a row reads nothing and comes out as NaN.
+            the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would
+            stop the stream, such a row reads nothing and comes out as NaN.
         kv_starts: int32 [batch]: position of each row's first valid key (left padding). None: 0.
         num_samples: S, draws per query head, 0 to 2^20. 0 is exact attention.
         sampler: "multinomial", "stratified", "systematic" or "grouped" (or `Sampler`).

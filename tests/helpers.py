@@ -56,8 +56,8 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 def mean_z(draws: Tensor, expected: Tensor) -> tuple[float, float]:
     """Tests that the mean of draws [N, ...] is `expected` [...].
 
-    Returns (projected, largest): the z statistic of the draws' component along `expected`, which any relative bias moves,
-    and the largest |z| over the single elements.
+    Returns (projected, largest): the z statistic of the draws' component along `expected`, which any relative bias
+    moves, and the largest |z| over the single elements.
     """
     draws, expected = draws.double().cpu().flatten(1), expected.double().cpu().flatten()
     component = draws @ expected / expected.norm() ** 2

@@ -145,8 +145,8 @@ def test_same_rows_on_both_devices_given_the_cdf(sampler):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_same_rows_on_both_devices_end_to_end(sampler, budget):
-    """At least 999 of 1,000 drawn rows agree: scores differ in the last bits, so a row may differ where a threshold falls
-    within rounding of a boundary. V is the identity, so the output shows the rows."""
+    """At least 999 of 1,000 drawn rows agree: scores differ in the last bits, so a row may differ where a threshold
+    falls within rounding of a boundary. V is the identity, so the output shows the rows."""
     count, head_dim = 512, 256
     q, k, _ = make_qkv(count, 8, 2, head_dim, head_dim, dtype=torch.float16, logit_std=2.0)
     v = torch.eye(head_dim, dtype=torch.float16).reshape(1, head_dim, 1, head_dim).expand(count, -1, 2, -1)

@@ -1,7 +1,7 @@
 """The laws of the estimators, end to end through the operator, against the float64 oracle.
 
-One call makes N independent draws: the same row N times with different row seeds. Seeds are fixed, so a test that passes
-keeps passing; the false-alarm rates are what a change of seed would risk.
+One call makes N independent draws: the same row N times with different row seeds. Seeds are fixed, so a test that
+passes keeps passing; the false-alarm rates are what a change of seed would risk.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_stratification_orders_the_variances(device):
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("logit_std", [1.0, 2.0, 4.0])
 def test_grouped_beats_systematic_at_equal_rows(device, logit_std, correlation):
-    """RMSE of grouped < RMSE of systematic at the same number of distinct V rows read (log-log interpolation), for query
+    """RMSE of grouped < RMSE of systematic at the same number of distinct V rows (log-log interpolation), for query
     heads of a group with any correlation. V has mean 0: a Horvitz-Thompson estimate pays for the mean of V, because its
     weights add up to 1 on average only (docs/estimators.md)."""
     kv_len, num_draws = 2048, 128
@@ -189,9 +189,7 @@ def test_horvitz_thompson_weights(device):
 def test_any_budget_sums_to_one(device, sampler, num_samples):
     """With V = 1 the counts of any S add up to an output of 1."""
     q, k, v = make_qkv(1, 4, 2, 777, 64, dtype=working_dtype(device), device=device)
-    out, _ = santa.decode(
-        q, k, torch.ones_like(v), num_samples=num_samples, sampler=sampler, min_sampled_len=0
-    )
+    out, _ = santa.decode(q, k, torch.ones_like(v), num_samples=num_samples, sampler=sampler, min_sampled_len=0)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6 if device == "cpu" else 1e-3, atol=0)
 
 
@@ -200,8 +198,7 @@ def test_uniform_budget_is_proportional_in_one_segment(device, sampler):
     """S = 1 leaves one segment, the row: both budgets are then the same estimator, to the bit."""
     q, k, v = make_qkv(2, 8, 2, 1000, 64, dtype=working_dtype(device), device=device)
     both = [
-        santa.decode(q, k, v, num_samples=1, sampler=sampler, budget=budget, min_sampled_len=0)[0]
-        for budget in BUDGETS
+        santa.decode(q, k, v, num_samples=1, sampler=sampler, budget=budget, min_sampled_len=0)[0] for budget in BUDGETS
     ]
     assert torch.equal(*both)
 

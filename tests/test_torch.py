@@ -78,15 +78,13 @@ def test_export(device):
 
 def test_default_is_grouped_256(device):
     q, k, v = make_qkv(1, 4, 1, 9000, 64, dtype=working_dtype(device), device=device)
-    assert torch.equal(
-        torch.ops.santa.decode(q, k, v)[0], santa.decode(q, k, v, num_samples=256, sampler="grouped")[0]
-    )
+    assert torch.equal(torch.ops.santa.decode(q, k, v)[0], santa.decode(q, k, v, num_samples=256, sampler="grouped")[0])
     assert torch.equal(santa.decode(q, k, v, sampler=3)[0], santa.decode(q, k, v, sampler=santa.Sampler.GROUPED)[0])
 
 
 @pytest.mark.gpu
 def test_cuda_graph_stays_random_and_deterministic():
-    """A replayed graph follows kv_lens on the device: fresh numbers for a longer row, the same bits for the same row."""
+    """A replayed graph follows kv_lens on the device: fresh numbers for a longer row, the same bits for the same."""
     q, k, v, _ = inputs("cuda", kv_len=700)
     kv_lens = torch.tensor([600, 300], dtype=torch.int32, device="cuda")
     row_seeds = torch.tensor([1, 2], device="cuda")
@@ -97,7 +95,7 @@ def test_cuda_graph_stays_random_and_deterministic():
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = step()
+        out, _ = step()
     results = []
     for lengths in ([600, 300], [601, 301], [600, 300], [0, 700]):
         kv_lens.copy_(torch.tensor(lengths, dtype=torch.int32))

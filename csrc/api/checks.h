@@ -52,7 +52,9 @@ inline std::string shape_of(const Tensor& tensor) {
 }
 
 inline std::string device_of(const Tensor& tensor) {
-  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : tensor.is_cpu() ? "cpu" : "another device";
+  return tensor.is_cuda()  ? "cuda:" + std::to_string(tensor.get_device_index())
+         : tensor.is_cpu() ? "cpu"
+                           : "another device";
 }
 
 inline void check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
@@ -83,7 +85,8 @@ inline void check_same_device(const char* name, const Tensor& tensor, const Tens
 inline void check_last_dim_contiguous(const char* name, const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
-    fail(name, " has stride ", tensor.stride(last), " in its last dimension; it needs a contiguous last dimension "
+    fail(name, " has stride ", tensor.stride(last),
+         " in its last dimension; it needs a contiguous last dimension "
          "(stride 1)");
   }
 }

@@ -13,6 +13,7 @@
 #include "api/checks.h"
 #include "core/softmax_state.h"
 #include "params.h"
+#include "workspace.h"
 
 namespace santa::api {
 
@@ -57,8 +58,8 @@ struct DecodeArguments {
 inline void check_decode(const DecodeArguments& a) {
   check_range("kv_layout", a.kv_layout, 0, 1);
   const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
-  const char* kv_shape = hnd ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)"
-                             : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
+  const char* kv_shape =
+      hnd ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)" : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
   check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
   check_rank("k", a.k, 4, kv_shape);
   check_rank("v", a.v, 4, kv_shape);
@@ -113,41 +114,6 @@ struct DecodeOutputs {
   std::optional<Tensor> rows_read;
 };
 
-// Carves aligned arrays out of one allocation. A first pass with a null base measures.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  void take(T*& array, int64_t count) {
-    array = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-inline int64_t carve(DecodeParams& p, void* base) {
-  Workspace workspace(base);
-  const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
-  const int64_t tiles = groups * p.max_tiles, stats = tiles * p.gqa_group_size;
-  workspace.take(p.tile_max, stats);
-  workspace.take(p.tile_sum, stats);
-  workspace.take(p.o_accum, stats * p.head_dim);
-  if (p.num_samples > 0) {
-    workspace.take(p.scores, groups * p.scores_per_row);
-    workspace.take(p.row_lse, groups * p.gqa_group_size);
-    workspace.take(p.segment_lse, stats);
-    workspace.take(p.tile_start, tiles * p.num_streams());
-    workspace.take(p.tile_mass, tiles * p.num_streams());
-    workspace.take(p.segment_total, tiles * p.num_streams());
-    workspace.take(p.tile_rows, tiles);
-  }
-  return workspace.used();
-}
-
 // `Backend::run(params, device_index)` does the work.
 template <typename Backend>
 DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
@@ -201,19 +167,15 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   p.sampler = static_cast<Sampler>(a.sampler);
   p.budget = static_cast<Budget>(a.budget);
   p.num_samples = static_cast<int>(a.num_samples);
-  p.min_sampled_len =
-      a.min_sampled_len ? *a.min_sampled_len : default_min_sampled_len(a.num_samples, group_size);
+  p.min_sampled_len = a.min_sampled_len ? *a.min_sampled_len : default_min_sampled_len(a.num_samples, group_size);
   p.seed = a.seed;
 
   // Known on the host: no row can be long enough to be sampled.
   if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
 
-  p.max_tiles = max_num_tiles(p.max_kv_len);
-  p.group_pitch = p.gqa_group_size == 1 ? 1 : (p.gqa_group_size + 1) / 2 * 2;
-  p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;
-  const int64_t bytes = carve(p, nullptr);
-  Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
-  carve(p, workspace.mutable_data_ptr());
+  const int64_t bytes = place_workspace(p, nullptr);
+  const Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
+  place_workspace(p, workspace.mutable_data_ptr());
 
   Backend::run(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
   return outputs;

@@ -1,6 +1,7 @@
 // From softmax states to the shares that are sampled. A stream samples one query head (multinomial, stratified,
-// systematic) or the mean distribution of all query heads of a KV head (grouped); everything here is a share of the mass
-// of one segment. A head whose log-sum-exp is not finite takes no part: its output is NaN, its neighbours' are not.
+// systematic) or the mean distribution of all query heads of a KV head (grouped); everything here is a share of the
+// mass of one segment. A head whose log-sum-exp is not finite takes no part: its output is NaN, its neighbours' are
+// not.
 #pragma once
 
 #include <cmath>

@@ -36,15 +36,21 @@ struct Draws {
   Sampler sampler;
   RandomStream stream;
   uint32_t segment;
-  uint32_t num_draws;  // R: S for one query head, S * gqa_group_size for a grouped stream
-  uint64_t total;      // of level 1, below 2^50
+  uint32_t num_draws;            // R: S for one query head, S * gqa_group_size for a grouped stream
+  uint64_t total;                // of level 1, below 2^50
   uint64_t quotient, remainder;  // of total / R
   uint64_t shared_offset;        // the one random number of systematic sampling, uniform in [0, total)
 
   SANTA_HD static Draws make(Sampler sampler, RandomStream stream, uint32_t segment, uint32_t num_draws,
                              uint64_t total) {
-    return {sampler,           stream,            segment, num_draws, total, total / num_draws,
-            total % num_draws, mul_high(stream.bits(segment, 0), total)};
+    return {sampler,
+            stream,
+            segment,
+            num_draws,
+            total,
+            total / num_draws,
+            total % num_draws,
+            mul_high(stream.bits(segment, 0), total)};
   }
 
   // Threshold m at (m + r / total) / R of the total, floored: (m total + r) / R for an offset r in [0, total). Flooring

@@ -18,8 +18,8 @@ struct SoftmaxState {
 
 SANTA_HD SoftmaxState empty_softmax_state() { return {-INFINITY, 0.0f}; }
 
-// exp2(score - max) where max is the largest of the scores: a score of -inf weighs 0 even if there is no larger one. NaN
-// scores stay NaN; the maximum passes over them.
+// exp2(score - max) where max is the largest of the scores: a score of -inf weighs 0 even if there is no larger one.
+// NaN scores stay NaN; the maximum passes over them.
 SANTA_HD float exp2_below(float score, float max) { return score == -INFINITY ? 0.0f : exp2f(score - max); }
 
 SANTA_HD SoftmaxState merge(SoftmaxState a, SoftmaxState b) {

@@ -11,8 +11,8 @@ namespace santa {
 
 constexpr int kMaxTileKv = 512;
 
-// Keys per tile. Short rows take small tiles, because a few hundred tiles must exist to fill a GPU; long rows take large
-// ones, because every tile costs a partial result of group x head_dim floats.
+// Keys per tile. Short rows take small tiles, because a few hundred tiles must exist to fill a GPU; long rows take
+// large ones, because every tile costs a partial result of group x head_dim floats.
 SANTA_HD int tile_kv_of(int64_t kv_len) {
   if (kv_len <= 4096) return 128;
   if (kv_len <= 16384) return 256;
@@ -46,9 +46,9 @@ SANTA_HD SegmentPlan plan_segments(int num_tiles, int num_samples, bool uniform)
   return {tiles_per_segment, num_segments, static_cast<int>(ceil_div(num_samples, num_segments))};
 }
 
-// Rows below this length take the exact path when the caller gives no min_sampled_len. Sampling reads kv_len keys and up
-// to S * gqa_group_size value rows where exact attention reads kv_len of each: it can pay only if the budget is a small
-// part of the row (a quarter at most), and if the row is long enough for its reads to outweigh the extra stages.
+// Rows below this length take the exact path when the caller gives no min_sampled_len. Sampling reads kv_len keys and
+// up to S * gqa_group_size value rows where exact attention reads kv_len of each: it can pay only if the budget is a
+// small part of the row (a quarter at most), and if the row is long enough for its reads to outweigh the extra stages.
 SANTA_HD int64_t default_min_sampled_len(int64_t num_samples, int64_t gqa_group_size) {
   const int64_t budget_rows = 4 * num_samples * gqa_group_size;
   return budget_rows > 8192 ? budget_rows : 8192;

@@ -202,8 +202,8 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
     if (weight_sum == 0) continue;
 
     const int head = grouped ? at.kv_head : at.kv_head * group_size + stream;
-    const auto random = RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[at.batch_index] : 0, row.kv_len,
-                                           head);
+    const auto random =
+        RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[at.batch_index] : 0, row.kv_len, head);
     const Draws draws =
         Draws::make(p.sampler, random, segment, static_cast<uint32_t>(plan.draws) * heads_per_stream, total);
     std::fill(counts.begin(), counts.end(), 0);
@@ -217,8 +217,7 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
       if (grouped) {
         // Horvitz-Thompson: p_{h,n} / P(n is drawn).
         const uint32_t weight = cumulative[n] - (n > 0 ? cumulative[n - 1] : 0);
-        const float inclusion =
-            std::min(1.0f, expected_draws(draws.num_draws, tile_mass, total, weight, weight_sum));
+        const float inclusion = std::min(1.0f, expected_draws(draws.num_draws, tile_mass, total, weight, weight_sum));
         for (int h = 0; h < group_size; ++h) {
           const float factor = tile_factor(p.tile_max[stats + h], row_lse[h]);
           const float ht_weight = factor > 0.0f ? factor * exponentials[h * tile_kv + n] / inclusion : 0.0f;

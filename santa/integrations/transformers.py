@@ -48,9 +48,7 @@ __all__ = ["NAME", "RowsRead", "attach", "record_rows_read", "register"]
 # The first release whose mask functions are told the query's length and offset instead of its positions.
 _MIN_TRANSFORMERS = "5.4.0"
 if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
-    raise ImportError(
-        f"santa: transformers is {transformers.__version__}; it needs to be at least {_MIN_TRANSFORMERS}"
-    )
+    raise ImportError(f"santa: transformers is {transformers.__version__}; it needs to be at least {_MIN_TRANSFORMERS}")
 
 NAME = "santa"
 
@@ -384,9 +382,7 @@ def _dense_attention(
     return torch.cat(blocks, dim=2).transpose(1, 2).contiguous()
 
 
-def _as_ranges(
-    mask: torch.Tensor | None, batch_size: int, kv_len: int, device: torch.device
-) -> torch.Tensor | None:
+def _as_ranges(mask: torch.Tensor | None, batch_size: int, kv_len: int, device: torch.device) -> torch.Tensor | None:
     """Any mask of one query as `decode_ranges` packs it, or None where it is no contiguous range."""
     if mask is None:
         # No mask means that all keys are valid; the row's position is then its length.
@@ -439,15 +435,12 @@ def _decoder_attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     ]
     if not modules:
         raise ValueError(
-            f"santa: model is a {type(model).__name__}; it needs to have causal attention layers with a "
-            "layer_idx"
+            f"santa: model is a {type(model).__name__}; it needs to have causal attention layers with a layer_idx"
         )
     return modules
 
 
-def _check_supported(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> None:
+def _check_supported(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     head_dim = query.shape[-1]
     if head_dim not in _HEAD_DIMS or value.shape[-1] != head_dim:
         raise ValueError(_head_dim_error(module, head_dim, value.shape[-1]))
@@ -461,11 +454,7 @@ def _check_supported(
 
 
 def _head_dim_error(module: torch.nn.Module, head_dim: int, value_dim: int | None = None) -> str:
-    got = (
-        f"head_dim {head_dim}"
-        if value_dim in (None, head_dim)
-        else f"head_dim {head_dim} with values of {value_dim}"
-    )
+    got = f"head_dim {head_dim}" if value_dim in (None, head_dim) else f"head_dim {head_dim} with values of {value_dim}"
     return (
         f"santa: {type(module).__name__} has {got}; it needs one of {_HEAD_DIMS}, for queries, keys and "
         'values alike: use attn_implementation="sdpa" for this model'

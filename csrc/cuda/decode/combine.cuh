@@ -12,7 +12,7 @@ constexpr int kCombineThreads = 256;
 
 // Threads along head_dim take 4 dimensions each; the rest split the tiles.
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ float4 partial[kCombineThreads];
   __shared__ float shared_lse;
   __shared__ int shared_rows[kCombineThreads];
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
       state = merge(state, {p.tile_max[index], p.tile_sum[index]});
     }
     for (int offset = 16; offset > 0; offset >>= 1) {
-      state = merge(state, {__shfl_xor_sync(0xffffffffu, state.max, offset),
-                            __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+      state = merge(state,
+                    {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
     }
     if (threadIdx.x == 0) shared_lse = log2_sum(state);
   }

@@ -14,24 +14,25 @@ constexpr int kGatherHeads = 4;  // query heads that share one pass over the sel
 
 template <int HEAD_DIM>
 struct GatherShape {
-  static constexpr int kChunks = HEAD_DIM / 8;                // threads per row, 16 bytes each
+  static constexpr int kChunks = HEAD_DIM / 8;             // threads per row, 16 bytes each
   static constexpr int kLanes = kSelectThreads / kChunks;  // rows read at a time
 };
 
 template <int HEAD_DIM>
 struct GatherShared {
   SelectShared select;
-  int32_t rows[kMaxTileKv];                      // selected rows of the stream, in order
-  float weights[kGatherHeads][kMaxTileKv];       // and their weights, per head of the pass
+  int32_t rows[kMaxTileKv];                 // selected rows of the stream, in order
+  float weights[kGatherHeads][kMaxTileKv];  // and their weights, per head of the pass
   float partial[GatherShape<HEAD_DIM>::kLanes][kGatherHeads][HEAD_DIM];
-  float scale[kGatherHeads];                     // of the sums, per head of the pass
-  uint32_t read[kMaxTileKv / 32];                // rows read by any stream
+  float scale[kGatherHeads];       // of the sums, per head of the pass
+  uint32_t read[kMaxTileKv / 32];  // rows read by any stream
 };
 
-// sum over the selected rows of weights[h][i] * v[rows[i]], for up to kGatherHeads heads; times shared.scale[h] to `out`.
+// sum over the selected rows of weights[h][i] * v[rows[i]], for up to kGatherHeads heads; times shared.scale[h] to
+// `out`.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void gather_rows(const StridedKvView<T>& values, int num_rows, int num_heads,
-                                            float* out, bool aligned, GatherShared<HEAD_DIM>& shared) {
+__device__ __forceinline__ void gather_rows(const StridedKvView<T>& values, int num_rows, int num_heads, float* out,
+                                            bool aligned, GatherShared<HEAD_DIM>& shared) {
   using Shape = GatherShape<HEAD_DIM>;
   const int lane = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
   float acc[kGatherHeads][8] = {};
@@ -107,8 +108,8 @@ __global__ void __launch_bounds__(kSelectThreads) gather_kernel(const __grid_con
     const uint32_t num_draws = static_cast<uint32_t>(plan.draws) * heads_per_stream;
 
     if (tile_mass > 0) {
-      const auto random = RandomStream::make(p.seed, row_seed, row.kv_len,
-                                             grouped ? kv_head : kv_head * group_size + stream);
+      const auto random =
+          RandomStream::make(p.seed, row_seed, row.kv_len, grouped ? kv_head : kv_head * group_size + stream);
       const Draws draws = Draws::make(p.sampler, random, segment, num_draws, total);
 
       float share_sum = 0.0f, shares[kKeysPerThread] = {};
@@ -168,9 +169,8 @@ __global__ void __launch_bounds__(kSelectThreads) gather_kernel(const __grid_con
           if (j < num_heads) {
             const int h = first_head + j;
             if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
-              weight = is_finite(row_lse[h])
-                           ? exp2f(scores[n * p.group_pitch + h] - row_lse[h]) * inverse_inclusion
-                           : 0.0f;
+              weight =
+                  is_finite(row_lse[h]) ? exp2f(scores[n * p.group_pitch + h] - row_lse[h]) * inverse_inclusion : 0.0f;
             } else {
               weight = static_cast<float>(shared.select.counts[n]);
             }

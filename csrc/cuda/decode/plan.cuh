@@ -20,8 +20,8 @@ __device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t gro
     state = merge(state, {p.tile_max[stats], p.tile_sum[stats]});
   }
   for (int offset = 16; offset > 0; offset >>= 1) {
-    state = merge(state, {__shfl_xor_sync(0xffffffffu, state.max, offset),
-                          __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+    state = merge(state,
+                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
   }
   return log2_sum(state);
 }

@@ -17,8 +17,8 @@ namespace santa::cuda {
 
 constexpr int kTileWarps = 4;
 constexpr int kTileThreads = kTileWarps * 32;
-constexpr int kHeadBlock = 8;   // query heads per CTA: the N of the matrix instruction
-constexpr int kSlotRows = 16;   // keys per ring slot: its M
+constexpr int kHeadBlock = 8;  // query heads per CTA: the N of the matrix instruction
+constexpr int kSlotRows = 16;  // keys per ring slot: its M
 constexpr int kRingSlots = 3;
 
 template <int HEAD_DIM>
@@ -58,8 +58,8 @@ __device__ __forceinline__ void load_slot(uint32_t slot, const StridedKvView<T>&
   }
 }
 
-// q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and two
-// matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
+// q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and
+// two matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
 template <typename T, int HEAD_DIM>
 struct QueryFragments {
   uint4 chunk[HEAD_DIM / 32];
@@ -76,8 +76,8 @@ struct QueryFragments {
 
 // Raw scores of 16 keys x 8 heads. Lane (g, t) gets keys g (0, 1) and g + 8 (2, 3), heads 2 t and 2 t + 1.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot,
-                                           const QueryFragments<T, HEAD_DIM>& query, int lane) {
+__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot, const QueryFragments<T, HEAD_DIM>& query,
+                                           int lane) {
   const int g = lane >> 2, t = lane & 3;
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
@@ -97,7 +97,7 @@ __device__ __forceinline__ float max_over_keys(float value) {
 // What a CTA works on.
 template <typename T>
 struct TileWork {
-  int64_t group;      // batch row x KV head
+  int64_t group;  // batch row x KV head
   int tile;
   int first_head;     // within the group
   int num_heads;      // of this CTA, up to 8
@@ -119,7 +119,8 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
 
 #pragma unroll
   for (int i = 0; i < kRingSlots - 1; ++i) {
-    if (i < num_slots) load_slot<T, HEAD_DIM>(ring + i * kSlotBytes, work.keys, key_of(i), work.limit, p.aligned, policy, lane);
+    if (i < num_slots)
+      load_slot<T, HEAD_DIM>(ring + i * kSlotBytes, work.keys, key_of(i), work.limit, p.aligned, policy, lane);
     cp_async_commit();
   }
 
@@ -158,8 +159,8 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float max = fmaxf(state[j].max, fmaxf(scores[j], scores[2 + j]));
-      state[j].sum = state[j].sum * exp2_below(state[j].max, max) + exp2_below(scores[j], max) +
-                     exp2_below(scores[2 + j], max);
+      state[j].sum =
+          state[j].sum * exp2_below(state[j].max, max) + exp2_below(scores[j], max) + exp2_below(scores[2 + j], max);
       state[j].max = max;
     }
     slot = slot + 1 == kRingSlots ? 0 : slot + 1;
@@ -261,7 +262,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
       shared.max[warp][2 * t + j] = max[j];
       shared.sum[warp][2 * t + j] = sum[j];
     }
-    auto* own = reinterpret_cast<float(*)[HEAD_DIM]>(&shared.ring[warp][0]);
+    auto* own = reinterpret_cast<float (*)[HEAD_DIM]>(&shared.ring[warp][0]);
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 16; ++m) {
       own[2 * t + j][16 * m + g] = o[m][j];
@@ -329,7 +330,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
     float max = -INFINITY, value = 0.0f;
     for (int w = 0; w < kTileWarps; ++w) max = fmaxf(max, shared.max[w][head]);
     for (int w = 0; w < kTileWarps; ++w) {
-      const auto* rows = reinterpret_cast<const float(*)[HEAD_DIM]>(&shared.ring[w][0]);
+      const auto* rows = reinterpret_cast<const float (*)[HEAD_DIM]>(&shared.ring[w][0]);
       const float factor = exp2_below(shared.max[w][head], max);
       if (factor != 0.0f) value += rows[head][d] * factor;
     }

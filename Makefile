@@ -1,0 +1,107 @@
+# Every target sets up what it needs in $(VENV); `make help` lists the targets.
+#
+#   PYTHON=python3          the Python to start from; a torch >= 2.10 that it has is used
+#   TORCH='torch==2.13.0'   install this torch instead
+#   VENV=.venv              where the environment goes
+#   SANTA_CUDA, SANTA_CUDA_ARCHS, MAX_JOBS: see setup.py
+
+PYTHON ?= python3
+TORCH ?=
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+# Resolved before PATH changes below, where python3 would become the environment's own.
+PYTHON_EXE := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
+ifeq ($(PYTHON_EXE),)
+$(error '$(PYTHON)' is not a Python that runs: choose one with make PYTHON=...)
+endif
+BIN := $(abspath $(VENV))/bin
+# The starting Python's folder comes last: a ninja or cmake beside it may be the only one.
+export PATH := $(BIN):$(PATH):$(dir $(PYTHON_EXE))
+
+OPTIONS := $(VENV)/.options
+ENV := $(VENV)/.env-ready
+INSTALL := $(VENV)/.installed
+LINT := $(VENV)/.lint-ready
+GATE := $(VENV)/.gate-ready
+# How the package itself is built: with what the environment has.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCAL := --no-build-isolation --no-deps --no-index --no-cache-dir
+SOURCES := setup.py $(shell find csrc -type f)
+SETUP_ENV := $(PYTHON_EXE) tools/setup_env.py $(VENV)
+CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help env install demo test test-gpu core-test wheel lint format ci clean FORCE
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+env: $(ENV) ## create the environment without installing the package
+
+install: $(INSTALL) ## build the package and install it, editable, into the environment
+
+demo: $(INSTALL) ## decode a long text with the bundled model, exact and sampled
+	$(BIN)/python demo/demo.py
+
+test: $(INSTALL) core-test ## run the tests; those for a GPU say why they are skipped if there is none
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(INSTALL) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+core-test: ## run the C++ tests of csrc/core, which need no torch
+	@if command -v cmake >/dev/null; then \
+	  cmake -S . -B build/cmake -DSANTA_CUDA=OFF >/dev/null && cmake --build build/cmake --parallel && \
+	  ctest --test-dir build/cmake --output-on-failure; \
+	else echo "there is no cmake: the C++ tests are skipped"; fi
+
+wheel: $(INSTALL) ## build a wheel and a source distribution into dist/
+	@rm -f dist/*.whl dist/*.tar.gz
+	$(PIP) wheel $(LOCAL) --wheel-dir dist .
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+
+lint: $(LINT) ## check Python and C++ style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(LINT) ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+ci: lint $(INSTALL) $(GATE) ## everything that .ci/run checks
+	$(BIN)/python tools/check_symbols.py santa/_ops.so santa/_ops_cuda.so
+	$(BIN)/python tools/check_spills.py santa/_ops_cuda.so sm_89 sm_90
+	$(MAKE) wheel
+	$(BIN)/python tools/check_wheel.py dist/*.whl $(TORCH)
+	SANTA_CUDA=0 $(PIP) wheel $(LOCAL) --wheel-dir build/from_sdist dist/*.tar.gz
+	$(MAKE) test
+
+clean: ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info santa/*.so santa/build_info.json $(INSTALL)
+
+# Changes only if an option does, and then everything that depends on the options is redone.
+$(OPTIONS): FORCE
+	@mkdir -p $(@D)
+	@echo '$(PYTHON_EXE) $(TORCH) $(SANTA_CUDA) $(SANTA_CUDA_ARCHS)' >$@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(ENV): pyproject.toml tools/setup_env.py $(OPTIONS)
+	$(SETUP_ENV) package build test transformers --optional bench $(if $(TORCH),--torch '$(TORCH)')
+	@touch $@
+
+$(INSTALL): $(ENV) $(SOURCES)
+	@echo "compiling santa (minutes with CUDA, less when little has changed)"
+	$(PIP) install $(LOCAL) -e .
+	@touch $@
+
+$(LINT): pyproject.toml tools/setup_env.py
+	$(SETUP_ENV) lint
+	@touch $@
+
+$(GATE): pyproject.toml tools/setup_env.py $(ENV)
+	$(SETUP_ENV) gate --no-deps
+	@touch $@

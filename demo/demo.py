@@ -1,0 +1,387 @@
+"""Decode with a real model, exactly and with `santa`, and compare.
+
+    python demo/demo.py
+
+The bundled byte-level Llama reads thousands of bytes of the interpreter's standard-library sources, from
+files it was not trained on, and writes on: once exactly, then with every sampler, fed the same bytes, so that
+the two next-byte distributions of each step can be compared. It then answers a question about a key planted
+far back. Last, the attention of the exact run is estimated over and over to show how the error falls with the
+number of samples. Runs on CUDA if there is a GPU, else on the CPU. Tables and plot go to out/demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, StaticCache
+
+import santa
+from santa.integrations.transformers import attach, record_rows_read
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLERS = ("multinomial", "stratified", "systematic", "grouped")
+# (sampler, S) of the table's rows, after the exact ones.
+SETTINGS = [("grouped", 16), ("grouped", 64), ("grouped", 256), *((sampler, 64) for sampler in SAMPLERS[:3])]
+CURVE_SAMPLES = (4, 8, 16, 32, 64, 128, 256)
+CURVE_SEEDS = 6
+
+
+@dataclass
+class TableRow:
+    """One line of the table. Distances are to the exact run's next-byte distributions."""
+
+    attention: str
+    num_samples: int
+    rows_read: float
+    """V rows read over kv_len, averaged over steps, layers and KV heads."""
+    tokens_per_s: float
+    """One over the median time of a step."""
+    top1_agreement: float
+    total_variation: float
+
+
+@dataclass
+class CurvePoint:
+    """Error of estimated attention outputs over layers, steps and heads, for one sampler and S."""
+
+    sampler: str
+    num_samples: int
+    rows_read: float
+    relative_rmse: float
+    """Mean over the seeds of ||estimate - exact|| / ||exact||."""
+    spread: float
+    """Standard deviation of that over the seeds."""
+
+
+def decode_step(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Logits [vocab] after one more token; the cache grows by it."""
+    return model(input_ids=token.view(1, 1), past_key_values=cache).logits[0, -1]
+
+
+@dataclass
+class Prefilled:
+    """A context that was read once: its cache, copied for each run, and the logits after its last byte."""
+
+    model: PreTrainedModel
+    cache: Cache
+    logits: torch.Tensor
+
+    def steps(self, num_steps: int, forced: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """Decode: yields the logits [vocab] of each step, which continue with `forced` or else greedily.
+
+        forced: token ids [num_steps].
+        """
+        cache = copy.deepcopy(self.cache)
+        logits = self.logits
+        for step in range(num_steps):
+            token = logits.argmax() if forced is None else forced[step]
+            logits = decode_step(self.model, token, cache)
+            yield logits
+
+
+def prefill(model: PreTrainedModel, text: bytes, new_tokens: int, label: str) -> Prefilled:
+    """Read a context with dense attention, in one pass."""
+    input_ids = torch.tensor(list(text), device=model.device)[None]
+    # DynamicCache copies all K and V at every step, which would drown what sampling saves.
+    cache = StaticCache(config=model.config, max_cache_len=len(text) + new_tokens)
+    layers = model.get_decoder().layers
+    with tqdm(total=len(layers), desc=f"read {label}, {len(text):,} bytes", unit="layer", leave=False) as bar:
+
+        def advance(*_: Any) -> None:
+            bar.update()
+
+        hooks = [layer.register_forward_hook(advance) for layer in layers]
+        logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
+        for hook in hooks:
+            hook.remove()
+    return Prefilled(model, cache, logits[0, -1])
+
+
+def use_santa(model: PreTrainedModel, num_samples: int, sampler: str = "grouped", seed: int = 0) -> None:
+    # min_context=0: the table is about the samplers, so even rows too short to gain are sampled.
+    attach(model, santa.SantaConfig(num_samples=num_samples, sampler=sampler, seed=seed, min_context=0))
+
+
+def compare(context: Prefilled, num_steps: int) -> tuple[list[TableRow], torch.Tensor]:
+    """The table, and the token ids [num_steps] that the exact run wrote and all runs were fed.
+
+    The runs take turns at every step, so that whatever else the machine does slows all of them alike.
+    """
+    model = context.model
+    runs = [("exact (PyTorch SDPA)", 0), ("exact (santa)", 0), *SETTINGS]
+    caches = [copy.deepcopy(context.cache) for _ in runs]
+    logits: list[list[torch.Tensor]] = [[] for _ in runs]
+    seconds: list[list[float]] = [[] for _ in runs]
+    shares: list[list[float]] = [[] for _ in runs]
+    tokens = [context.logits.argmax()]
+    # Counting rows takes time, so a step is either timed or counted.
+    num_timed = num_steps - max(1, num_steps // 4)
+    with tqdm(total=num_steps * len(runs), desc="decode", unit="token", leave=False) as bar:
+        for step in range(num_steps):
+            for index, (name, num_samples) in enumerate(runs):
+                if index == 0:
+                    model.set_attn_implementation("sdpa")
+                else:
+                    use_santa(model, num_samples, name if num_samples else "grouped")
+                counted = index > 0 and step >= num_timed
+                with record_rows_read(model) if counted else nullcontext() as record:
+                    start = time.perf_counter()
+                    step_logits = decode_step(model, tokens[step], caches[index])
+                    if step_logits.is_cuda:
+                        torch.cuda.synchronize(step_logits.device)
+                    if step < num_timed:
+                        seconds[index].append(time.perf_counter() - start)
+                if record:
+                    shares[index].append(record.share())
+                logits[index].append(step_logits)
+                bar.update()
+            tokens.append(logits[0][-1].argmax())
+
+    exact = torch.stack(logits[0]).float().softmax(-1)
+    rows = []
+    for index, (name, num_samples) in enumerate(runs):
+        probabilities = torch.stack(logits[index]).float().softmax(-1)
+        rows.append(
+            TableRow(
+                attention=name,
+                num_samples=num_samples,
+                rows_read=statistics.mean(shares[index] or [1.0]),
+                tokens_per_s=1 / statistics.median(seconds[index]),
+                top1_agreement=(probabilities.argmax(-1) == exact.argmax(-1)).float().mean().item(),
+                total_variation=0.5 * (probabilities - exact).abs().sum(-1).mean().item(),
+            )
+        )
+    return rows, torch.stack(tokens[:num_steps])
+
+
+@contextmanager
+def captured_attention(calls: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]]) -> Iterator[None]:
+    """Collect the inputs of every `santa.decode` call of the model."""
+    decode = santa.decode
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        # q only lives for one step. k and v are the cache, whose rows up to kv_len no later step changes.
+        calls.append(((args[0].clone(), *args[1:]), dict(kwargs)))
+        return decode(*args, **kwargs)
+
+    with mock.patch.object(santa, "decode", spy):
+        yield
+
+
+def error_curves(context: Prefilled, forced: torch.Tensor) -> list[CurvePoint]:
+    """How far estimated attention outputs are from exact ones, on the model's own q, k and v."""
+    calls: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = []
+    use_santa(context.model, num_samples=0)
+    with captured_attention(calls):
+        for _ in context.steps(len(forced), forced):
+            pass
+    exact = [santa.decode(*args, **kwargs)[0].float() for args, kwargs in calls]
+    norm = torch.stack([out.square().sum() for out in exact]).sum()
+    num_layers = context.model.config.num_hidden_layers
+    points = []
+    settings = [(sampler, num_samples) for sampler in SAMPLERS for num_samples in CURVE_SAMPLES]
+    for sampler, num_samples in tqdm(settings, desc="error curves", leave=False):
+        errors, shares = [], []
+        for seed in range(CURVE_SEEDS):
+            squared = read = available = 0.0
+            for (args, kwargs), expected in zip(calls, exact, strict=True):
+                options = {**kwargs, "num_samples": num_samples, "sampler": sampler, "return_rows_read": True}
+                # kwargs["seed"] is the layer's stream; steps of num_layers keep the seeds' streams apart.
+                options["seed"] = kwargs["seed"] + num_layers * seed
+                out, _, rows = santa.decode(*args, **options)
+                squared += (out.float() - expected).square().sum()
+                read += rows.sum()
+                available += kwargs["kv_lens"].sum() * rows.shape[1]
+            errors.append(float((squared / norm).sqrt()))
+            shares.append(float(read / available))
+        points.append(
+            CurvePoint(
+                sampler,
+                num_samples,
+                statistics.mean(shares),
+                statistics.mean(errors),
+                statistics.stdev(errors),
+            )
+        )
+    return points
+
+
+def plot_curves(points: list[CurvePoint], path: Path, title: str) -> str:
+    """Error against S, and against V rows read; says what it wrote, or why it could not."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "matplotlib is not installed: no plot, the numbers are in the CSV files"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for sampler in SAMPLERS:
+        curve = [point for point in points if point.sampler == sampler]
+        error = np.array([point.relative_rmse for point in curve])
+        spread = np.array([point.spread for point in curve])
+        for panel, field in zip(panels, ("num_samples", "rows_read"), strict=True):
+            x = [getattr(point, field) for point in curve]
+            panel.plot(x, error, marker="o", markersize=4, label=sampler)
+            panel.fill_between(x, error - spread, error + spread, alpha=0.2)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_xlabel("samples S per query head")
+    panels[0].set_ylabel("relative RMSE of the attention output")
+    panels[1].set_xscale("log")
+    panels[1].set_xlabel("V rows read / kv_len")
+    for panel in panels:
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].legend()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return f"plot: {path}"
+
+
+def write_csv(path: Path, records: list[TableRow] | list[CurvePoint]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(records[0]))
+        writer.writerows(astuple(record) for record in records)
+
+
+def print_table(rows: list[TableRow], device: str, context_len: int) -> None:
+    header = (
+        "device",
+        "context",
+        "attention",
+        "S",
+        "V rows read",
+        "tokens/s",
+        "top-1 agreement",
+        "TV distance",
+    )
+    cells = [
+        (
+            device,
+            f"{context_len:,}",
+            row.attention,
+            str(row.num_samples or "-"),
+            f"{row.rows_read:.1%}",
+            f"{row.tokens_per_s:.1f}",
+            f"{row.top1_agreement:.1%}",
+            f"{row.total_variation:.4f}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    print(rule)
+    for line in (header, *cells):
+        left = "  ".join(cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True))
+        right = "  ".join(cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True))
+        print(f"{left}  {right}")
+        if line is header:
+            print(rule)
+    print(rule)
+
+
+def retrieval(model: PreTrainedModel, text: np.ndarray, context_len: int, num_samples: int) -> None:
+    """One key planted early in the context, asked for at its end: both answers, printed."""
+    import tasks
+
+    prompt, answer = tasks.retrieval_prompt(context_len, np.random.default_rng(1), text=text, depth=0.15)
+    context = prefill(model, prompt, tasks.ANSWER_LEN, "the retrieval prompt")
+    question = prompt[prompt.rindex(b"\n") + 1 :]
+    key = question.removeprefix(b"# recall ").removesuffix(b" is ")
+    planted = prompt.index(b"# key " + key)
+    print("\nA key planted far back, asked for at the end:")
+    print(f"  byte {planted:>6,}  ... {tasks.key_line(key, answer.strip()).decode().strip()} ...")
+    print(f"  byte {len(prompt):>6,}  {question.decode()}_")
+    for label, samples in (("exact", 0), (f"santa, grouped, S = {num_samples}", num_samples)):
+        use_santa(model, samples)
+        logits = [context.logits, *context.steps(tasks.ANSWER_LEN - 1)]
+        written = bytes(int(step.argmax()) for step in logits)
+        verdict = "right" if written == answer else f"wrong, should be {answer.decode().strip()}"
+        print(f"  {label + ':':<24} {written.decode(errors='replace').strip()}  ({verdict})")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "byte-llama", help="model and tasks.py")
+    parser.add_argument("--context", type=int, help="bytes of context (default: 8192; on CUDA what was trained)")
+    parser.add_argument("--steps", type=int, default=64, help="bytes to decode per setting (default: 64)")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder for tables and plot")
+    arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps must be at least 2, got {arguments.steps}")
+    if not (arguments.model / "config.json").exists():
+        parser.error(f"--model must name a folder with the model, {arguments.model} has no config.json")
+    return arguments
+
+
+@torch.inference_mode()
+def main() -> None:
+    started = time.perf_counter()
+    arguments = parse_arguments()
+    # The tasks belong to the model, which lives outside the package.
+    sys.path.insert(0, str(arguments.model))
+    import tasks
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+    longest = model.config.max_position_embeddings - arguments.steps
+    context_len = min(arguments.context or (longest if device.type == "cuda" else 8192), longest)
+
+    text = tasks.load_corpus().heldout
+    context = prefill(model, text[:context_len].tobytes(), arguments.steps, "the context")
+    rows, forced = compare(context, arguments.steps)
+    config = model.config
+    model_name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M-parameter byte-level Llama"
+    print(
+        f"{model_name}: {config.num_hidden_layers} layers, {config.num_attention_heads} query heads, "
+        f"{config.num_key_value_heads} KV heads; {str(dtype).removeprefix('torch.')}; {arguments.steps} "
+        "steps per row, all fed the bytes that the first row writes"
+    )
+    print_table(rows, device_name(device), context_len)
+    print("Transformers' SDPA copies K and V for every query head at each step; exact (santa) reads them in place.")
+    ending = text[max(0, context_len - 40) : context_len].tobytes().decode(errors="replace")
+    print(f"The context ends with {ending!r},")
+    print(f"exact decoding goes on {bytes(forced.tolist()).decode(errors='replace')!r}.")
+
+    retrieval(model, text, context_len, num_samples=256)
+
+    points = error_curves(context, forced[:2])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_csv(arguments.out / "table.csv", rows)
+    write_csv(arguments.out / "error_curves.csv", points)
+    title = f"Attention of the {model_name} at {context_len:,} bytes; mean and deviation of {CURVE_SEEDS} seeds"
+    print()
+    print(plot_curves(points, arguments.out / "error_curves.png", title))
+    print(f"numbers: {arguments.out / 'table.csv'}, {arguments.out / 'error_curves.csv'}")
+    print(f"done in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

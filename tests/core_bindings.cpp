@@ -1,0 +1,125 @@
+// santa_core_test: csrc/core as a Python module, for the tests alone. Built by tools/build_test_module.py.
+// Functions that a test calls many times take and return arrays.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+
+#include "core/mixture.h"
+#include "core/philox.h"
+#include "core/samplers.h"
+#include "core/softmax_state.h"
+#include "core/tiling.h"
+
+namespace py = pybind11;
+using namespace santa;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const PhiloxBlock block = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {block.word[0], block.word[1], block.word[2], block.word[3]};
+}
+
+// stream.bits(segment, first + i) for i in [0, count).
+Array<uint64_t> bits_of(const RandomStream& stream, uint32_t segment, uint32_t first, uint32_t count) {
+  Array<uint64_t> bits(count);
+  for (uint32_t i = 0; i < count; ++i) bits.mutable_at(i) = stream.bits(segment, first + i);
+  return bits;
+}
+
+Draws make_draws(Sampler sampler, RandomStream stream, uint32_t segment, uint32_t num_draws, uint64_t total) {
+  if (num_draws == 0 || total == 0) throw std::invalid_argument("num_draws and total need to be above 0");
+  return Draws::make(sampler, stream, segment, num_draws, total);
+}
+
+Array<uint64_t> thresholds(const Draws& draws) {
+  Array<uint64_t> result(draws.num_draws);
+  for (uint32_t m = 0; m < draws.num_draws; ++m) result.mutable_at(m) = draws.threshold(m);
+  return result;
+}
+
+Array<uint32_t> counts_below(const Draws& draws, const Array<uint64_t>& positions) {
+  Array<uint32_t> result(positions.size());
+  for (py::ssize_t i = 0; i < positions.size(); ++i) result.mutable_at(i) = draws.count_below(positions.at(i));
+  return result;
+}
+
+Array<int> rows_at(const Array<uint32_t>& cumulative, const Array<uint32_t>& positions) {
+  Array<int> result(positions.size());
+  for (py::ssize_t i = 0; i < positions.size(); ++i) {
+    result.mutable_at(i) = row_at(cumulative.data(), static_cast<int>(cumulative.size()), positions.at(i));
+  }
+  return result;
+}
+
+std::array<int, 3> plan(int num_tiles, int num_samples, bool uniform) {
+  const SegmentPlan plan = plan_segments(num_tiles, num_samples, uniform);
+  return {plan.tiles_per_segment, plan.num_segments, plan.draws};
+}
+
+using State = std::pair<float, float>;  // (max, sum)
+
+State merge_states(State a, State b) {
+  const SoftmaxState state = merge({a.first, a.second}, {b.first, b.second});
+  return {state.max, state.sum};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  // philox.h
+  m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
+  m.def("mul_high", &mul_high);
+  py::class_<RandomStream>(m, "RandomStream")
+      .def(py::init(&RandomStream::make), py::arg("seed") = 0, py::arg("row_seed") = 0, py::arg("kv_len") = 0,
+           py::arg("head") = 0)
+      .def_property_readonly("key", [](const RandomStream& s) { return std::array<uint32_t, 2>{s.key_0, s.key_1}; })
+      .def("bits", &RandomStream::bits, py::arg("segment"), py::arg("draw"))
+      .def("bits_of", &bits_of, py::arg("segment"), py::arg("first"), py::arg("count"));
+
+  // samplers.h
+  py::enum_<Sampler>(m, "Sampler")
+      .value("MULTINOMIAL", Sampler::kMultinomial)
+      .value("STRATIFIED", Sampler::kStratified)
+      .value("SYSTEMATIC", Sampler::kSystematic)
+      .value("GROUPED", Sampler::kGrouped);
+  m.def("tile_mass_of", py::vectorize(tile_mass_of));
+  m.def("row_weight_of", py::vectorize(row_weight_of));
+  py::class_<Draws>(m, "Draws")
+      .def(py::init(&make_draws), py::arg("sampler"), py::arg("stream"), py::arg("segment"), py::arg("num_draws"),
+           py::arg("total"))
+      .def_readonly("shared_offset", &Draws::shared_offset)
+      .def_property_readonly("sorted", &Draws::sorted)
+      .def("threshold", &Draws::threshold)
+      .def("thresholds", &thresholds)
+      .def("count_below", &Draws::count_below)
+      .def("counts_below", &counts_below);
+  m.def("position_in_tile", py::vectorize(position_in_tile));
+  m.def("rows_at", &rows_at, py::arg("cumulative"), py::arg("positions"));
+  m.def("expected_draws", &expected_draws, py::arg("num_draws"), py::arg("tile_mass"), py::arg("total"),
+        py::arg("weight"), py::arg("weight_sum"));
+
+  // tiling.h
+  m.def("tile_kv_of", py::vectorize(tile_kv_of));
+  m.def("num_tiles_of", py::vectorize(num_tiles_of));
+  m.def("max_num_tiles", py::vectorize(max_num_tiles));
+  m.def("plan_segments", &plan, py::arg("num_tiles"), py::arg("num_samples"), py::arg("uniform"),
+        "(tiles_per_segment, num_segments, draws)");
+  m.def("default_min_sampled_len", &default_min_sampled_len, py::arg("num_samples"), py::arg("gqa_group_size"));
+
+  // softmax_state.h and mixture.h; a state is (max, sum)
+  m.def("merge", &merge_states);
+  m.def("empty_softmax_state", [] { return State{empty_softmax_state().max, empty_softmax_state().sum}; });
+  m.def("log2_sum", [](State state) { return log2_sum({state.first, state.second}); });
+  m.def("is_finite", &is_finite);
+  m.def("tile_factor", &tile_factor);
+  m.def("segment_factor", &segment_factor);
+}

@@ -1,0 +1,206 @@
+// csrc/core without Python and without Torch. Exits with 0 if every check holds; each failure prints what
+// failed.
+#include "core/kv_view.h"
+#include "core/mixture.h"
+#include "core/philox.h"
+#include "core/samplers.h"
+#include "core/softmax_state.h"
+#include "core/tiling.h"
+#include "params.h"
+
+// core/ and the params structs came first, so they include what they need themselves, and none of it is
+// Torch's.
+#if defined(C10_API) || defined(TORCH_API) || defined(TORCH_FEATURE_VERSION) || defined(C10_MACROS_MACROS_H_) || \
+    defined(AOTI_TORCH_EXPORT) || defined(TORCH_VERSION)
+#error "csrc/core or csrc/params.h includes a header of Torch"
+#endif
+#if defined(Py_PYTHON_H)
+#error "csrc/core or csrc/params.h includes Python.h"
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <iostream>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+using namespace santa;
+
+// Kernels receive it by value.
+static_assert(std::is_trivially_copyable<DecodeParams>::value, "DecodeParams is plain data");
+
+namespace {
+
+int failures = 0;
+
+template <typename... Parts>
+void check(bool holds, const Parts&... what) {
+  if (holds) return;
+  ++failures;
+  std::cerr << "FAILED: ";
+  (std::cerr << ... << what) << '\n';
+}
+
+// Known answers of Random123 (kat_vectors, philox4x32 10).
+void test_philox() {
+  struct Case {
+    PhiloxBlock counter;
+    uint32_t key_0, key_1;
+    PhiloxBlock expected;
+  };
+  const uint32_t ones = 0xffffffffu;
+  const Case cases[] = {
+      {{{0, 0, 0, 0}}, 0, 0, {{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}}},
+      {{{ones, ones, ones, ones}}, ones, ones, {{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}}},
+      {{{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}},
+       0xa4093822u,
+       0x299f31d0u,
+       {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}}},
+  };
+  for (const Case& c : cases) {
+    const PhiloxBlock actual = philox4x32_10(c.counter, c.key_0, c.key_1);
+    for (int i = 0; i < 4; ++i) {
+      check(actual.word[i] == c.expected.word[i], "philox4x32_10 of counter ", c.counter.word[0], ": word ", i, " is ",
+            actual.word[i], ", expected ", c.expected.word[i]);
+    }
+  }
+}
+
+void test_mul_high() {
+  const uint64_t top = std::numeric_limits<uint64_t>::max();
+  check(mul_high(top, top) == top - 1, "mul_high(2^64 - 1, 2^64 - 1) is ", mul_high(top, top));
+  check(mul_high(top, 7) == 6, "mul_high(2^64 - 1, 7) is ", mul_high(top, 7));
+  check(mul_high(uint64_t{1} << 63, 9) == 4, "mul_high(2^63, 9) is ", mul_high(uint64_t{1} << 63, 9));
+}
+
+void test_shares() {
+  check(tile_mass_of(0.0f) == 0 && row_weight_of(0.0f) == 0, "no mass is not drawn");
+  check(tile_mass_of(NAN) == 0 && row_weight_of(NAN) == 0, "NaN counts as no mass");
+  check(tile_mass_of(1e-45f) == 1 && row_weight_of(1e-45f) == 1, "the smallest mass keeps one unit");
+  check(tile_mass_of(1.0f) == (uint64_t{1} << 48) + 1, "tile_mass_of(1) is ", tile_mass_of(1.0f));
+  check(row_weight_of(1.0f) == (1u << 30) + 1, "row_weight_of(1) is ", row_weight_of(1.0f));
+  check(tile_mass_of(INFINITY) == (uint64_t{1} << 49) + 1, "tile_mass_of(inf) is ", tile_mass_of(INFINITY));
+}
+
+// Thresholds of the sorted samplers: one in each stratum, counted without a miss; and tile counts that add up
+// to R.
+void test_draws() {
+  const uint64_t totals[] = {1, 7, 1000003, (uint64_t{1} << 49) - 1, (uint64_t{1} << 50) - 1};
+  const uint32_t budgets[] = {1, 3, 128, 4099};
+  for (const Sampler sampler : {Sampler::kStratified, Sampler::kSystematic, Sampler::kGrouped}) {
+    for (const uint64_t total : totals) {
+      for (const uint32_t num_draws : budgets) {
+        const auto stream = RandomStream::make(-5, int64_t{1} << 40, 32768, 3);
+        const Draws draws = Draws::make(sampler, stream, 2, num_draws, total);
+        const auto name = [&](const char* law) {
+          check(false, law, ": sampler ", static_cast<int>(sampler), ", total ", total, ", R ", num_draws);
+        };
+        for (uint32_t m = 0; m < num_draws; ++m) {
+          const auto wide = static_cast<unsigned __int128>(draws.threshold(m));
+          const auto low = static_cast<unsigned __int128>(m) * total;
+          if (wide * num_draws + num_draws <= low || wide * num_draws >= low + total)
+            name("threshold leaves its stratum");
+          if (draws.threshold(m) >= total) name("threshold outside [0, total)");
+        }
+        // Ten tiles, some of them empty.
+        uint32_t below = 0, sum = 0;
+        uint64_t start = 0;
+        for (int tile = 1; tile <= 10; ++tile) {
+          const uint64_t end = tile == 10 ? total : total / 10 * (tile / 2 * 2);
+          if (end < start) continue;
+          const uint32_t below_end = draws.count_below(end);
+          uint32_t brute = 0;
+          for (uint32_t m = 0; m < num_draws; ++m) brute += draws.threshold(m) >= start && draws.threshold(m) < end;
+          if (below_end - below != brute) name("count_below differs from counting");
+          sum += below_end - below;
+          below = below_end, start = end;
+        }
+        if (sum != num_draws) name("counts do not sum to R");
+      }
+    }
+  }
+}
+
+void test_positions() {
+  const uint64_t masses[] = {1, 5, 1u << 30, (uint64_t{1} << 49) - 1};
+  const uint32_t sums[] = {1, 512, (1u << 30) + 512, 1u << 31};
+  for (const uint64_t mass : masses) {
+    for (const uint32_t sum : sums) {
+      uint32_t previous = 0;
+      for (int i = 0; i <= 100; ++i) {
+        const uint64_t offset = static_cast<uint64_t>(static_cast<unsigned __int128>(mass - 1) * i / 100);
+        const uint32_t position = position_in_tile(offset, mass, sum);
+        check(position < sum && position >= previous, "position_in_tile(", offset, ", ", mass, ", ", sum, ") is ",
+              position, " after ", previous);
+        previous = position;
+      }
+    }
+  }
+  const uint32_t cumulative[] = {0, 0, 4, 4, 4, 5, 9, 9};  // weights 0 0 4 0 0 1 4 0
+  const int expected[] = {2, 2, 2, 2, 5, 6, 6, 6, 6};
+  for (uint32_t position = 0; position < 9; ++position) {
+    const int row = row_at(cumulative, 8, position);
+    check(row == expected[position], "row_at(", position, ") is ", row, ", expected ", expected[position]);
+  }
+}
+
+void test_plans() {
+  for (int num_samples = 1; num_samples <= 200; ++num_samples) {
+    for (int num_tiles = 1; num_tiles <= 200; ++num_tiles) {
+      const SegmentPlan plan = plan_segments(num_tiles, num_samples, true);
+      const bool covers = plan.tiles_per_segment * plan.num_segments >= num_tiles &&
+                          plan.tiles_per_segment * (plan.num_segments - 1) < num_tiles;
+      const int draws = plan.num_segments * plan.draws;
+      check(covers && plan.num_segments <= num_samples && draws >= num_samples && draws < 2 * num_samples, num_tiles,
+            " tiles, S ", num_samples, ": ", plan.num_segments, " segments of ", plan.tiles_per_segment, " tiles, ",
+            plan.draws, " draws each");
+    }
+  }
+  int longest = 0;
+  for (int64_t kv_len = 0; kv_len <= 70000; ++kv_len) {
+    longest = num_tiles_of(kv_len) > longest ? num_tiles_of(kv_len) : longest;
+    check(max_num_tiles(kv_len) >= longest, "max_num_tiles(", kv_len, ") is ", max_num_tiles(kv_len),
+          ", but a row takes ", longest);
+  }
+  check(num_tiles_of(2147483647) == 4194304, "num_tiles_of(2^31 - 1) is ", num_tiles_of(2147483647));
+}
+
+void test_softmax_state() {
+  const SoftmaxState empty = empty_softmax_state(), state = {3.0f, 1.5f};
+  const SoftmaxState left = merge(empty, state), right = merge(state, empty), none = merge(empty, empty);
+  check(left.max == 3.0f && left.sum == 1.5f && right.max == 3.0f && right.sum == 1.5f,
+        "empty is the identity of merge");
+  check(none.max == -INFINITY && none.sum == 0.0f && log2_sum(none) == -INFINITY, "nothing and nothing is nothing");
+  const SoftmaxState merged = merge({2.0f, 1.0f}, {4.0f, 1.0f});
+  check(merged.max == 4.0f && merged.sum == 1.25f, "merge({2, 1}, {4, 1}) is {", merged.max, ", ", merged.sum, "}");
+  check(std::isnan(log2_sum(merge({NAN, NAN}, state))) && std::isnan(log2_sum(merge({NAN, NAN}, empty))),
+        "NaN does not get lost in merge");
+}
+
+// Two views of one [batch 2, token 5, head 3, dim 4] buffer of which row (b, n, h) holds 100 b + 10 n + h.
+void test_kv_view() {
+  std::vector<int> buffer(2 * 5 * 3 * 4);
+  for (int b = 0; b < 2; ++b) {
+    for (int n = 0; n < 5; ++n) {
+      for (int h = 0; h < 3; ++h) buffer[((b * 5 + n) * 3 + h) * 4] = 100 * b + 10 * n + h;
+    }
+  }
+  const auto view = make_strided_view<int>(buffer.data(), 1, 2, /*kv_start=*/1, 60, 12, 4);
+  for (int n = 0; n < 4; ++n) check(*view.row(n) == 100 + 10 * (n + 1) + 2, "view.row(", n, ") is ", *view.row(n));
+}
+
+}  // namespace
+
+int main() {
+  test_philox();
+  test_mul_high();
+  test_shares();
+  test_draws();
+  test_positions();
+  test_plans();
+  test_softmax_state();
+  test_kv_view();
+  if (failures > 0) std::cerr << failures << " checks failed\n";
+  return failures > 0 ? 1 : 0;
+}

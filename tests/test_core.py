@@ -1,0 +1,506 @@
+"""csrc/core, through the test-only module `santa_core_test`: random numbers, CDF draws, tiling, softmax
+states.
+
+The laws are exact and are tested in Python integers, apart from the uniformity of the random bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import build_test_module
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import santa
+
+core = build_test_module.build()
+
+
+def for_all(*strategies):
+    """200 examples, the same in every run."""
+    return lambda test: settings(max_examples=200, deadline=None, derandomize=True)(given(*strategies)(test))
+
+
+MULTINOMIAL, STRATIFIED, SYSTEMATIC, GROUPED = (
+    core.Sampler.MULTINOMIAL,
+    core.Sampler.STRATIFIED,
+    core.Sampler.SYSTEMATIC,
+    core.Sampler.GROUPED,
+)
+SORTED = [STRATIFIED, SYSTEMATIC, GROUPED]
+MAX_TOTAL = 2**50 - 1  # what Draws promises to take: total < 2^50
+MAX_DRAWS = 2**20 * 1024  # num_samples and gqa_group_size at their limits
+
+int64s = st.integers(-(2**63), 2**63 - 1)
+uint32s = st.integers(0, 2**32 - 1)
+kv_lens = st.integers(0, 2**31 - 1)
+totals = st.one_of(st.integers(1, 100), st.integers(1, MAX_TOTAL), st.just(2**49), st.just(MAX_TOTAL))
+small_budgets = st.integers(1, 600)
+budgets = st.one_of(st.integers(1, 5000), st.integers(1, MAX_DRAWS), st.sampled_from([2**20, 2**20 * 16, MAX_DRAWS]))
+streams = st.builds(core.RandomStream, int64s, int64s, kv_lens, st.integers(0, 2**16))
+
+
+def make_draws(sampler, stream, num_draws, total, segment=0):
+    return core.Draws(sampler=sampler, stream=stream, segment=segment, num_draws=num_draws, total=total)
+
+
+# Random numbers ---------------------------------------------------------------------------------------
+
+
+def philox_model(counter, key):
+    """Philox4x32-10 in Python integers, from the paper's equations (Salmon et al., SC 2011, section 4.2)."""
+    (x0, x1, x2, x3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1, x2, x3 = (p1 >> 32) ^ x1 ^ k0, p1 % 2**32, (p0 >> 32) ^ x3 ^ k1, p0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [x0, x1, x2, x3]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_known_answers(counter, key, expected):
+    """The vectors that Random123 ships (kat_vectors, philox4x32 10)."""
+    words = [[int(word, 16) for word in text.split()] for text in (counter, key, expected)]
+    assert core.philox4x32_10(words[0], words[1]) == words[2]
+    assert philox_model(words[0], words[1]) == words[2]
+
+
+@for_all(st.lists(uint32s, min_size=4, max_size=4), st.lists(uint32s, min_size=2, max_size=2))
+def test_philox_equals_its_equations(counter, key):
+    assert core.philox4x32_10(counter, key) == philox_model(counter, key)
+
+
+@for_all(int64s, int64s, kv_lens, uint32s.filter(lambda head: head < 2**31), uint32s, uint32s)
+def test_stream_is_the_documented_function(seed, row_seed, kv_len, head, segment, draw):
+    """A seed reproduces its draws in every release, so the function is pinned: the identity is hashed into a
+    key, and the counter is (draw, segment, 0, 0)."""
+    seed_bits, row_bits = seed % 2**64, row_seed % 2**64
+    identity = (row_bits % 2**32, row_bits >> 32, kv_len, head)
+    key = philox_model(identity, (seed_bits % 2**32, seed_bits >> 32))[:2]
+    low, high = philox_model((draw, segment, 0, 0), key)[:2]
+    stream = core.RandomStream(seed=seed, row_seed=row_seed, kv_len=kv_len, head=head)
+    assert stream.key == key
+    assert stream.bits(segment=segment, draw=draw) == (high << 32 | low)
+
+
+@for_all(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+@example(2**64 - 1, 2**64 - 1)
+def test_mul_high(a, b):
+    assert core.mul_high(a, b) == a * b >> 64
+
+
+def chi_square_z(values: np.ndarray, bins: int) -> float:
+    """The chi-square statistic of `values` in [0, bins) against uniformity, as a standard normal
+    (Wilson-Hilferty)."""
+    expected = len(values) / bins
+    statistic = float(((np.bincount(values, minlength=bins) - expected) ** 2).sum() / expected)
+    freedom = bins - 1
+    return ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
+
+
+def bits_along(axis: str, count: int) -> np.ndarray:
+    """The 64-bit numbers met by counting up one component of the identity, the others fixed."""
+    if axis == "draw":
+        return core.RandomStream(seed=1, kv_len=32768).bits_of(segment=0, first=0, count=count)
+    if axis == "segment":
+        stream = core.RandomStream(seed=1, kv_len=32768)
+        return np.array([stream.bits(segment, 0) for segment in range(count)], dtype=np.uint64)
+    identities = ({"kv_len": 1000, axis: i} for i in range(count))
+    return np.array([core.RandomStream(**identity).bits(0, 0) for identity in identities], dtype=np.uint64)
+
+
+AXES = ["seed", "row_seed", "kv_len", "head", "segment", "draw"]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_bits_are_uniform(axis):
+    """Every byte of 2^15 consecutive numbers, and the pairs of top nibbles of neighbours, by chi-square with
+    255 degrees of freedom: consecutive steps of a request (kv_len + 1) are as good as independent. 9
+    statistics an axis, 54 in all, each above 5 sigma with probability 3e-7, or below -5 (too even) as rarely:
+    false alarm 4e-5 over the choice of seeds."""
+    bits = bits_along(axis, 2**15)
+    statistics = {f"byte {i}": chi_square_z((bits >> np.uint64(8 * i)).astype(np.uint8), 256) for i in range(8)}
+    top = (bits >> np.uint64(60)).astype(np.int64)
+    statistics["serial pairs"] = chi_square_z(top[0::2] * 16 + top[1::2], 256)
+    assert all(abs(z) < 5 for z in statistics.values()), statistics
+
+
+@pytest.mark.parametrize(
+    ("component", "width"),
+    [("seed", 64), ("row_seed", 64), ("kv_len", 31), ("head", 31), ("segment", 32), ("draw", 32)],
+)
+def test_each_bit_of_the_identity_changes_the_draw(component, width):
+    """Flipping any one bit of the identity changes about half of the 64 bits. A binomial (64, 1/2) is outside
+    [8, 56] with probability 8e-11: false alarm 2e-8 over all 254 bits. A component that is ignored, cut short
+    or mixed in without hashing gives 0 to 2 changed bits."""
+
+    def bits(**identity):
+        where = {"segment": identity.pop("segment", 0), "draw": identity.pop("draw", 0)}
+        return core.RandomStream(**identity).bits(**where)
+
+    base = bits()
+    for bit in range(width):
+        value = 1 << bit if bit < 63 else -(2**63)
+        changed = bin(base ^ bits(**{component: value})).count("1")
+        assert 8 <= changed <= 56, f"{component} bit {bit}: {changed} of 64 bits changed"
+
+
+@pytest.mark.parametrize("component", ["seed", "row_seed", "kv_len", "head", "segment"])
+def test_streams_are_independent(component):
+    """The same draws of two streams that differ by one in one component agree in half of their bits. 2^12
+    draws of 64 bits: the share is 0.5 with deviation 0.5 / 512. Five tests at 5 sigma, two-sided: false alarm
+    3e-6."""
+    count = 2**12
+
+    def bits(value):
+        segment = value if component == "segment" else 0
+        identity = {"kv_len": 4096, **({} if component == "segment" else {component: value})}
+        return core.RandomStream(**identity).bits_of(segment=segment, first=0, count=count)
+
+    agree = np.unpackbits((~(bits(7) ^ bits(8))).view(np.uint8)).mean()
+    assert abs(agree - 0.5) < 5 * 0.5 / math.sqrt(64 * count), agree
+
+
+def test_components_of_the_identity_are_not_mixed_up():
+    """(seed 1, row seed 2) is not (2, 1), and so on: 2 to each pair of components, all different keys."""
+    identities = [
+        dict.fromkeys(pair, 0) | {pair[0]: low, pair[1]: high}
+        for pair in itertools.combinations(["seed", "row_seed", "kv_len", "head"], 2)
+        for low, high in [(1, 2), (2, 1)]
+    ]
+    assert len({tuple(core.RandomStream(**identity).key) for identity in identities}) == len(identities)
+
+
+# Shares to integers ------------------------------------------------------------------------------------
+
+
+@for_all(st.floats(0, 2, width=32))
+@example(0.0)
+@example(2.0**-149)
+@example(1.0)
+def test_shares_round_down_to_units_and_keep_one(share):
+    """floor(share * 2^48) + 1 and floor(share * 2^30) + 1: monotone, and whatever has mass can be drawn."""
+    assert core.tile_mass_of(share) == (math.floor(share * 2**48) + 1 if share > 0 else 0)
+    assert core.row_weight_of(share) == (math.floor(share * 2**30) + 1 if share > 0 else 0)
+
+
+@pytest.mark.parametrize(("share", "of_one"), [(math.nan, 0), (-1.0, 0), (-math.inf, 0), (math.inf, 2), (5.0, 2)])
+def test_shares_outside_their_range(share, of_one):
+    """A share that is no probability becomes 0 or is capped at 2: no overflow, no undefined conversion."""
+    assert core.tile_mass_of(share) == (of_one * 2**48 + 1 if of_one else 0)
+    assert core.row_weight_of(share) == (of_one * 2**30 + 1 if of_one else 0)
+
+
+# Thresholds -------------------------------------------------------------------------------------------
+
+
+def offset_of(sampler, stream, segment, m, total):
+    """The random offset of threshold m in its stratum, in [0, total)."""
+    draw = m if sampler in (MULTINOMIAL, STRATIFIED) else 0
+    return stream.bits(segment, draw) * total >> 64
+
+
+@for_all(st.sampled_from([MULTINOMIAL, *SORTED]), streams, uint32s, budgets, totals, st.data())
+def test_threshold_is_the_documented_function(sampler, stream, segment, num_draws, total, data):
+    """floor((m total + r) / R) with r = floor(bits * total / 2^64), and r itself for multinomial sampling;
+    without overflow up to total = 2^50 - 1 and R = 2^30."""
+    draws = make_draws(sampler, stream, num_draws, total, segment)
+    assert draws.sorted == (sampler != MULTINOMIAL)
+    for m in {0, num_draws - 1, data.draw(st.integers(0, num_draws - 1))}:
+        offset = offset_of(sampler, stream, segment, m, total)
+        expected = offset if sampler == MULTINOMIAL else (m * total + offset) // num_draws
+        assert draws.threshold(m) == expected
+
+
+@for_all(st.sampled_from(SORTED), streams, uint32s, small_budgets, totals)
+def test_sorted_thresholds_one_in_each_stratum(sampler, stream, segment, num_draws, total):
+    """Threshold m, before it is floored, lies in [m total / R, (m + 1) total / R); all lie in [0, total), in
+    order."""
+    thresholds = [int(t) for t in make_draws(sampler, stream, num_draws, total, segment).thresholds()]
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] >= 0 and thresholds[-1] < total
+    for m, threshold in enumerate(thresholds):
+        assert m * total // num_draws <= threshold
+        assert threshold * num_draws < (m + 1) * total
+
+
+@for_all(streams, uint32s, small_budgets, totals)
+def test_multinomial_thresholds_in_range(stream, segment, num_draws, total):
+    assert make_draws(MULTINOMIAL, stream, num_draws, total, segment).thresholds().max() < total
+
+
+@for_all(streams, uint32s, small_budgets, totals)
+def test_systematic_shares_one_number_and_stratified_does_not(stream, segment, num_draws, total):
+    """Systematic thresholds are equally far apart (to the flooring); grouped are the same ones. Stratified
+    ones take a number each, of which the first is the systematic one."""
+    systematic = make_draws(SYSTEMATIC, stream, num_draws, total, segment).thresholds()
+    gaps = np.diff(systematic.astype(np.int64))
+    assert set(gaps.tolist()) <= {total // num_draws, -(-total // num_draws)}
+    assert (make_draws(GROUPED, stream, num_draws, total, segment).thresholds() == systematic).all()
+    stratified = make_draws(STRATIFIED, stream, num_draws, total, segment).thresholds()
+    assert stratified[0] == systematic[0]
+    if num_draws >= 50 and total >= 2**40:
+        # R - 1 numbers of 2^34 values or more, all equal to the first: never.
+        assert (stratified != systematic).any()
+
+
+def boundary_positions(thresholds, total, data):
+    """Positions that a comparison could get wrong: at, before and after thresholds, the ends, beyond, and
+    anywhere."""
+    near = [int(t) + step for t in thresholds for step in (-1, 0, 1) if int(t) + step >= 0]
+    return np.array(
+        [
+            0,
+            1,
+            total - 1,
+            total,
+            total + 1,
+            2**63,
+            *near,
+            *data.draw(st.lists(st.integers(0, total), max_size=50)),
+        ],
+        dtype=np.uint64,
+    )
+
+
+@for_all(st.sampled_from(SORTED), streams, small_budgets, totals, st.data())
+def test_count_below_is_counting(sampler, stream, num_draws, total, data):
+    """count_below(x) = #{m: threshold_m < x}, at every threshold, beside it, at the ends and anywhere."""
+    draws = make_draws(sampler, stream, num_draws, total)
+    thresholds = draws.thresholds()
+    positions = boundary_positions(thresholds, total, data)
+    expected = np.searchsorted(thresholds, positions, side="left")
+    np.testing.assert_array_equal(draws.counts_below(positions), expected)
+
+
+@for_all(st.sampled_from(SORTED), streams, budgets, totals, st.data())
+@example(SYSTEMATIC, core.RandomStream(), 2**20 * 16, 2**49, None)
+@example(STRATIFIED, core.RandomStream(), 2**20 * 16, 2**49 - 1, None)
+def test_count_below_of_large_budgets(sampler, stream, num_draws, total, data):
+    """The same for budgets too large to list: threshold c - 1 is below x and threshold c is not; for
+    systematic sampling c = ceil((x R - r) / total), in Python integers."""
+    draws = make_draws(sampler, stream, num_draws, total)
+    middle = [total // 2, total // 3] if data is None else data.draw(st.lists(st.integers(0, total), max_size=20))
+    chosen = [0, num_draws - 1] if data is None else [data.draw(st.integers(0, num_draws - 1))]
+    near = [draws.threshold(m) + step for m in chosen for step in (-1, 0, 1)]
+    for position in [0, 1, total - 1, total, *middle, *(x for x in near if x >= 0)]:
+        count = draws.count_below(position)
+        assert 0 <= count <= num_draws
+        assert count == 0 or draws.threshold(count - 1) < position
+        assert count == num_draws or draws.threshold(count) >= position
+        if sampler != STRATIFIED:
+            exact = -((draws.shared_offset - position * num_draws) // total)
+            assert count == min(max(exact, 0), num_draws)
+
+
+tile_masses = st.lists(st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 2**40)), min_size=1, max_size=60).filter(
+    any
+)
+
+
+@for_all(st.sampled_from(SORTED), streams, budgets, tile_masses)
+def test_counts_of_tiles_sum_to_the_budget(sampler, stream, num_draws, masses):
+    """Counts between neighbouring boundaries add up to R exactly, and a tile without mass gets none;
+    systematic counts are floor or ceil of R w / T; stratified ones are within the strata that the tile
+    touches."""
+    total = sum(masses)
+    draws = make_draws(sampler, stream, num_draws, total)
+    boundaries = np.cumsum([0, *masses]).astype(np.uint64)
+    counts = np.diff(draws.counts_below(boundaries).astype(np.int64)).tolist()
+    assert sum(counts) == num_draws
+    slack = 1 if sampler == STRATIFIED else 0
+    for mass, count in zip(masses, counts, strict=True):
+        share = Fraction(num_draws * mass, total)
+        assert math.floor(share) - slack <= count <= math.ceil(share) + slack
+        assert mass > 0 or count == 0
+
+
+def test_counts_at_the_limits():
+    """A total next to 2^50 and R = 2^20 * 16 (S at its limit, group of 16), over 8,192 tiles from 1 unit up."""
+    masses = [1] * 4096 + [(2**50 - 4096) // 4096 - 1] * 4096
+    total, num_draws = sum(masses), 2**20 * 16
+    assert 2**50 - 2**14 < total < 2**50
+    boundaries = np.cumsum([0, *masses]).astype(np.uint64)
+    for sampler, seed in itertools.product(SORTED, range(5)):
+        draws = make_draws(sampler, core.RandomStream(seed=seed), num_draws, total)
+        counts = np.diff(draws.counts_below(boundaries).astype(np.int64))
+        assert counts.sum() == num_draws
+        assert counts[:4096].sum() <= 1, "4096 units are a 16,000th of a stratum"
+        assert abs(counts[4096:] - 4096).max() <= (2 if sampler == STRATIFIED else 1)
+
+
+def test_systematic_inclusion_is_its_share():
+    """P(tile of 1/8 of a stratum is drawn) = 1/8: 2^14 seeds, deviation 0.0026. Five sigma: false alarm 6e-7
+    for each sampler. A number r that is not uniform in [0, total) shows here."""
+    total, num_draws, trials = 2**48 + 12345, 64, 2**14
+    width = total // num_draws // 8
+    start = 17 * total // num_draws + 3 * width  # inside stratum 17, away from its edges
+    for sampler in SORTED:
+        hits = 0
+        for seed in range(trials):
+            draws = make_draws(sampler, core.RandomStream(seed=seed), num_draws, total)
+            hits += draws.count_below(start + width) - draws.count_below(start)
+        assert abs(hits / trials - 1 / 8) < 5 * math.sqrt(1 / 8 * 7 / 8 / trials)
+
+
+# Rows of a tile ---------------------------------------------------------------------------------------
+
+
+tile_mass = st.one_of(st.integers(1, 1000), st.integers(1, 2**49 + 1))
+weight_sum = st.one_of(st.integers(1, 1000), st.integers(1, 2**31 + 512))
+
+
+@for_all(tile_mass, weight_sum, st.data())
+@example(2**49, 2**30 + 512, None)
+@example(1, 2**31, None)
+def test_position_in_tile_is_monotone_and_in_range(mass, weights, data):
+    """floor(offset * weights / mass), off by one at most from the rounding of one product and one quotient;
+    in [0, weights); a larger offset never gives a smaller position."""
+    drawn = [mass // 2] if data is None else data.draw(st.lists(st.integers(0, mass - 1), max_size=50))
+    offsets = sorted({0, mass - 1, *drawn, *(min(x + 1, mass - 1) for x in drawn)})
+    positions = core.position_in_tile(np.array(offsets, dtype=np.uint64), mass, weights).tolist()
+    assert positions == sorted(positions)
+    assert positions[0] == 0 and positions[-1] < weights
+    for offset, position in zip(offsets, positions, strict=True):
+        assert abs(position - offset * weights // mass) <= 1
+
+
+@for_all(
+    st.lists(st.one_of(st.just(0), st.integers(0, 4), st.integers(0, 2**22)), min_size=1, max_size=512).filter(any)
+)
+def test_row_at_is_searchsorted(weights):
+    """The row whose interval [c_{n-1}, c_n) holds the position: at every boundary and its neighbours. Rows
+    without weight are never found."""
+    cumulative = np.cumsum(weights).astype(np.uint32)
+    total = int(cumulative[-1])
+    near = [int(c) + step for c in cumulative for step in (-1, 0, 1)]
+    positions = np.array(sorted({x for x in [0, total - 1, *near] if 0 <= x < total}), dtype=np.uint32)
+    rows = core.rows_at(cumulative, positions)
+    np.testing.assert_array_equal(rows, np.searchsorted(cumulative, positions, side="right"))
+    assert all(weights[row] > 0 for row in rows)
+
+
+@for_all(st.integers(1, MAX_DRAWS), tile_mass, st.integers(0, 2**49), weight_sum, st.data())
+def test_expected_draws(num_draws, mass, other_mass, weights, data):
+    """R (mass / total) (weight / weights), within the rounding of eight float32 operations."""
+    weight = data.draw(st.integers(1, weights))
+    actual = core.expected_draws(
+        num_draws=num_draws, tile_mass=mass, total=mass + other_mass, weight=weight, weight_sum=weights
+    )
+    exact = Fraction(num_draws * mass * weight, (mass + other_mass) * weights)
+    assert abs(Fraction(actual) / exact - 1) < 8 * 2.0**-24
+
+
+# Tiles and segments -----------------------------------------------------------------------------------
+
+
+def test_tiles_cover_every_length_and_max_num_tiles_bounds_them():
+    """Every length up to 70,000: the tiles hold the row without an empty one, and max_num_tiles is the
+    largest number of tiles of any length so far: enough, and no more than needed."""
+    lengths = np.arange(70_001)
+    tile_kv, tiles = core.tile_kv_of(lengths), core.num_tiles_of(lengths)
+    assert tile_kv.max() <= 512
+    assert (tiles.astype(np.int64) * tile_kv >= lengths).all()
+    assert ((tiles.astype(np.int64) - 1) * tile_kv < np.maximum(lengths, 1)).all()
+    np.testing.assert_array_equal(core.max_num_tiles(lengths), np.maximum.accumulate(tiles))
+
+
+@for_all(kv_lens, kv_lens)
+@example(2**31 - 1, 2**31 - 1)
+def test_max_num_tiles_of_long_rows(a, b):
+    """The bound holds for any pair of lengths up to 2^31 - 1."""
+    assert core.num_tiles_of(min(a, b)) <= core.max_num_tiles(max(a, b))
+    assert core.num_tiles_of(a) * core.tile_kv_of(a) >= a
+
+
+def assert_uniform_plan(num_tiles, num_samples):
+    tiles_per_segment, num_segments, draws = core.plan_segments(num_tiles, num_samples, True)
+    what = f"{num_tiles} tiles, S {num_samples}: {(tiles_per_segment, num_segments, draws)}"
+    assert num_segments <= min(num_samples, num_tiles), what
+    assert tiles_per_segment * (num_segments - 1) < num_tiles <= tiles_per_segment * num_segments, what
+    assert draws == -(-num_samples // num_segments), what
+    assert num_samples <= num_segments * draws < 2 * num_samples, what
+
+
+def test_uniform_budget_exhaustive():
+    """Segments of equally many tiles cover the row without an empty one, at most S of them, with ceil(S /
+    segments) draws each: S or more, below 2 S."""
+    for num_tiles, num_samples in itertools.product(range(1, 200), range(1, 200)):
+        assert_uniform_plan(num_tiles, num_samples)
+
+
+@for_all(st.integers(1, 4_194_304), st.integers(1, 2**20))
+@example(4_194_304, 1)
+@example(4_194_304, 2**20)
+@example(1, 2**20)
+def test_uniform_budget_of_long_rows(num_tiles, num_samples):
+    assert_uniform_plan(num_tiles, num_samples)
+
+
+@for_all(st.integers(0, 4_194_304), st.integers(1, 2**20))
+def test_proportional_budget_is_one_segment(num_tiles, num_samples):
+    assert core.plan_segments(num_tiles, num_samples, False) == [num_tiles, min(num_tiles, 1), num_samples]
+    assert core.plan_segments(0, num_samples, True)[1] == 0
+
+
+@for_all(st.integers(0, 2**20), st.integers(1, 1024))
+def test_default_min_sampled_len(num_samples, group_size):
+    """The documented rule, and the same in C++ and Python."""
+    expected = max(8192, 4 * num_samples * group_size)
+    assert core.default_min_sampled_len(num_samples=num_samples, gqa_group_size=group_size) == expected
+    assert santa.default_min_sampled_len(num_samples, group_size) == expected
+
+
+# Softmax states ---------------------------------------------------------------------------------------
+
+
+EMPTY = core.empty_softmax_state()
+states = st.tuples(st.floats(-1e4, 1e4, width=32), st.floats(1, 512, width=32))
+
+
+@for_all(states, states)
+def test_merge_is_log_sum_exp(a, b):
+    """log2(a + b) in float64, within a few roundings of float32; the order of the two does not matter, bit
+    for bit."""
+    merged = core.merge(a, b)
+    assert merged == core.merge(b, a)
+    top = max(a[0], b[0])
+    expected = top + math.log2(sum(s * 2.0 ** max(m - top, -1000.0) for m, s in (a, b)))
+    assert abs(core.log2_sum(merged) - expected) <= 2**-22 * (abs(expected) + 10)
+
+
+@for_all(states)
+def test_empty_state_is_the_identity(state):
+    assert core.merge(state, EMPTY) == core.merge(EMPTY, state) == state
+
+
+def test_merge_of_what_is_not_finite():
+    """No keys: -inf, not NaN. A NaN score makes the total NaN, whatever it is merged with."""
+    assert core.merge(EMPTY, EMPTY) == (-math.inf, 0.0)
+    assert core.log2_sum(EMPTY) == -math.inf
+    for other in [EMPTY, (1.0, 1.0), (math.inf, 1.0), (math.nan, math.nan)]:
+        for merged in (core.merge((math.nan, math.nan), other), core.merge(other, (math.nan, math.nan))):
+            assert math.isnan(core.log2_sum(merged)), other
+
+
+def test_factors_of_heads_that_take_part():
+    """exp2(tile_max - segment_lse), and 0 for a head whose log-sum-exp is not finite."""
+    assert core.tile_factor(3.0, 5.0) == core.segment_factor(3.0, 5.0) == 0.25
+    assert core.tile_factor(-math.inf, 5.0) == 0.0
+    for value in (math.nan, math.inf, -math.inf):
+        assert not core.is_finite(value)
+        assert core.tile_factor(3.0, value) == core.segment_factor(3.0, value) == 0.0
+    assert core.is_finite(-3.4e38) and core.is_finite(0.0)
