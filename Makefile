@@ -33,7 +33,7 @@ CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help env install demo test test-gpu core-test wheel lint format ci clean FORCE
+.PHONY: help env install demo test test-gpu sanitize core-test wheel lint format ci clean FORCE
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -50,6 +50,15 @@ test: $(INSTALL) core-test ## run the tests; those for a GPU say why they are sk
 
 test-gpu: $(INSTALL) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# A selection that reaches every kernel; the sanitizers slow the GPU down a hundredfold.
+SANITIZED := tests/test_invariance.py tests/test_hostile.py tests/test_exact.py -k "alone_or_in_a_batch or gaps or \
+  short_and_odd_lengths or empty_rows or given_the_cdf or group_sizes or rows_below_min"
+
+sanitize: $(INSTALL) ## run GPU tests under each tool of compute-sanitizer
+	@for tool in memcheck racecheck synccheck initcheck; do echo "== $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  $(BIN)/python -m pytest -m gpu -q $(SANITIZED) || exit 1; done
 
 core-test: ## run the C++ tests of csrc/core, which need no torch
 	@if command -v cmake >/dev/null; then \

@@ -12,6 +12,8 @@ namespace santa {
 enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
 enum class KvLayout : int { kNHD = 0, kHND = 1 };
 
+constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile
+
 struct DecodeParams {
   // Inputs.
   const void* q;             // [batch, num_qo_heads, head_dim], last dimension contiguous
@@ -49,18 +51,20 @@ struct DecodeParams {
   // Workspace, in the order in which it is written. Shapes are per batch row and KV head; `tiles` is max_tiles,
   // `streams` is 1 for the grouped sampler and gqa_group_size for the others.
   int max_tiles;
-  int64_t scores_per_row;   // elements of `scores` per (batch, KV head)
-  int group_pitch;          // gqa_group_size, rounded up to even when above 1: a key's scores stay float2-aligned
-  float* scores;            // [max_tiles * tile, group_pitch], base 2; sampled rows only
-  float* tile_max;          // [tiles, gqa_group_size]
-  float* tile_sum;          // [tiles, gqa_group_size]: sum of exp2(score - tile_max)
-  float* row_lse;           // [gqa_group_size], base 2
-  float* segment_lse;       // [tiles, gqa_group_size], base 2; one entry per segment
-  uint64_t* tile_start;     // [streams, tiles], within the segment
-  uint64_t* tile_mass;      // [streams, tiles]
-  uint64_t* segment_total;  // [streams, tiles]; one entry per segment
-  int32_t* tile_rows;       // [tiles]: distinct V rows the tile read
-  float* o_accum;           // [tiles, gqa_group_size, head_dim]; undefined where tile_rows is 0
+  int64_t scores_per_row;  // elements of `scores` per (batch, KV head)
+  int group_pitch;         // gqa_group_size, rounded up to even when above 1: a key's scores stay float2-aligned
+  float* scores;           // [max_tiles * tile, group_pitch], base 2; sampled rows only
+  float* tile_max;         // [tiles, gqa_group_size]
+  float* tile_sum;         // [tiles, gqa_group_size]: sum of exp2(score - tile_max)
+  float* row_lse;          // [gqa_group_size], base 2
+  float* segment_lse;      // [tiles, gqa_group_size], base 2; one entry per segment
+  uint64_t* tile_start;    // [streams, tiles], within the segment
+  uint64_t* tile_mass;     // [streams, tiles]
+  uint32_t* tile_draw;     // [streams, tiles]: first draw of a sorted sampler that can fall into the tile
+  Draws* segment_draws;    // [streams, tiles]; one entry per segment
+  int32_t* tile_rows;      // [streams, tiles]: V rows drawn in the tile
+  uint32_t* read_mask;     // [tiles, kMaskWords]: V rows read by any stream; null unless rows_read is asked for
+  float* o_accum;          // [tiles, gqa_group_size, head_dim]; undefined where the stream's tile_rows is 0
 
   SANTA_HD int64_t group_index(int batch_index, int kv_head) const {
     return static_cast<int64_t>(batch_index) * num_kv_heads + kv_head;
@@ -70,6 +74,7 @@ struct DecodeParams {
   SANTA_HD int64_t stream_offset(int64_t group, int stream) const {
     return (group * num_streams() + stream) * max_tiles;
   }
+  SANTA_HD int64_t mask_offset(int64_t group) const { return group * max_tiles * kMaskWords; }
 };
 
 // One batch row, as every stage sees it.

@@ -43,8 +43,10 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
     workspace.take(p.segment_lse, stats);
     workspace.take(p.tile_start, tiles * p.num_streams());
     workspace.take(p.tile_mass, tiles * p.num_streams());
-    workspace.take(p.segment_total, tiles * p.num_streams());
-    workspace.take(p.tile_rows, tiles);
+    workspace.take(p.tile_draw, tiles * p.num_streams());
+    workspace.take(p.segment_draws, tiles * p.num_streams());
+    workspace.take(p.tile_rows, tiles * p.num_streams());
+    if (p.rows_read != nullptr) workspace.take(p.read_mask, tiles * kMaskWords);
   }
   return workspace.used();
 }

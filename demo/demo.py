@@ -229,6 +229,7 @@ def plot_curves(points: list[CurvePoint], path: Path, title: str) -> str:
         return "matplotlib is not installed: no plot, the numbers are in the CSV files"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for sampler in SAMPLERS:
@@ -244,8 +245,14 @@ def plot_curves(points: list[CurvePoint], path: Path, title: str) -> str:
     panels[0].set_ylabel("relative RMSE of the attention output")
     panels[1].set_xscale("log")
     panels[1].set_xlabel("V rows read / kv_len")
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[1].xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
     for panel in panels:
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
     panels[0].legend()
     figure.suptitle(title, fontsize=10)

@@ -8,8 +8,9 @@ from santa import _library
 
 _library.load()
 
+from santa import integrations  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
 from santa.ops import Budget, KvLayout, Sampler, decode, default_min_sampled_len  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "KvLayout", "Sampler", "SantaConfig", "decode", "default_min_sampled_len"]
+__all__ = ["Budget", "KvLayout", "Sampler", "SantaConfig", "decode", "default_min_sampled_len", "integrations"]

@@ -62,16 +62,19 @@ def _choice(name: str, value: Any, kind: type[enum.IntEnum]) -> int:
     raise ValueError(f"santa: {name} is {value!r}; it needs to be one of {names} (or 0 to {len(values) - 1})")
 
 
-def _check_types(tensors: dict[str, Any], optional: dict[str, Any], integers: dict[str, Any]) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a torch.Tensor")
-    for name, value in optional.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a torch.Tensor or None")
-    for name, value in integers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
+def _check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        needed = "a torch.Tensor or None" if optional else "a torch.Tensor"
+        raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be {needed}")
+
+
+def _check_int64(name: str, value: Any) -> None:
+    if isinstance(value, torch.SymInt):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"santa: {name} is {value}; it needs to be in [-2^63, 2^63)")
 
 
 def decode(
@@ -127,15 +130,18 @@ def decode(
         TypeError: an argument is of the wrong Python type.
         RuntimeError: a gradient is asked for.
     """
-    _check_types(
-        {"q": q, "k": k, "v": v},
-        {"kv_lens": kv_lens, "kv_starts": kv_starts, "row_seeds": row_seeds},
-        {
-            "num_samples": num_samples,
-            "seed": seed,
-            **({} if min_sampled_len is None else {"min_sampled_len": min_sampled_len}),
-        },
-    )
+    _check_tensor("q", q)
+    _check_tensor("k", k)
+    _check_tensor("v", v)
+    _check_tensor("kv_lens", kv_lens, optional=True)
+    _check_tensor("kv_starts", kv_starts, optional=True)
+    _check_tensor("row_seeds", row_seeds, optional=True)
+    _check_int64("num_samples", num_samples)
+    _check_int64("seed", seed)
+    if min_sampled_len is not None:
+        _check_int64("min_sampled_len", min_sampled_len)
+    if sm_scale is not None and not isinstance(sm_scale, (float, int, torch.SymFloat)):
+        raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
     op = torch.ops.santa.decode_rows_read if return_rows_read else torch.ops.santa.decode
     return op(
         q,
@@ -163,18 +169,34 @@ def default_min_sampled_len(num_samples: int, gqa_group_size: int) -> int:
     return max(8192, 4 * num_samples * gqa_group_size)
 
 
+def _check_same_device(q: Tensor, **others: Tensor | None) -> None:
+    """One meta tensor is enough for the fakes to be called, so they must not let the others pass for it."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"santa: {name} is on {tensor.device}; it needs to be on q's device, {q.device}")
+
+
 @torch.library.register_fake("santa::decode")
-def _decode_fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+def _decode_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    row_seeds: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    _check_same_device(q, k=k, v=v, kv_lens=kv_lens, kv_starts=kv_starts, row_seeds=row_seeds)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("santa::decode_rows_read")
 def _decode_rows_read_fake(
-    q: Tensor, k: Tensor, v: Tensor, *, kv_layout: int = 0, **_: Any
+    q: Tensor, k: Tensor, v: Tensor, *, kv_layout: int = 0, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_kv_heads = k.shape[1 if kv_layout == KvLayout.HND else 2]
-    rows_read = q.new_empty((q.shape[0], num_kv_heads), dtype=torch.int32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), rows_read
+    return *_decode_fake(q, k, v, **options), q.new_empty((q.shape[0], num_kv_heads), dtype=torch.int32)
 
 
 @torch.library.register_fake("santa::_select")
@@ -202,7 +224,7 @@ class _InferenceOnly(torch.autograd.Function):
 
 def _autograd_kernel(op: Any) -> Any:
     def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
             return _InferenceOnly.apply(op, options, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*tensors, **options)

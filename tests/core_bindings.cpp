@@ -96,7 +96,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Draws>(m, "Draws")
       .def(py::init(&make_draws), py::arg("sampler"), py::arg("stream"), py::arg("segment"), py::arg("num_draws"),
            py::arg("total"))
-      .def_readonly("shared_offset", &Draws::shared_offset)
+      .def_readwrite("shared_offset", &Draws::shared_offset)  // the extremes are too rare to wait for
       .def_property_readonly("sorted", &Draws::sorted)
       .def("threshold", &Draws::threshold)
       .def("thresholds", &thresholds)

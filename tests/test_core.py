@@ -306,6 +306,37 @@ def test_count_below_of_large_budgets(sampler, stream, num_draws, total, data):
             assert count == min(max(exact, 0), num_draws)
 
 
+@for_all(st.sampled_from([SYSTEMATIC, GROUPED]), budgets, totals, st.integers(0, 2), st.booleans(), st.data())
+def test_count_below_of_extreme_offsets(sampler, num_draws, total, step, from_the_end, data):
+    """Offsets at the very ends of [0, total), where the first guess, in float64, is one too many or too few;
+    at thresholds and beside them."""
+    draws = make_draws(sampler, core.RandomStream(), num_draws, total)
+    offset = min(max(total - 1 - step if from_the_end else step, 0), total - 1)
+    draws.shared_offset = offset
+    chosen = data.draw(st.lists(st.integers(0, num_draws - 1), min_size=1, max_size=20))
+    for m in {0, num_draws - 1, *chosen}:
+        threshold = (m * total + offset) // num_draws
+        assert draws.threshold(m) == threshold
+        for position in {max(threshold - 1, 0), threshold, threshold + 1}:
+            exact = min(max(-((offset - position * num_draws) // total), 0), num_draws)
+            assert draws.count_below(position) == exact
+
+
+@for_all(st.integers(2, MAX_DRAWS), st.integers(2**40, MAX_TOTAL))
+def test_count_below_corrects_a_guess_that_is_rounded_up(num_draws, total):
+    """Threshold m - 1 lies on an integer x at the very end of its stratum, x R = m total - 1: in float64
+    x / total * R is m, but only m - 1 thresholds are below x."""
+    if math.gcd(num_draws, total) > 1:
+        return
+    m = pow(total, -1, num_draws)
+    position = (m * total - 1) // num_draws
+    draws = make_draws(SYSTEMATIC, core.RandomStream(), num_draws, total)
+    draws.shared_offset = total - 1
+    assert draws.threshold(m - 1) == position
+    assert draws.count_below(position) == m - 1
+    assert draws.count_below(position + 1) == m
+
+
 tile_masses = st.lists(st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 2**40)), min_size=1, max_size=60).filter(
     any
 )

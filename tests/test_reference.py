@@ -144,6 +144,19 @@ def test_counts_of_equal_numbers_agree(raw, num_samples, u):
         assert torch.equal(counts, brute)
 
 
+def test_counts_at_boundaries():
+    """A threshold on a boundary belongs to the row that begins there; probabilities and thresholds are exact
+    in binary. A row without probability is not hit, the first and the last included."""
+    p = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
+    expected = torch.tensor([0, 1, 0, 1, 2, 0], dtype=torch.float64)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    assert torch.equal(reference.systematic_counts(p, 4, 0.0), expected)
+    assert torch.equal(reference.stratified_counts(p, 4, zeros), expected)
+    assert torch.equal(reference.multinomial_counts(p, 4, torch.arange(4).double() / 4), expected)
+    weight = reference.grouped_weights(torch.stack([p, p]), 2, 0.0)
+    assert torch.equal(weight, torch.stack([p, p])), "R p_n is 0, 1 or 2: all rows are certain"
+
+
 # The grouped sampler ----------------------------------------------------------------------------------
 
 

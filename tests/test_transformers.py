@@ -533,6 +533,24 @@ def test_scaling_of_the_model_is_used(q_len: int) -> None:
         torch.testing.assert_close(out, sdpa(query * 0.3 * 8, key, value, mask), rtol=1e-3, atol=1e-3)
 
 
+def test_causal_prefill_without_a_mask() -> None:
+    """Without a mask, more than one query is causal, aligned to the first key, with and without a soft cap."""
+    query, key, value = make_qkv(q_len=6, kv_len=9)
+    expected = sdpa(query, key, value, torch.ones(6, 9, dtype=torch.bool).tril())
+    for options in ({}, {"softcap": 1e4}, {"s_aux": torch.full((8,), -1e4)}):
+        out = integration.attention(FakeAttention(), query, key, value, None, **options)[0]
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("allow_skip", [False, True])
+def test_mask_of_a_prefill_is_that_of_sdpa(allow_skip: bool) -> None:
+    options = dict(batch_size=2, q_length=5, kv_length=5, allow_is_causal_skip=allow_skip, use_vmap=False)
+    mask = integration.decode_ranges(**options)
+    assert (mask is None) == allow_skip
+    if mask is not None:
+        assert torch.equal(mask, torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5))
+
+
 def test_row_without_valid_keys_gives_zeros() -> None:
     query, key, value = make_qkv()
     out = exact_attention(query, key, value, range_mask(24, (0, 24), (0, 0)))

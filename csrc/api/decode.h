@@ -20,6 +20,7 @@ namespace santa::api {
 constexpr int64_t kMaxNumSamples = int64_t{1} << 20;
 constexpr int64_t kMaxGroupSize = 1024;  // with kMaxNumSamples: draws per stream stay below 2^31
 constexpr int64_t kMaxBatch = 65535;
+constexpr double kMaxScale = 1e30;  // float32, with room for log2(e)
 constexpr int64_t kMaxKvLen = 2147483647;
 
 template <std::size_t RANK>
@@ -102,7 +103,9 @@ inline void check_decode(const DecodeArguments& a) {
   check_range("num_samples", a.num_samples, 0, kMaxNumSamples);
   check_range("sampler", a.sampler, 0, 3);
   check_range("budget", a.budget, 0, 1);
-  if (a.sm_scale && !std::isfinite(*a.sm_scale)) fail("sm_scale is ", *a.sm_scale, "; it needs to be finite");
+  if (a.sm_scale && !(std::abs(*a.sm_scale) <= kMaxScale)) {
+    fail("sm_scale is ", *a.sm_scale, "; it needs to be finite and at most ", kMaxScale, " in magnitude");
+  }
   if (a.min_sampled_len && *a.min_sampled_len < 0) {
     fail("min_sampled_len is ", *a.min_sampled_len, "; it needs to be at least 0");
   }

@@ -28,6 +28,7 @@ Tensor select_op(Tensor tile_mass, Tensor row_weights, Tensor row_seeds, int64_t
   check_rank("tile_mass", tile_mass, 2, "[rows, tiles]");
   check_dtype("row_weights", row_weights, ScalarType::Int, "");
   check_rank("row_weights", row_weights, 3, "[rows, tiles, tile_kv]");
+  check_same_device("row_weights", row_weights, tile_mass);
   check_size("row_weights", row_weights, 0, tile_mass.size(0), "rows");
   check_size("row_weights", row_weights, 1, tile_mass.size(1), "tiles");
   check_per_row("row_seeds", row_seeds, tile_mass, ScalarType::Long);

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
+#include <bitset>
 #include <cmath>
 #include <cstring>
 #include <sstream>
@@ -123,7 +125,8 @@ float lse_of_tiles(const DecodeParams& p, int64_t group, int h, int first, int l
 
 // Level 1 of the CDF of every segment and stream of one (batch row, KV head).
 void plan_group(const DecodeParams& p, int64_t group, const RowShape& row) {
-  const int group_size = p.gqa_group_size;
+  const int group_size = p.gqa_group_size, kv_head = static_cast<int>(group % p.num_kv_heads);
+  const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[group / p.num_kv_heads] : 0;
   const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
   for (int h = 0; h < group_size; ++h) {
     p.row_lse[group * group_size + h] = lse_of_tiles(p, group, h, 0, row.num_tiles);
@@ -153,7 +156,15 @@ void plan_group(const DecodeParams& p, int64_t group, const RowShape& row) {
         p.tile_mass[offset + tile] = tile_mass_of(share);
         start += p.tile_mass[offset + tile];
       }
-      p.segment_total[offset + segment] = start;
+      const bool grouped = p.sampler == Sampler::kGrouped;
+      const int head = grouped ? kv_head : kv_head * group_size + stream;
+      const auto random = RandomStream::make(p.seed, row_seed, row.kv_len, head);
+      const Draws draws = Draws::make(p.sampler, random, segment,
+                                      static_cast<uint32_t>(plan.draws) * (grouped ? group_size : 1), start);
+      p.segment_draws[offset + segment] = draws;
+      for (int tile = first; tile < last && draws.sorted(); ++tile) {
+        p.tile_draw[offset + tile] = draws.count_below(p.tile_start[offset + tile]);
+      }
     }
   }
 }
@@ -178,12 +189,21 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
   std::vector<float> exponentials(static_cast<size_t>(heads_per_stream) * tile_kv), shares(tile_kv), value(head_dim);
   std::vector<uint32_t> cumulative(tile_kv);
   std::vector<int32_t> counts(tile_kv);
-  std::vector<char> read(tile_kv, 0);
+  std::array<uint32_t, kMaskWords> read{};
 
   for (int stream = 0; stream < p.num_streams(); ++stream) {
     const int64_t offset = p.stream_offset(group, stream);
-    const uint64_t tile_mass = p.tile_mass[offset + at.tile], total = p.segment_total[offset + segment];
-    if (tile_mass == 0 || total == 0) continue;
+    const uint64_t tile_mass = p.tile_mass[offset + at.tile];
+    const Draws& draws = p.segment_draws[offset + segment];
+    uint32_t first_draw = 0, last_draw = draws.num_draws;
+    if (draws.sorted()) {
+      first_draw = p.tile_draw[offset + at.tile];
+      const bool last_of_segment = at.tile + 1 == std::min((segment + 1) * plan.tiles_per_segment, row.num_tiles);
+      if (!last_of_segment) last_draw = p.tile_draw[offset + at.tile + 1];
+    }
+    int32_t& tile_rows = p.tile_rows[offset + at.tile];
+    tile_rows = 0;
+    if (tile_mass == 0 || first_draw == last_draw) continue;
 
     // Level 2 of the CDF.
     std::fill(shares.begin(), shares.end(), 0.0f);
@@ -201,23 +221,21 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
     for (int n = 0; n < count; ++n) cumulative[n] = weight_sum += row_weight_of(shares[n] / share_sum);
     if (weight_sum == 0) continue;
 
-    const int head = grouped ? at.kv_head : at.kv_head * group_size + stream;
-    const auto random =
-        RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[at.batch_index] : 0, row.kv_len, head);
-    const Draws draws =
-        Draws::make(p.sampler, random, segment, static_cast<uint32_t>(plan.draws) * heads_per_stream, total);
     std::fill(counts.begin(), counts.end(), 0);
-    draw_tile(draws, p.tile_start[offset + at.tile], tile_mass, cumulative.data(), count, counts.data());
+    draw_tile(draws, first_draw, last_draw, p.tile_start[offset + at.tile], tile_mass, cumulative.data(), count,
+              counts.data());
 
     const auto values = v_view(p, at, row.kv_start);
     for (int n = 0; n < count; ++n) {
       if (counts[n] == 0) continue;
-      read[n] = 1;
+      ++tile_rows;
+      read[n / 32] |= 1u << (n % 32);
       widen(values.row(first + n), p.dtype, value.data(), head_dim);
       if (grouped) {
         // Horvitz-Thompson: p_{h,n} / P(n is drawn).
         const uint32_t weight = cumulative[n] - (n > 0 ? cumulative[n - 1] : 0);
-        const float inclusion = std::min(1.0f, expected_draws(draws.num_draws, tile_mass, total, weight, weight_sum));
+        const float inclusion =
+            std::min(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total, weight, weight_sum));
         for (int h = 0; h < group_size; ++h) {
           const float factor = tile_factor(p.tile_max[stats + h], row_lse[h]);
           const float ht_weight = factor > 0.0f ? factor * exponentials[h * tile_kv + n] / inclusion : 0.0f;
@@ -233,7 +251,10 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
       for (int d = 0; d < head_dim; ++d) o_accum[stream * head_dim + d] *= scale;
     }
   }
-  p.tile_rows[group * p.max_tiles + at.tile] = static_cast<int32_t>(std::count(read.begin(), read.end(), 1));
+  if (p.read_mask != nullptr) {
+    std::copy(read.begin(), read.end(),
+              p.read_mask + p.mask_offset(group) + static_cast<int64_t>(at.tile) * kMaskWords);
+  }
 }
 
 void combine_head(const DecodeParams& p, int batch_index, int qo_head, const RowShape& row) {
@@ -247,22 +268,25 @@ void combine_head(const DecodeParams& p, int batch_index, int qo_head, const Row
     return;
   }
   const float lse = row.sampled ? p.row_lse[group * group_size + h] : lse_of_tiles(p, group, h, 0, row.num_tiles);
-  int64_t rows_read = row.sampled ? 0 : row.kv_len;
+  const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
   std::vector<float> acc(head_dim, 0.0f);
   for (int tile = 0; tile < row.num_tiles; ++tile) {
+    if (row.sampled && tile_rows[tile] == 0) continue;
     const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * group_size + h;
-    if (row.sampled) {
-      const int32_t tile_rows = p.tile_rows[group * p.max_tiles + tile];
-      rows_read += tile_rows;
-      if (tile_rows == 0) continue;
-    }
     const float weight = row.sampled ? 1.0f : exp2_below(p.tile_max[stats], lse);
     for (int d = 0; d < head_dim; ++d) acc[d] += weight * p.o_accum[stats * head_dim + d];
   }
   // Not finite: a NaN or an infinite score, for which softmax is undefined.
   for (int d = 0; d < head_dim; ++d) store(p, out + d, is_finite(lse) ? acc[d] : NAN);
   p.lse[out / head_dim] = lse * kLn2;
-  if (p.rows_read != nullptr && h == 0) p.rows_read[group] = static_cast<int32_t>(rows_read);
+  if (p.rows_read != nullptr && h == 0) {
+    const uint32_t* mask = p.read_mask + p.mask_offset(group);
+    int rows = row.sampled ? 0 : row.kv_len;
+    for (int i = 0; row.sampled && i < row.num_tiles * kMaskWords; ++i) {
+      rows += static_cast<int>(std::bitset<32>(mask[i]).count());
+    }
+    p.rows_read[group] = rows;
+  }
 }
 
 void check_rows(const DecodeParams& p) {
@@ -280,16 +304,13 @@ void check_rows(const DecodeParams& p) {
 
 }  // namespace
 
-void draw_tile(const Draws& draws, uint64_t tile_start, uint64_t tile_mass, const uint32_t* cumulative, int num_rows,
-               int32_t* counts) {
-  const uint64_t tile_end = tile_start + tile_mass;
-  const uint32_t first = draws.sorted() ? draws.count_below(tile_start) : 0;
-  const uint32_t last = draws.sorted() ? draws.count_below(tile_end) : draws.num_draws;
+void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint64_t tile_start, uint64_t tile_mass,
+               const uint32_t* cumulative, int num_rows, int32_t* counts) {
+  const uint32_t weight_sum = cumulative[num_rows - 1];
   for (uint32_t m = first; m < last; ++m) {
     const uint64_t threshold = draws.threshold(m);
-    if (threshold < tile_start || threshold >= tile_end) continue;
-    const uint32_t position = position_in_tile(threshold - tile_start, tile_mass, cumulative[num_rows - 1]);
-    ++counts[row_at(cumulative, num_rows, position)];
+    if (threshold < tile_start || threshold - tile_start >= tile_mass) continue;
+    ++counts[row_at(cumulative, num_rows, position_in_tile(threshold - tile_start, tile_mass, weight_sum))];
   }
 }
 

@@ -31,7 +31,10 @@ struct SelectBackend {
         for (int n = 0; n < p.tile_kv; ++n) cumulative[n] = sum += weights[n];
         std::fill_n(p.counts + index * p.tile_kv, p.tile_kv, 0);
         if (sum > 0 && p.tile_mass[index] > 0) {
-          draw_tile(draws, start, p.tile_mass[index], cumulative.data(), p.tile_kv, p.counts + index * p.tile_kv);
+          const uint32_t first = draws.sorted() ? draws.count_below(start) : 0;
+          const uint32_t last = draws.sorted() ? draws.count_below(start + p.tile_mass[index]) : draws.num_draws;
+          draw_tile(draws, first, last, start, p.tile_mass[index], cumulative.data(), p.tile_kv,
+                    p.counts + index * p.tile_kv);
         }
         start += p.tile_mass[index];
       }

@@ -25,10 +25,10 @@ struct DecodeBackend {
   }
 };
 
-// One CTA per (row, tile), with the device function that stage 3 draws with.
-__global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ SelectParams p) {
+// One warp per (row, tile), with the device functions that stage 3 draws with.
+__global__ void __launch_bounds__(32) select_kernel(const __grid_constant__ SelectParams p) {
   __shared__ SelectShared shared;
-  const int tile = blockIdx.x, row = blockIdx.y;
+  const int tile = blockIdx.x, row = blockIdx.y, lane = threadIdx.x;
   const int64_t* tile_mass = p.tile_mass + static_cast<int64_t>(row) * p.tiles;
   uint64_t start = 0, total = 0;
   for (int t = 0; t < p.tiles; ++t) {
@@ -36,22 +36,27 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_con
     total += tile_mass[t];
   }
   const int64_t base = (static_cast<int64_t>(row) * p.tiles + tile) * p.tile_kv;
-  uint32_t weights[kKeysPerThread];
-  for (int i = 0; i < kKeysPerThread; ++i) {
-    const int n = threadIdx.x * kKeysPerThread + i;
+  const int num_steps = (p.tile_kv + 31) / 32;
+  uint32_t weights[kKeysPerLane];
+  for (int i = 0; i < kKeysPerLane; ++i) {
+    const int n = i * 32 + lane;
     weights[i] = n < p.tile_kv ? p.row_weights[base + n] : 0;
   }
   const Draws draws = Draws::make(p.sampler, RandomStream::make(p.seed, p.row_seeds[row], 0, 0), 0, p.num_draws, total);
-  if (tile_mass[tile] > 0) draw_tile(draws, start, tile_mass[tile], weights, p.tile_kv, shared);
-  for (int n = threadIdx.x; n < p.tile_kv; n += kSelectThreads) {
-    p.counts[base + n] = tile_mass[tile] > 0 ? shared.counts[n] : 0;
+  const uint32_t weight_sum = accumulate_weights(weights, num_steps, shared, lane);
+  if (weight_sum > 0) {
+    const uint64_t end = start + tile_mass[tile];
+    const uint32_t first = draws.sorted() ? draws.count_below(start) : 0;
+    const uint32_t last = draws.sorted() ? draws.count_below(end) : draws.num_draws;
+    draw_tile(draws, first, last, start, tile_mass[tile], weight_sum, p.tile_kv, shared, lane);
   }
+  for (int n = lane; n < p.tile_kv; n += 32) p.counts[base + n] = static_cast<int32_t>(shared.counts[n]);
 }
 
 struct SelectBackend {
   static void run(const SelectParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
-    select_kernel<<<dim3(p.tiles, p.rows), kSelectThreads, 0, current_stream(device_index)>>>(p);
+    select_kernel<<<dim3(p.tiles, p.rows), 32, 0, current_stream(device_index)>>>(p);
     check_launch("select_kernel");
   }
 };

@@ -67,6 +67,12 @@ void test_philox() {
   }
 }
 
+// The value is that of the Python model in test_core.py: a seed gives the same draws in every release.
+void test_stream() {
+  const uint64_t bits = RandomStream::make(-5, (int64_t{1} << 40) + 9, 32768, 3).bits(/*segment=*/2, /*draw=*/17);
+  check(bits == 0x103158b3ca4e86dbu, "RandomStream.bits is ", bits);
+}
+
 void test_mul_high() {
   const uint64_t top = std::numeric_limits<uint64_t>::max();
   check(mul_high(top, top) == top - 1, "mul_high(2^64 - 1, 2^64 - 1) is ", mul_high(top, top));
@@ -194,6 +200,7 @@ void test_kv_view() {
 
 int main() {
   test_philox();
+  test_stream();
   test_mul_high();
   test_shares();
   test_draws();

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   const int64_t group = p.group_index(batch_index, kv_head);
   const int64_t stats = p.stats_offset(group) + h;
   const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;
-  const int32_t* tile_rows = p.tile_rows + group * p.max_tiles;
+  const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
 
   if (row.sampled) {
     if (threadIdx.x == 0) shared_lse = p.row_lse[group * p.gqa_group_size + h];
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   if (counts_rows) {
     int rows = 0;
     if (row.sampled) {
-      for (int tile = threadIdx.x; tile < row.num_tiles; tile += kCombineThreads) rows += tile_rows[tile];
+      const uint32_t* mask = p.read_mask + p.mask_offset(group);
+      for (int i = threadIdx.x; i < row.num_tiles * kMaskWords; i += kCombineThreads) rows += __popc(mask[i]);
     } else if (threadIdx.x == 0) {
       rows = row.kv_len;
     }

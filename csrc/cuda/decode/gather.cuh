@@ -1,5 +1,6 @@
-// Stage 3, sampled rows: one CTA per tile and KV head draws the tile's rows, reads them from V, and writes the tile's
-// share of the estimate. Tiles in which nothing was drawn write a zero count and no output.
+// Stage 3, sampled rows: one warp per tile, KV head and stream draws the tile's rows, reads them from V, and writes the
+// tile's share of the estimate. The warps of a CTA share nothing; there are many of them per multiprocessor, and they
+// hide each other's latency. Tiles without draws write a zero count and no output.
 #pragma once
 
 #include "core/kv_view.h"
@@ -10,185 +11,173 @@
 
 namespace santa::cuda {
 
-constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per thread
+constexpr int kGatherWarps = 4;
+constexpr int kGatherThreads = kGatherWarps * 32;
+constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per lane
 
+// How a warp reads rows of V: 16 bytes per lane, kRows rows at a time.
 template <int HEAD_DIM>
 struct GatherShape {
-  static constexpr int kChunks = HEAD_DIM / 8;             // threads per row, 16 bytes each
-  static constexpr int kLanes = kSelectThreads / kChunks;  // rows read at a time
+  static constexpr int kChunks = HEAD_DIM / 8;
+  static constexpr int kRows = 32 / kChunks;
 };
 
-template <int HEAD_DIM>
-struct GatherShared {
-  SelectShared select;
-  int32_t rows[kMaxTileKv];                 // selected rows of the stream, in order
-  float weights[kGatherHeads][kMaxTileKv];  // and their weights, per head of the pass
-  float partial[GatherShape<HEAD_DIM>::kLanes][kGatherHeads][HEAD_DIM];
-  float scale[kGatherHeads];       // of the sums, per head of the pass
-  uint32_t read[kMaxTileKv / 32];  // rows read by any stream
-};
-
-// sum over the selected rows of weights[h][i] * v[rows[i]], for up to kGatherHeads heads; times shared.scale[h] to
-// `out`.
+// Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
+// num_rows. Accumulators are per lane; `reduce_rows` adds them up.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void gather_rows(const StridedKvView<T>& values, int num_rows, int num_heads, float* out,
-                                            bool aligned, GatherShared<HEAD_DIM>& shared) {
+__device__ __forceinline__ void accumulate_rows(float (&acc)[kGatherHeads][8], const StridedKvView<T>& values,
+                                                int lane_row, const float (&lane_weight)[kGatherHeads], int num_rows,
+                                                bool aligned, int lane) {
   using Shape = GatherShape<HEAD_DIM>;
-  const int lane = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
-  float acc[kGatherHeads][8] = {};
-  if (lane < Shape::kLanes) {
+  const int slot = lane / Shape::kChunks, chunk = lane % Shape::kChunks;
 #pragma unroll 2
-    for (int i = lane; i < num_rows; i += Shape::kLanes) {
-      const uint4 packed = load_global_8(values.row(shared.rows[i]) + chunk * 8, aligned);
-      const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
-                               Half<T>::unpack(packed.w)};
-#pragma unroll
-      for (int h = 0; h < kGatherHeads; ++h) {
-        const float weight = shared.weights[h][i];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          acc[h][2 * j] += weight * pairs[j].x;
-          acc[h][2 * j + 1] += weight * pairs[j].y;
-        }
-      }
-    }
+  for (int i = 0; i < num_rows; i += Shape::kRows) {
+    const int source = i + slot;
+    const bool active = slot < Shape::kRows && source < num_rows;
+    const int row = __shfl_sync(0xffffffffu, lane_row, source & 31);
+    uint4 packed = {0, 0, 0, 0};
+    if (active) packed = load_global_8(values.row(row) + chunk * 8, aligned);
+    const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
+                             Half<T>::unpack(packed.w)};
 #pragma unroll
     for (int h = 0; h < kGatherHeads; ++h) {
+      const float weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) shared.partial[lane][h][chunk * 8 + j] = acc[h][j];
+      for (int j = 0; j < 4; ++j) {
+        acc[h][2 * j] += weight * pairs[j].x;
+        acc[h][2 * j + 1] += weight * pairs[j].y;
+      }
     }
   }
-  __syncthreads();
-  const int num_lanes = min(num_rows, Shape::kLanes);
-  for (int item = threadIdx.x; item < num_heads * HEAD_DIM; item += kSelectThreads) {
-    const int h = item / HEAD_DIM, d = item % HEAD_DIM;
-    float sum = 0.0f;
-    for (int l = 0; l < num_lanes; ++l) sum += shared.partial[l][h][d];
-    out[item] = sum * shared.scale[h];
+}
+
+// Sums of the accumulators over the row slots, in slot order; valid in lanes below kChunks.
+template <int HEAD_DIM>
+__device__ __forceinline__ float reduce_rows(float value) {
+  using Shape = GatherShape<HEAD_DIM>;
+  float sum = value;
+#pragma unroll
+  for (int slot = 1; slot < Shape::kRows; ++slot) {
+    sum += __shfl_down_sync(0xffffffffu, value, slot * Shape::kChunks);
   }
-  __syncthreads();
+  return sum;
 }
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(kSelectThreads) gather_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<GatherShared<HEAD_DIM>*>(shared_bytes);
-  const int kv_head = blockIdx.x % p.num_kv_heads, tile = blockIdx.x / p.num_kv_heads, batch_index = blockIdx.y;
+__global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ SelectShared all_shared[kGatherWarps];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  SelectShared& shared = all_shared[warp];
+
+  // Streams fastest, then KV heads, then tiles.
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kGatherWarps + warp;
+  const int num_streams = p.num_streams();
+  const int stream = static_cast<int>(item % num_streams);
+  const int kv_head = static_cast<int>(item / num_streams % p.num_kv_heads);
+  const int64_t tile = item / num_streams / p.num_kv_heads;
+  const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
   if (!row.sampled || tile >= row.num_tiles) return;
 
   const int group_size = p.gqa_group_size;
   const int64_t group = p.group_index(batch_index, kv_head);
-  const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * group_size;
-  const int64_t first_key = static_cast<int64_t>(tile) * row.tile_kv;
+  const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
+  const int segment = static_cast<int>(tile) / plan.tiles_per_segment;
+  const int64_t offset = p.stream_offset(group, stream);
+  const Draws& draws = p.segment_draws[offset + segment];
+  const uint64_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
+  uint32_t first_draw = 0, last_draw = draws.num_draws;
+  if (draws.sorted()) {
+    first_draw = p.tile_draw[offset + tile];
+    const bool last_of_segment = tile + 1 == min((segment + 1) * plan.tiles_per_segment, row.num_tiles);
+    if (!last_of_segment) last_draw = p.tile_draw[offset + tile + 1];
+  }
+  if (tile_mass == 0 || first_draw == last_draw) {
+    if (lane == 0) p.tile_rows[offset + tile] = 0;
+    return;
+  }
+
+  const bool grouped = p.sampler == Sampler::kGrouped;
+  const int first_head = grouped ? 0 : stream, last_head = grouped ? group_size : stream + 1;
+  const int64_t stats = p.stats_offset(group) + tile * group_size;
+  const int64_t first_key = tile * row.tile_kv;
   const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
+  const int num_steps = (num_keys + 31) / 32;
   const float* scores = p.scores + group * p.scores_per_row + first_key * p.group_pitch;
   const float* tile_max = p.tile_max + stats;
-  const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
-  const int segment = tile / plan.tiles_per_segment;
   const float* row_lse = p.row_lse + group * group_size;
   const float* segment_lse = p.segment_lse + p.stats_offset(group) + static_cast<int64_t>(segment) * group_size;
-  const bool grouped = p.sampler == Sampler::kGrouped;
-  const int heads_per_stream = grouped ? group_size : 1;
+
+  // Level 2 of the CDF: every key's share of the tile.
+  float share_sum = 0.0f, shares[kKeysPerLane] = {};
+  for (int h = first_head; h < last_head; ++h) {
+    const float factor = tile_factor(tile_max[h], segment_lse[h]);
+    if (!(factor > 0.0f)) continue;
+    share_sum += factor * p.tile_sum[stats + h];
+    const float max = tile_max[h];
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      const int key = i * 32 + lane;
+      if (key < num_keys) shares[i] += factor * exp2f(scores[key * p.group_pitch + h] - max);
+    }
+  }
+  uint32_t weights[kKeysPerLane];
+#pragma unroll
+  for (int i = 0; i < kKeysPerLane; ++i) weights[i] = row_weight_of(shares[i] / share_sum);
+  const uint32_t weight_sum = accumulate_weights(weights, num_steps, shared, lane);
+  if (weight_sum > 0) {
+    draw_tile(draws, first_draw, last_draw, tile_start, tile_mass, weight_sum, num_keys, shared, lane);
+  }
+  uint32_t* mask = p.read_mask == nullptr ? nullptr : p.read_mask + p.mask_offset(group) + tile * kMaskWords;
+  const int num_selected = list_rows(num_steps, shared, lane, [&](int word, uint32_t bits) {
+    if (mask != nullptr) atomicOr(mask + word, bits);
+  });
+  if (lane == 0) p.tile_rows[offset + tile] = num_selected;
+  if (num_selected == 0) return;
+
   auto values = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
                                      p.stride_v_head);
   values.base = values.row(first_key);
-  float* o_accum = p.o_accum + stats * HEAD_DIM;
-  const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0;
-
-  for (int i = threadIdx.x; i < kMaxTileKv / 32; i += kSelectThreads) shared.read[i] = 0;
-  bool any_output = false;
-
-  for (int stream = 0; stream < p.num_streams(); ++stream) {
-    const int64_t offset = p.stream_offset(group, stream);
-    const uint64_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
-    const uint64_t total = p.segment_total[offset + segment];
-    int num_selected = 0;
-    uint32_t weight_sum = 0;
-    const uint32_t num_draws = static_cast<uint32_t>(plan.draws) * heads_per_stream;
-
-    if (tile_mass > 0) {
-      const auto random =
-          RandomStream::make(p.seed, row_seed, row.kv_len, grouped ? kv_head : kv_head * group_size + stream);
-      const Draws draws = Draws::make(p.sampler, random, segment, num_draws, total);
-
-      float share_sum = 0.0f, shares[kKeysPerThread] = {};
-      const int first_row = threadIdx.x * kKeysPerThread;
-      for (int h = stream; h < stream + heads_per_stream; ++h) {
-        const float factor = tile_factor(tile_max[h], segment_lse[h]);
-        if (!(factor > 0.0f)) continue;
-        share_sum += factor * p.tile_sum[stats + h];
+  for (int head_base = first_head; head_base < last_head; head_base += kGatherHeads) {
+    float acc[kGatherHeads][8] = {};
+    for (int base = 0; base < num_selected; base += 32) {
+      const int num_rows = min(32, num_selected - base);
+      int lane_row = 0;
+      float lane_weight[kGatherHeads] = {};
+      if (lane < num_rows) {
+        lane_row = shared.rows[base + lane];
+        if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
+          const uint32_t below = lane_row > 0 ? shared.cumulative[lane_row - 1] : 0;
+          const float inclusion = fminf(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total,
+                                                             shared.cumulative[lane_row] - below, weight_sum));
 #pragma unroll
-        for (int i = 0; i < kKeysPerThread; ++i) {
-          if (first_row + i < num_keys) {
-            shares[i] += factor * exp2f(scores[(first_row + i) * p.group_pitch + h] - tile_max[h]);
-          }
-        }
-      }
-      uint32_t weights[kKeysPerThread];
-#pragma unroll
-      for (int i = 0; i < kKeysPerThread; ++i) weights[i] = row_weight_of(shares[i] / share_sum);
-      weight_sum = draw_tile(draws, tile_start, tile_mass, weights, num_keys, shared.select);
-
-      // The selected rows in order.
-      uint32_t own = 0, selected_total;
-#pragma unroll
-      for (int i = 0; i < kKeysPerThread; ++i) own += shared.select.counts[first_row + i] > 0;
-      uint32_t position = exclusive_scan(own, shared.select.warp_total, selected_total);
-#pragma unroll
-      for (int i = 0; i < kKeysPerThread; ++i) {
-        if (shared.select.counts[first_row + i] > 0) {
-          shared.rows[position++] = first_row + i;
-          atomicOr(&shared.read[(first_row + i) / 32], 1u << ((first_row + i) % 32));
-        }
-      }
-      num_selected = static_cast<int>(selected_total);
-      __syncthreads();
-    }
-
-    if (grouped && num_selected == 0) break;  // one stream: nothing to write
-    any_output |= num_selected > 0;
-
-    for (int first_head = stream; first_head < stream + heads_per_stream; first_head += kGatherHeads) {
-      const int num_heads = min(kGatherHeads, stream + heads_per_stream - first_head);
-      if (threadIdx.x < num_heads) {
-        const int h = first_head + threadIdx.x;
-        shared.scale[threadIdx.x] =
-            grouped ? 1.0f : segment_factor(segment_lse[h], row_lse[h]) / static_cast<float>(plan.draws);
-      }
-      for (int i = threadIdx.x; i < num_selected; i += kSelectThreads) {
-        const int n = shared.rows[i];
-        float inverse_inclusion = 0.0f;
-        if (grouped) {
-          const uint32_t weight = shared.select.cumulative[n] - (n > 0 ? shared.select.cumulative[n - 1] : 0);
-          inverse_inclusion = 1.0f / fminf(1.0f, expected_draws(num_draws, tile_mass, total, weight, weight_sum));
-        }
-#pragma unroll
-        for (int j = 0; j < kGatherHeads; ++j) {
-          float weight = 0.0f;
-          if (j < num_heads) {
-            const int h = first_head + j;
-            if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
-              weight =
-                  is_finite(row_lse[h]) ? exp2f(scores[n * p.group_pitch + h] - row_lse[h]) * inverse_inclusion : 0.0f;
-            } else {
-              weight = static_cast<float>(shared.select.counts[n]);
+          for (int j = 0; j < kGatherHeads; ++j) {
+            const int h = head_base + j;
+            if (h < last_head && is_finite(row_lse[h])) {
+              lane_weight[j] = exp2f(scores[lane_row * p.group_pitch + h] - row_lse[h]) / inclusion;
             }
           }
-          shared.weights[j][i] = weight;
+        } else {
+          lane_weight[0] = static_cast<float>(shared.counts[lane_row]);
         }
       }
-      __syncthreads();
-      gather_rows<T, HEAD_DIM>(values, num_selected, num_heads, o_accum + first_head * HEAD_DIM, p.aligned, shared);
+      accumulate_rows<T, HEAD_DIM>(acc, values, lane_row, lane_weight, num_rows, p.aligned, lane);
     }
-  }
-
-  if (threadIdx.x == 0) {
-    int distinct = 0;
-    if (any_output) {
-      for (int i = 0; i < kMaxTileKv / 32; ++i) distinct += __popc(shared.read[i]);
+#pragma unroll
+    for (int j = 0; j < kGatherHeads; ++j) {
+      const int h = head_base + j;
+      const float scale = grouped || h >= last_head
+                              ? 1.0f
+                              : segment_factor(segment_lse[h], row_lse[h]) / static_cast<float>(plan.draws);
+      float sums[8];
+#pragma unroll
+      for (int d = 0; d < 8; ++d) sums[d] = reduce_rows<HEAD_DIM>(acc[j][d]) * scale;
+      if (h < last_head && lane < GatherShape<HEAD_DIM>::kChunks) {
+        float4* out = reinterpret_cast<float4*>(p.o_accum + (stats + h) * HEAD_DIM + lane * 8);
+        out[0] = {sums[0], sums[1], sums[2], sums[3]};
+        out[1] = {sums[4], sums[5], sums[6], sums[7]};
+      }
     }
-    p.tile_rows[group * p.max_tiles + tile] = distinct;
   }
 }
 

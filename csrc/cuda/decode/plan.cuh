@@ -1,5 +1,5 @@
 // Stage 2, sampled rows: one CTA per (batch row, KV head) turns the tiles' softmax states into level 1 of the CDF: the
-// log-sum-exp of the row and of every segment, and each tile's integer interval.
+// log-sum-exp of the row and of every segment, each tile's integer interval, and the first draw that can fall into it.
 #pragma once
 
 #include "core/mixture.h"
@@ -73,26 +73,41 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
       if (lane == 0) segment_lse[item] = lse;
     }
   }
+  if (p.read_mask != nullptr) {
+    uint32_t* mask = p.read_mask + p.mask_offset(group);
+    for (int i = threadIdx.x; i < row.num_tiles * kMaskWords; i += kPlanThreads) mask[i] = 0;
+  }
   __syncthreads();
 
   const int num_streams = p.num_streams();
+  const bool grouped = p.sampler == Sampler::kGrouped;
+  const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0;
   for (int item = warp; item < plan.num_segments * num_streams; item += kPlanWarps) {
     const int segment = item / num_streams, stream = item % num_streams;
     const int first = segment * plan.tiles_per_segment, last = min(first + plan.tiles_per_segment, row.num_tiles);
     const int64_t offset = p.stream_offset(group, stream);
-    uint64_t start = 0;
+    uint64_t total = 0;
     for (int base = first; base < last; base += 32) {
       const int tile = base + lane;
       const uint64_t mass =
           tile < last ? tile_mass_of(tile_share(p, group, stream, tile, segment_lse + segment * group_size)) : 0;
       const uint64_t end = inclusive_scan(mass);
       if (tile < last) {
-        p.tile_start[offset + tile] = start + end - mass;
+        p.tile_start[offset + tile] = total + end - mass;
         p.tile_mass[offset + tile] = mass;
       }
-      start += __shfl_sync(0xffffffffu, end, 31);
+      total += __shfl_sync(0xffffffffu, end, 31);
     }
-    if (lane == 0) p.segment_total[offset + segment] = start;
+    const auto random =
+        RandomStream::make(p.seed, row_seed, row.kv_len, grouped ? kv_head : kv_head * group_size + stream);
+    const Draws draws =
+        Draws::make(p.sampler, random, segment, static_cast<uint32_t>(plan.draws) * (grouped ? group_size : 1), total);
+    if (lane == 0) p.segment_draws[offset + segment] = draws;
+    if (draws.sorted()) {
+      for (int tile = first + lane; tile < last; tile += 32) {
+        p.tile_draw[offset + tile] = draws.count_below(p.tile_start[offset + tile]);
+      }
+    }
   }
 }
 

@@ -1,4 +1,5 @@
-// Drawing the rows of one tile: level 2 of the CDF, thresholds, counts. Shared by stage 3 and the test operator.
+// Drawing the rows of one tile, by one warp: level 2 of the CDF, thresholds, counts. Shared by stage 3 and the test
+// operator.
 #pragma once
 
 #include "core/samplers.h"
@@ -6,66 +7,67 @@
 
 namespace santa::cuda {
 
-constexpr int kSelectThreads = 128;
-constexpr int kSelectWarps = kSelectThreads / 32;
-constexpr int kKeysPerThread = kMaxTileKv / kSelectThreads;
+constexpr int kKeysPerLane = kMaxTileKv / 32;  // lane l holds keys l, l + 32, l + 64, ...
 
 struct SelectShared {
   uint32_t cumulative[kMaxTileKv];  // running sums of the row weights
-  int32_t counts[kMaxTileKv];       // draws per row
-  uint32_t warp_total[kSelectWarps];
+  uint32_t counts[kMaxTileKv];      // draws per row
+  uint16_t rows[kMaxTileKv];        // rows with draws, in order
 };
 
-// Exclusive prefix of one number per thread over the CTA, and the total. Two barriers; shared.warp_total is free after.
-__device__ __forceinline__ uint32_t exclusive_scan(uint32_t value, uint32_t* warp_total, uint32_t& total) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  uint32_t inclusive = value;
+__device__ __forceinline__ uint32_t warp_inclusive_scan(uint32_t value, int lane) {
+#pragma unroll
   for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t below = __shfl_up_sync(0xffffffffu, inclusive, offset);
-    if (lane >= offset) inclusive += below;
+    const uint32_t below = __shfl_up_sync(0xffffffffu, value, offset);
+    if (lane >= offset) value += below;
   }
-  if (lane == 31) warp_total[warp] = inclusive;
-  __syncthreads();
-  uint32_t before = 0;
-  total = 0;
-  for (int w = 0; w < kSelectWarps; ++w) {
-    if (w < warp) before += warp_total[w];
-    total += warp_total[w];
-  }
-  __syncthreads();
-  return before + inclusive - value;
+  return value;
 }
 
-// Thread i holds the weights of rows kKeysPerThread * i and following (0 past the tile's end). Afterwards, behind a
-// barrier, shared.cumulative and shared.counts are complete. Integer atomics: the counts do not depend on their order.
-__device__ __forceinline__ uint32_t draw_tile(const Draws& draws, uint64_t tile_start, uint64_t tile_mass,
-                                              const uint32_t (&weights)[kKeysPerThread], int num_rows,
-                                              SelectShared& shared) {
-  uint32_t own = 0, weight_sum;
+// Fills shared.cumulative and clears shared.counts; returns the sum of the weights.
+__device__ __forceinline__ uint32_t accumulate_weights(const uint32_t (&weights)[kKeysPerLane], int num_steps,
+                                                       SelectShared& shared, int lane) {
+  uint32_t sum = 0;
 #pragma unroll
-  for (int i = 0; i < kKeysPerThread; ++i) own += weights[i];
-  uint32_t running = exclusive_scan(own, shared.warp_total, weight_sum);
+  for (int i = 0; i < kKeysPerLane; ++i) {
+    if (i >= num_steps) break;
+    const uint32_t inclusive = warp_inclusive_scan(weights[i], lane);
+    shared.cumulative[i * 32 + lane] = sum + inclusive;
+    shared.counts[i * 32 + lane] = 0;
+    sum += __shfl_sync(0xffffffffu, inclusive, 31);
+  }
+  __syncwarp();
+  return sum;
+}
+
+// Counts the draws [first, last) that fall into the tile. Integer atomics: the counts do not depend on their order.
+__device__ __forceinline__ void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint64_t tile_start,
+                                          uint64_t tile_mass, uint32_t weight_sum, int num_rows, SelectShared& shared,
+                                          int lane) {
+  for (uint32_t m = first + lane; m < last; m += 32) {
+    const uint64_t threshold = draws.threshold(m);
+    if (threshold < tile_start || threshold - tile_start >= tile_mass) continue;
+    const uint32_t position = position_in_tile(threshold - tile_start, tile_mass, weight_sum);
+    atomicAdd(&shared.counts[row_at(shared.cumulative, num_rows, position)], 1u);
+  }
+  __syncwarp();
+}
+
+// Lists the rows with draws in shared.rows and returns their number. `on_mask(word, bits)` sees the rows as bits.
+template <typename OnMask>
+__device__ __forceinline__ int list_rows(int num_steps, SelectShared& shared, int lane, const OnMask& on_mask) {
+  int listed = 0;
 #pragma unroll
-  for (int i = 0; i < kKeysPerThread; ++i) {
-    const int row = threadIdx.x * kKeysPerThread + i;
-    running += weights[i];
-    shared.cumulative[row] = running;
-    shared.counts[row] = 0;
+  for (int i = 0; i < kKeysPerLane; ++i) {
+    if (i >= num_steps) break;
+    const bool drawn = shared.counts[i * 32 + lane] > 0;
+    const uint32_t bits = __ballot_sync(0xffffffffu, drawn);
+    if (drawn) shared.rows[listed + __popc(bits & ((1u << lane) - 1u))] = static_cast<uint16_t>(i * 32 + lane);
+    if (lane == 0 && bits != 0) on_mask(i, bits);
+    listed += __popc(bits);
   }
-  __syncthreads();
-  if (weight_sum > 0) {
-    const uint64_t tile_end = tile_start + tile_mass;
-    const uint32_t first = draws.sorted() ? draws.count_below(tile_start) : 0;
-    const uint32_t last = draws.sorted() ? draws.count_below(tile_end) : draws.num_draws;
-    for (uint32_t m = first + threadIdx.x; m < last; m += kSelectThreads) {
-      const uint64_t threshold = draws.threshold(m);
-      if (threshold < tile_start || threshold >= tile_end) continue;
-      const uint32_t position = position_in_tile(threshold - tile_start, tile_mass, weight_sum);
-      atomicAdd(&shared.counts[row_at(shared.cumulative, num_rows, position)], 1);
-    }
-  }
-  __syncthreads();
-  return weight_sum;
+  __syncwarp();
+  return listed;
 }
 
 }  // namespace santa::cuda

@@ -20,10 +20,9 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 
 template <typename T, int HEAD_DIM>
 void launch_gather(const DecodeParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.max_tiles) * p.num_kv_heads, p.batch);
-  constexpr int kSharedBytes = sizeof(GatherShared<HEAD_DIM>);
-  allow_shared_memory(gather_kernel<T, HEAD_DIM>, kSharedBytes);
-  gather_kernel<T, HEAD_DIM><<<grid, kSelectThreads, kSharedBytes, stream>>>(p);
+  const int64_t items = static_cast<int64_t>(p.max_tiles) * p.num_kv_heads * p.num_streams();
+  const dim3 grid(static_cast<unsigned>(ceil_div(items, kGatherWarps)), p.batch);
+  gather_kernel<T, HEAD_DIM><<<grid, kGatherThreads, 0, stream>>>(p);
   check_launch("gather_kernel");
 }
 
