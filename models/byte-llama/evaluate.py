@@ -8,24 +8,43 @@ greedily, one byte per step, its own output fed back. So every answer byte comes
 whole answer is. Greedy decoding is right exactly if every answer byte is the most likely one after
 the right bytes before it, so one forward pass over prompt and answer gives the same number in exact
 arithmetic; ``--prefill`` measures it that way.
+
+    python models/byte-llama/evaluate.py --attn santa --samples 16 64 256 --context 8192 --json santa.json
+
+compares sampled with exact decode attention on the same prompts. Each batch of prompts is prefilled once,
+and every setting, exact attention (S = 0) included, then decodes from that KV cache, whatever the context's
+length: the whole question line and the answer. The prompts of a batch have equal lengths and thus share
+their random numbers; batches do not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tasks
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+if TYPE_CHECKING:
+    from santa import SantaConfig
 
 HERE = Path(__file__).resolve().parent
+
+SAMPLERS = ("grouped", "systematic", "stratified", "multinomial")
+
+QUESTION_LEN = max(len(tasks.question(word + b"-0000")) for word in tasks.WORDS)
+"""Bytes of the longest question, up to its answer: decoding that many covers the question of every prompt."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,45 @@ class RetrievalResult:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.prompts)
 
 
+@dataclass(frozen=True)
+class SampledResult:
+    """What one setting answered. The prompts are those of ``exact``, in the same order."""
+
+    num_samples: int
+    sampler: str
+    right: Tensor
+    """bool [prompts]: every byte of the answer is right."""
+    right_bytes: int
+    rows_read: float
+    """V rows read over V rows there were, in all decode steps, layers and KV heads."""
+    exact: SampledResult | None = None
+    """The same prompts with exact attention; ``None`` in the result that is exact itself."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of prompts with every answer byte right."""
+        return self.right.double().mean().item()
+
+    @property
+    def byte_accuracy(self) -> float:
+        """Share of answer bytes that were right."""
+        return self.right_bytes / (len(self.right) * tasks.ANSWER_LEN)
+
+    @property
+    def difference(self) -> float:
+        """:attr:`accuracy` minus that of exact attention."""
+        return self._differences().mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of :attr:`difference` over prompts; 0 if no prompt's outcome differs."""
+        differences = self._differences()
+        return differences.std(correction=0).item() / math.sqrt(len(differences))
+
+    def _differences(self) -> Tensor:
+        return self.right.double() - (self.exact or self).right.double()
+
+
 def load_model(
     folder: str | Path = HERE, *, device: str = "auto", attn: str = "sdpa", dtype: torch.dtype | None = None
 ) -> LlamaForCausalLM:
@@ -60,6 +118,10 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if attn == "santa":
+        from santa.integrations.transformers import register
+
+        register()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     return model.to(device).eval()
 
@@ -85,6 +147,29 @@ def _batches(
     for begin in range(0, num_prompts, batch_size):
         chosen = slice(begin, begin + batch_size)
         yield prompts[chosen].to(device), answers[chosen].to(device)
+
+
+def _check_decoded(decoded_prompt_bytes: int, context_len: int) -> None:
+    if not 1 <= decoded_prompt_bytes < context_len - tasks.ANSWER_LEN:
+        raise ValueError("decoded_prompt_bytes must leave at least one byte of the prompt to prefill")
+
+
+def _prefill(model: PreTrainedModel, tokens: Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def _decode_answers(model: PreTrainedModel, cache: Cache, forced: Tensor) -> Tensor:
+    """Feeds forced [batch, at least 1] and then the model's own bytes, one per step: answers [batch, ANSWER_LEN]."""
+    steps = list(forced.split(1, dim=1))
+    produced: list[Tensor] = []
+    for step in range(len(steps) + tasks.ANSWER_LEN - 1):
+        token = steps[step] if step < len(steps) else produced[-1]
+        logits = model(token, past_key_values=cache, use_cache=True).logits
+        if step >= len(steps) - 1:
+            produced.append(logits[:, -1].argmax(-1, keepdim=True))
+    return torch.cat(produced, dim=1)
 
 
 def _count(outputs: list[Tensor], answers: list[Tensor]) -> RetrievalResult:
@@ -120,22 +205,82 @@ def retrieval_accuracy(
             1. The first answer byte is predicted when the last prompt byte is read, so 1 puts the
             prediction of every answer byte, and of nothing else, into decode steps.
     """
-    if not 1 <= decoded_prompt_bytes < context_len - tasks.ANSWER_LEN:
-        raise ValueError("decoded_prompt_bytes must leave at least one byte of the prompt to prefill")
+    _check_decoded(decoded_prompt_bytes, context_len)
     outputs, expected = [], []
     for prompts, answers in _batches(context_len, num_prompts, seed, text, num_pairs, batch_size, depth, model.device):
-        cache = DynamicCache(config=model.config)
-        model(prompts[:, :-decoded_prompt_bytes], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        forced = list(prompts[:, -decoded_prompt_bytes:].split(1, dim=1))
-        produced: list[Tensor] = []
-        while len(produced) < tasks.ANSWER_LEN:
-            token = forced.pop(0) if forced else produced[-1]
-            logits = model(token, past_key_values=cache, use_cache=True).logits
-            if not forced:
-                produced.append(logits[:, -1].argmax(-1, keepdim=True))
-        outputs.append(torch.cat(produced, dim=1))
+        cache = _prefill(model, prompts[:, :-decoded_prompt_bytes])
+        outputs.append(_decode_answers(model, cache, prompts[:, -decoded_prompt_bytes:]))
         expected.append(answers)
     return _count(outputs, expected)
+
+
+@torch.inference_mode()
+def sampled_accuracy(
+    model: PreTrainedModel,
+    context_len: int,
+    num_prompts: int,
+    settings: Sequence[SantaConfig],
+    seed: int = 0,
+    *,
+    text: np.ndarray | None = None,
+    num_pairs: int = 24,
+    batch_size: int = 16,
+    depth: float | None = None,
+    decoded_prompt_bytes: int = QUESTION_LEN,
+    progress: bool = False,
+) -> list[SampledResult]:
+    """Answer the same questions with exact attention and with each of ``settings``.
+
+    Arguments as in :func:`retrieval_accuracy`, and:
+
+    Args:
+        settings: how to sample. Their ``seed`` is replaced by one of ``seed`` and the batch, which no other
+            batch and no other ``seed`` shares.
+        decoded_prompt_bytes: default: the whole question line. It is harder than 1: the question is looked at by
+            sampled attention too, and what that gets wrong stays in the KV cache the answer is decoded from.
+        progress: show a progress bar.
+
+    Returns:
+        The result of exact attention (``num_samples`` 0, through the same operator), then one per setting.
+    """
+    from santa.integrations.transformers import attach, record_rows_read
+
+    _check_decoded(decoded_prompt_bytes, context_len)
+    settings = [replace(settings[0], num_samples=0), *settings] if settings else []
+    right: list[list[Tensor]] = [[] for _ in settings]
+    rows_read = [0.0] * len(settings)
+    prefilled = context_len - tasks.ANSWER_LEN - decoded_prompt_bytes
+    total = math.ceil(num_prompts / batch_size) * (1 + len(settings))
+    with tqdm(total=total, desc=f"context {context_len}", unit="run", disable=not progress, leave=False) as bar:
+        batches = _batches(context_len, num_prompts, seed, text, num_pairs, batch_size, depth, model.device)
+        for index, (prompts, answers) in enumerate(batches):
+            cache = _prefill(model, prompts[:, :prefilled])
+            bar.update()
+            # Layer i draws from stream seed + i.
+            stream = (seed << 32) + index * model.config.num_hidden_layers
+            for number, setting in enumerate(settings):
+                attach(model, replace(setting, seed=stream))
+                with record_rows_read(model) as record:
+                    outputs = _decode_answers(model, cache, prompts[:, prefilled:])
+                # The next setting decodes from the prefilled positions again.
+                cache.crop(prefilled)
+                right[number].append(outputs == answers)
+                rows_read[number] += record.share() * len(prompts) / num_prompts
+                bar.update()
+    results: list[SampledResult] = []
+    for setting, batches_right, share in zip(settings, right, rows_read, strict=True):
+        bytes_right = torch.cat(batches_right).cpu()
+        results.append(
+            SampledResult(
+                setting.num_samples,
+                setting.sampler.name.lower() if setting.num_samples else "exact",
+                bytes_right.all(dim=1),
+                int(bytes_right.sum()),
+                share,
+                results[0] if results else None,
+            )
+        )
+    return results
 
 
 @torch.inference_mode()
@@ -184,6 +329,83 @@ def bits_per_byte(
     return total / (windows * (context_len - 1)) / math.log(2)
 
 
+def _measure_dense(model: PreTrainedModel, text: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints a line per context and returns it as the ``results`` of the JSON file."""
+    records = []
+    for context in args.context:
+        start = time.perf_counter()
+        options = dict(text=text, num_pairs=args.pairs, batch_size=args.batch, depth=args.depth)
+        if args.prefill:
+            result = prefill_accuracy(model, context, args.prompts, args.seed, **options)
+        else:
+            options["decoded_prompt_bytes"] = args.decoded_prompt_bytes
+            result = retrieval_accuracy(model, context, args.prompts, args.seed, **options)
+        line = (
+            f"context {context:6d}: {result.right}/{result.prompts} answers right = {result.accuracy:.2%} "
+            f"(standard error {result.standard_error:.2%}), {result.byte_accuracy:.2%} of answer bytes"
+        )
+        record = dict(context=context, right=result.right, accuracy=result.accuracy, byte_accuracy=result.byte_accuracy)
+        if args.text_bytes >= context:
+            record["bits_per_byte"] = bits_per_byte(model, context, text=text, max_bytes=args.text_bytes)
+            line += f"; held-out text {record['bits_per_byte']:.3f} bits/byte"
+        print(f"{line}; {time.perf_counter() - start:.1f} s", flush=True)
+        records.append(record)
+    return records
+
+
+def _measure_sampled(model: PreTrainedModel, text: np.ndarray, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints one table and returns its rows as the ``results`` of the JSON file; differences are shares, not points."""
+    from santa import SantaConfig
+
+    settings = [
+        SantaConfig(num_samples=num_samples, sampler=sampler, budget=args.budget, layers=args.layers, min_context=0)
+        for sampler in args.samplers
+        for num_samples in args.samples
+    ]
+    start = time.perf_counter()
+    records, lines = [], []
+    for context in args.context:
+        results = sampled_accuracy(
+            model,
+            context,
+            args.prompts,
+            settings,
+            args.seed,
+            text=text,
+            num_pairs=args.pairs,
+            batch_size=args.batch,
+            depth=args.depth,
+            decoded_prompt_bytes=args.decoded_prompt_bytes,
+            progress=True,
+        )
+        for result in results:
+            records.append(
+                dict(
+                    context=context,
+                    sampler=result.sampler,
+                    num_samples=result.num_samples,
+                    right=int(result.right.sum()),
+                    accuracy=result.accuracy,
+                    byte_accuracy=result.byte_accuracy,
+                    difference=result.difference,
+                    standard_error=result.standard_error,
+                    rows_read=result.rows_read,
+                )
+            )
+            versus = f"{100 * result.difference:+.2f} ± {100 * result.standard_error:.2f}" if result.exact else ""
+            right = f"{records[-1]['right']}/{args.prompts}"
+            lines.append(
+                f"| {context:7,d} | {result.sampler:11s} | {result.num_samples:5d} | {right:>13s} | {versus:>19s} "
+                f"| {result.byte_accuracy:12.2%} | {result.rows_read:11.2%} |"
+            )
+    print("| context | sampler     |     S | answers right | minus exact, points | answer bytes | V rows read |")
+    print("|--------:|-------------|------:|--------------:|--------------------:|-------------:|------------:|")
+    print("\n".join(lines))
+    decoded = f"the last {args.decoded_prompt_bytes} bytes of each decoded"
+    print(f"{args.prompts} prompts per context, {decoded}; {time.perf_counter() - start:.1f} s", flush=True)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE, help="folder of the checkpoint")
@@ -192,41 +414,49 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24, help="planted pairs per prompt, the asked one included")
     parser.add_argument("--depth", type=float, help="place of the asked pair, 0 (far) to 1 (near); default: random")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts, and of the draws with --attn santa")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--attn", default="sdpa", help="transformers' attn_implementation")
+    parser.add_argument("--attn", default="sdpa", help="transformers' attn_implementation, or santa")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--corpus", type=Path, help="read Python sources here, not from this interpreter")
-    parser.add_argument("--prefill", action="store_true", help="one forward pass instead of decode steps")
-    parser.add_argument("--text-bytes", type=int, default=1 << 19, help="held-out bytes to score; 0: none")
+    parser.add_argument("--prefill", action="store_true", help="one forward pass, no decode steps; not for santa")
+    parser.add_argument(
+        "--decoded-prompt-bytes",
+        type=int,
+        help=f"last bytes of the prompt that are decoded, not prefilled; default: {QUESTION_LEN} (the whole question) "
+        "with --attn santa, else 1",
+    )
+    parser.add_argument(
+        "--text-bytes", type=int, default=1 << 19, help="held-out bytes to score; 0: none; not for santa"
+    )
+    parser.add_argument("--json", type=Path, help="write settings and results to this file")
+    sampled = parser.add_argument_group("with --attn santa")
+    sampled.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    sampled.add_argument("--samples", type=int, nargs="+", default=[16, 64, 256], help="draws per query head, S")
+    sampled.add_argument("--budget", choices=("proportional", "uniform"), default="proportional")
+    sampled.add_argument("--layers", type=int, nargs="+", help="layers that sample, the others are exact; default: all")
     args = parser.parse_args()
 
+    is_santa = args.attn == "santa"
+    if is_santa and args.prefill:
+        parser.error("--prefill runs no decode step, the only one that --attn santa samples")
+    if is_santa and min(args.samples) < 1:
+        parser.error("--samples takes numbers from 1 on; exact attention is always measured")
+    if args.decoded_prompt_bytes is None:
+        args.decoded_prompt_bytes = QUESTION_LEN if is_santa else 1
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load_model(args.model, device=args.device, attn=args.attn, dtype=dtype)
     text = tasks.load_corpus(args.corpus).heldout
     name = str(model.dtype).removeprefix("torch.")
-    print(f"{model.device}, {name}, attention: {args.attn}, {args.pairs} pairs")
-    measure = prefill_accuracy if args.prefill else retrieval_accuracy
-    for context in args.context:
-        start = time.perf_counter()
-        result = measure(
-            model,
-            context,
-            args.prompts,
-            args.seed,
-            text=text,
-            num_pairs=args.pairs,
-            batch_size=args.batch,
-            depth=args.depth,
-        )
-        line = (
-            f"context {context:6d}: {result.right}/{result.prompts} answers right = {result.accuracy:.2%} "
-            f"(standard error {result.standard_error:.2%}), {result.byte_accuracy:.2%} of answer bytes"
-        )
-        if args.text_bytes >= context:
-            bits = bits_per_byte(model, context, text=text, max_bytes=args.text_bytes)
-            line += f"; held-out text {bits:.3f} bits/byte"
-        print(f"{line}; {time.perf_counter() - start:.1f} s", flush=True)
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+    print(f"{device}, {name}, attention: {args.attn}, {args.pairs} pairs")
+    records = (_measure_sampled if is_santa else _measure_dense)(model, text, args)
+    if args.json:
+        options = ["attn", "prompts", "pairs", "depth", "batch", "seed"]
+        options += ["samplers", "samples", "budget", "layers", "decoded_prompt_bytes"] if is_santa else ["prefill"]
+        head = dict(device=device, dtype=name, torch=torch.__version__, transformers=transformers.__version__)
+        head |= {option: getattr(args, option) for option in options}
+        args.json.write_text(json.dumps({**head, "results": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
