@@ -136,8 +136,9 @@ def layers() -> list[Layer]:
 
 def test_grouped_beats_systematic_on_real_attention(layers):
     """RMSE of grouped over that of systematic at equally many distinct V rows read (log-log interpolation), as the
-    geometric mean over texts, layers and KV heads. It is 0.69; with other seeds its logarithm moves by 0.01, so the
-    test would fail by chance less than once in 1e9 changes of seed."""
+    geometric mean over texts, layers and KV heads. It is 0.70, and over 8 seeds its logarithm had a standard deviation
+    of 0.002: by chance a change of seed fails this far less than once in 1e9 times. Three
+    other pairs of texts gave 0.70 to 0.71."""
     count, ratios, compared = 16, {}, 0
     for layer in layers:
         exact = layer.exact()[:, None]

@@ -3,7 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <sstream>
+#include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -12,12 +13,21 @@ namespace santa::api {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Text by std::to_string and snprintf: no iostreams, whose locale machinery crashes where a toolchain links libstdc++
+// statically into an extension.
+inline std::string text_of(const char* text) { return text; }
+inline std::string text_of(const std::string& text) { return text; }
+inline std::string text_of(int64_t number) { return std::to_string(number); }
+inline std::string text_of(int number) { return std::to_string(number); }
+inline std::string text_of(double number) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", number);
+  return text;
+}
+
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "santa: ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw std::invalid_argument((std::string("santa: ") + ... + text_of(parts)));
 }
 
 inline const char* name_of(ScalarType dtype) {
@@ -56,11 +66,9 @@ inline const char* name_of(ScalarType dtype) {
 }
 
 inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
 }
 
 inline std::string device_of(const Tensor& tensor) {

@@ -9,8 +9,8 @@
 #include <bitset>
 #include <cmath>
 #include <cstring>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "core/kv_view.h"
@@ -292,13 +292,12 @@ void combine_head(const DecodeParams& p, int batch_index, int qo_head, const Row
 void check_rows(const DecodeParams& p) {
   for (int b = 0; b < p.batch; ++b) {
     if (row_shape_of(p, b).valid) continue;
-    std::ostringstream message;
-    message << "santa: row " << b << " has ";
-    if (p.kv_lens != nullptr) message << "kv_lens " << p.kv_lens[b] << (p.kv_starts != nullptr ? " and " : "");
-    if (p.kv_starts != nullptr) message << "kv_starts " << p.kv_starts[b];
-    message << "; kv_starts >= 0, kv_lens >= 0 and kv_starts + kv_lens <= max_kv_len (" << p.max_kv_len
-            << ") are needed";
-    throw std::invalid_argument(message.str());
+    std::string message = "santa: row " + std::to_string(b) + " has ";
+    if (p.kv_lens != nullptr) message += "kv_lens " + std::to_string(p.kv_lens[b]);
+    if (p.kv_lens != nullptr && p.kv_starts != nullptr) message += " and ";
+    if (p.kv_starts != nullptr) message += "kv_starts " + std::to_string(p.kv_starts[b]);
+    throw std::invalid_argument(message + "; kv_starts >= 0, kv_lens >= 0 and kv_starts + kv_lens <= max_kv_len (" +
+                                std::to_string(p.max_kv_len) + ") are needed");
   }
 }
 

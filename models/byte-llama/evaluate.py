@@ -12,8 +12,8 @@ arithmetic; ``--prefill`` measures it that way.
     python models/byte-llama/evaluate.py --attn santa --samples 16 64 256 --context 8192 --json santa.json
 
 compares sampled with exact decode attention on the same prompts. Each batch of prompts is prefilled once,
-and every setting, exact attention (S = 0) included, then decodes from that KV cache, whatever the context's
-length: the whole question line and the answer. The prompts of a batch have equal lengths and thus share
+and every setting, exact attention (S = 0) included, then decodes the question line and the answer from that
+KV cache. All rows are sampled, short contexts too. The prompts of a batch have equal lengths and thus share
 their random numbers; batches do not.
 """
 
@@ -243,10 +243,11 @@ def sampled_accuracy(
     Returns:
         The result of exact attention (``num_samples`` 0, through the same operator), then one per setting.
     """
+    from santa import SantaConfig
     from santa.integrations.transformers import attach, record_rows_read
 
     _check_decoded(decoded_prompt_bytes, context_len)
-    settings = [replace(settings[0], num_samples=0), *settings] if settings else []
+    settings = [SantaConfig(num_samples=0), *settings]
     right: list[list[Tensor]] = [[] for _ in settings]
     rows_read = [0.0] * len(settings)
     prefilled = context_len - tasks.ANSWER_LEN - decoded_prompt_bytes
