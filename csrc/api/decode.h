@@ -117,6 +117,17 @@ struct DecodeOutputs {
   std::optional<Tensor> rows_read;
 };
 
+// Whether every row of a tensor, its last dimension, starts on a 16-byte boundary. Strides of dimensions of size 1 are
+// arbitrary and never used.
+inline bool rows_are_aligned(const Tensor& tensor) {
+  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 != 0) return false;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    const int64_t bytes = tensor.stride(dim) * static_cast<int64_t>(tensor.element_size());
+    if (tensor.size(dim) > 1 && bytes % 16 != 0) return false;
+  }
+  return true;
+}
+
 // `Backend::run(params, device_index)` does the work.
 template <typename Backend>
 DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
@@ -157,13 +168,7 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   p.head_dim = static_cast<int>(head_dim);
   p.max_kv_len = static_cast<int>(a.k.size(token_axis));
 
-  const int64_t align = 16 / static_cast<int64_t>(a.q.element_size());
-  p.aligned = true;
-  for (const void* data : {p.q, p.k, p.v}) p.aligned &= reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (const int64_t stride : {p.stride_q_batch, p.stride_q_head, p.stride_k_batch, p.stride_k_token, p.stride_k_head,
-                               p.stride_v_batch, p.stride_v_token, p.stride_v_head}) {
-    p.aligned &= stride % align == 0;
-  }
+  p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
 
   const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));

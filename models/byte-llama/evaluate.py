@@ -263,8 +263,8 @@ def sampled_accuracy(
                 attach(model, replace(setting, seed=stream))
                 with record_rows_read(model) as record:
                     outputs = _decode_answers(model, cache, prompts[:, prefilled:])
-                # The next setting decodes from the prefilled positions again.
-                cache.crop(prefilled)
+                # The next setting decodes from the prefilled positions again. Negative: the number to remove.
+                cache.crop(prefilled - cache.get_seq_length())
                 right[number].append(outputs == answers)
                 rows_read[number] += record.share() * len(prompts) / num_prompts
                 bar.update()

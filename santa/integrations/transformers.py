@@ -307,7 +307,8 @@ def _sampled_attention(
         )
     config = getattr(module, _CONFIG_ATTRIBUTE, _DEFAULT_CONFIG)
     record = getattr(module, _RECORD_ATTRIBUTE, None)
-    kv_starts, kv_lens, position = ranges[:, 0, 0].unbind(-1)
+    # Columns of their own as `_pack_ranges` made them, unless something copied the mask on the way here.
+    kv_starts, kv_lens, position = (column.contiguous() for column in ranges[:, 0, 0].unbind(-1))
     result = santa.decode(
         query.squeeze(2),
         key,
