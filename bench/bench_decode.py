@@ -2,10 +2,11 @@
 
     python bench/bench_decode.py                       # the README's table
     python bench/bench_decode.py --shapes 4x32768 --samples 128 --json out/decode.json
+    python bench/bench_decode.py --device cpu --shapes 1x16384
 
-Every result is checked against the float64 oracle before it is timed. Columns: microseconds per call (median of
-CUDA-graph replays over rotating buffers), the speed-up over torch SDPA, bytes of K per second, distinct V rows read and
-the relative error of the output.
+Every result is checked against the float64 oracle before it is timed. Columns: microseconds per call (median; on CUDA
+of CUDA-graph replays over rotating buffers), the speed-up over torch SDPA, bytes of K per second, distinct V rows read
+and the relative error of the output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import santa
 from santa import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import Problem, environment, make_problem, time_us
+from harness import Problem, environment, make_problem, time_cpu_us, time_us
 
 
 def sdpa_calls(problem: Problem):
@@ -64,16 +65,25 @@ def main() -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--samplers", nargs="+", default=["grouped", "systematic"])
     parser.add_argument("--layout", default="HND", choices=["HND", "NHD"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench_decode.py needs a CUDA device")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench_decode.py needs a CUDA device; --device cpu times the CPU backend")
+    measure = time_us if arguments.device == "cuda" else time_cpu_us
 
     rows = []
     for shape in tqdm(arguments.shapes, desc="shapes"):
         batch, kv_len = (int(x) for x in shape.split("x"))
-        problem = make_problem(batch, kv_len, layout=arguments.layout)
-        sdpa = time_us(sdpa_calls(problem))
+        problem = make_problem(
+            batch,
+            kv_len,
+            layout=arguments.layout,
+            dtype=getattr(torch, arguments.dtype),
+            device=arguments.device,
+        )
+        sdpa = measure(sdpa_calls(problem))
         rows.append({"shape": shape, "what": "torch SDPA", "us": sdpa, "speedup": 1.0})
         settings = [{"num_samples": 0}] + [
             {"num_samples": s, "sampler": sampler} for sampler in arguments.samplers for s in arguments.samples
@@ -81,7 +91,7 @@ def main() -> None:
         for options in settings:
             error, v_rows = check_and_count(problem, **options)
             exact = options["num_samples"] == 0
-            us = time_us(santa_calls(problem, **options))
+            us = measure(santa_calls(problem, **options))
             name = "santa exact" if exact else f"santa {options['sampler']} S={options['num_samples']}"
             rows.append(
                 {
@@ -95,9 +105,10 @@ def main() -> None:
                 }
             )
         del problem
-        torch.cuda.empty_cache()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
 
-    print(environment())
+    print({**environment(arguments.device), "dtype": arguments.dtype, "layout": arguments.layout})
     print(f"{'batch x kv_len':>14}  {'what':24} {'us':>8} {'x SDPA':>7} {'K GB/s':>7} {'V rows':>8} {'error':>8}")
     for row in rows:
         print(
@@ -106,7 +117,7 @@ def main() -> None:
         )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps({"environment": environment(arguments.device), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

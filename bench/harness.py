@@ -1,15 +1,19 @@
-"""Timing: CUDA-graph replays over rotating buffers larger than the L2 cache, medians, all in one process."""
+"""Timing: medians over rotating buffers larger than the last cache, all in one process; on CUDA by graph replays."""
 
 from __future__ import annotations
 
 import datetime
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# More than the last-level cache share of a few cores.
+CPU_CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,17 @@ def make_problem(
     layout: str = "HND",
     logit_std: float = 2.0,
     seed: int = 0,
+    device: str = "cuda",
 ) -> Problem:
     """Gaussian keys and values; queries scaled so that logits have standard deviation `logit_std`."""
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     kv_shape = (batch, num_kv_heads, kv_len, head_dim) if layout == "HND" else (batch, kv_len, num_kv_heads, head_dim)
     set_bytes = 2 * batch * kv_len * num_kv_heads * head_dim * dtype.itemsize
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    copies = max(2, min(64, -(-4 * l2_bytes // max(set_bytes, 1))))
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CPU_CACHE_BYTES
+    copies = max(2, min(64, -(-4 * cache_bytes // max(set_bytes, 1))))
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype, device="cuda", generator=generator)
+        return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
 
     sets = [
         (randn(batch, num_qo_heads, head_dim) * logit_std, randn(*kv_shape), randn(*kv_shape)) for _ in range(copies)
@@ -64,8 +69,8 @@ def make_problem(
 
 
 def time_us(calls: list[Callable[[], object]], *, replays: int = 15, min_ms: float = 1.0) -> float:
-    """Median time of one call in microseconds. `calls` are the same call on different buffers; a CUDA graph runs them
-    in turn, often enough for one replay to last `min_ms`."""
+    """Median time of one call on CUDA in microseconds. `calls` are the same call on different buffers; a CUDA graph
+    runs them in turn, often enough for one replay to last `min_ms`."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -94,9 +99,23 @@ def time_us(calls: list[Callable[[], object]], *, replays: int = 15, min_ms: flo
     return statistics.median(samples)
 
 
-def environment() -> dict[str, str]:
+def time_cpu_us(calls: list[Callable[[], object]], *, rounds: int = 15) -> float:
+    """Median time of one call on the CPU in microseconds; the calls run in turn."""
+    for call in calls:
+        call()
+    samples = []
+    for _ in range(rounds):
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            samples.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(samples)
+
+
+def environment(device: str) -> dict[str, str]:
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),

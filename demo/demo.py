@@ -372,7 +372,6 @@ def main() -> None:
         "steps per row, all fed the bytes that the first row writes"
     )
     print_table(rows, device_name(device), context_len)
-    print("Transformers' SDPA copies K and V for every query head at each step; exact (santa) reads them in place.")
     ending = text[max(0, context_len - 40) : context_len].tobytes().decode(errors="replace")
     print(f"The context ends with {ending!r},")
     print(f"exact decoding goes on {bytes(forced.tolist()).decode(errors='replace')!r}.")

@@ -187,6 +187,7 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
   float* o_accum = p.o_accum + stats * head_dim;
   std::fill_n(o_accum, static_cast<int64_t>(group_size) * head_dim, 0.0f);
   std::vector<float> exponentials(static_cast<size_t>(heads_per_stream) * tile_kv), shares(tile_kv), value(head_dim);
+  std::vector<float> ht_weights(group_size);
   std::vector<uint32_t> cumulative(tile_kv);
   std::vector<int32_t> counts(tile_kv);
   std::array<uint32_t, kMaskWords> read{};
@@ -238,9 +239,9 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
             std::min(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total, weight, weight_sum));
         for (int h = 0; h < group_size; ++h) {
           const float factor = tile_factor(p.tile_max[stats + h], row_lse[h]);
-          const float ht_weight = factor > 0.0f ? factor * exponentials[h * tile_kv + n] / inclusion : 0.0f;
-          accumulate_block(&ht_weight, 1, 1, value.data(), 1, head_dim, o_accum + h * head_dim);
+          ht_weights[h] = factor > 0.0f ? factor * exponentials[h * tile_kv + n] / inclusion : 0.0f;
         }
+        accumulate_block(ht_weights.data(), 1, group_size, value.data(), 1, head_dim, o_accum);
       } else {
         const float times = static_cast<float>(counts[n]);
         accumulate_block(&times, 1, 1, value.data(), 1, head_dim, o_accum + stream * head_dim);
