@@ -1,4 +1,4 @@
-// Launchers of the decode kernels: a stage each, on the given stream. No Torch, no allocation, no synchronisation.
+// Launchers of the decode kernels, on the given stream. No Torch, no allocation, no synchronisation.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,13 +7,11 @@
 
 namespace santa::cuda {
 
-// Stages that depend on dtype and head_dim; one explicit instantiation per file in instantiations/.
+// One explicit instantiation per file in instantiations/.
 template <typename T, int HEAD_DIM>
-void launch_tiles(const DecodeParams& p, cudaStream_t stream);
-template <typename T, int HEAD_DIM>
-void launch_gather(const DecodeParams& p, cudaStream_t stream);
+void launch_decode_kernel(const DecodeParams& p, cudaStream_t stream);
 
-// All stages, in order.
+// Dispatches on dtype and head_dim.
 void launch_decode(const DecodeParams& p, cudaStream_t stream);
 
 }  // namespace santa::cuda
