@@ -13,7 +13,6 @@ enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
 enum class KvLayout : int { kNHD = 0, kHND = 1 };
 
 constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile
-constexpr int kNumCounters = 3;              // of a batch row and KV head: tiles done, planned, gathers done
 
 struct DecodeParams {
   // Inputs.
@@ -66,7 +65,6 @@ struct DecodeParams {
   int32_t* tile_rows;      // [streams, tiles]: V rows drawn in the tile
   uint32_t* read_mask;     // [tiles, kMaskWords]: V rows read by any stream; null unless rows_read is asked for
   float* o_accum;          // [tiles, gqa_group_size, head_dim]; undefined where the stream's tile_rows is 0
-  uint32_t* counters;      // [kNumCounters], zeroed before the launch; CUDA alone
 
   SANTA_HD int64_t group_index(int batch_index, int kv_head) const {
     return static_cast<int64_t>(batch_index) * num_kv_heads + kv_head;
@@ -95,8 +93,7 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
   const bool valid = start >= 0 && length >= 0 && start + length <= p.max_kv_len;
   if (!valid) length = 0;
   const bool sampled = p.num_samples > 0 && length > 0 && length >= p.min_sampled_len;
-  const int tile_kv = sampled ? sampled_tile_kv_of(length) : exact_tile_kv_of(length);
-  return {start, static_cast<int>(length), valid, sampled, tile_kv, static_cast<int>(ceil_div(length, tile_kv))};
+  return {start, static_cast<int>(length), valid, sampled, tile_kv_of(length), num_tiles_of(length)};
 }
 
 }  // namespace santa

@@ -37,10 +37,9 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
   workspace.take(p.tile_max, stats);
   workspace.take(p.tile_sum, stats);
   workspace.take(p.o_accum, stats * p.head_dim);
-  workspace.take(p.row_lse, groups * p.gqa_group_size);
-  workspace.take(p.counters, groups * kNumCounters);
   if (p.num_samples > 0) {
     workspace.take(p.scores, groups * p.scores_per_row);
+    workspace.take(p.row_lse, groups * p.gqa_group_size);
     workspace.take(p.segment_lse, stats);
     workspace.take(p.tile_start, tiles * p.num_streams());
     workspace.take(p.tile_mass, tiles * p.num_streams());

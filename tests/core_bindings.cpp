@@ -108,8 +108,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("weight"), py::arg("weight_sum"));
 
   // tiling.h
-  m.def("sampled_tile_kv_of", py::vectorize(sampled_tile_kv_of));
-  m.def("exact_tile_kv_of", py::vectorize(exact_tile_kv_of));
+  m.def("tile_kv_of", py::vectorize(tile_kv_of));
+  m.def("num_tiles_of", py::vectorize(num_tiles_of));
   m.def("max_num_tiles", py::vectorize(max_num_tiles));
   m.def("plan_segments", &plan, py::arg("num_tiles"), py::arg("num_samples"), py::arg("uniform"),
         "(tiles_per_segment, num_segments, draws)");

@@ -438,27 +438,23 @@ def test_expected_draws(num_draws, mass, other_mass, weights, data):
 # Tiles and segments -----------------------------------------------------------------------------------
 
 
-def num_tiles(lengths, tile_kv):
-    return -(-np.asarray(lengths, dtype=np.int64) // tile_kv)
-
-
 def test_tiles_cover_every_length_and_max_num_tiles_bounds_them():
-    """Every length up to 300,000, sampled or exact: max_num_tiles is the largest number of tiles of any length so far:
-    enough, and no more than needed. A warp draws from 512 keys at most; exact rows have 64 tiles up to 131,072 keys."""
-    lengths = np.arange(300_001)
-    sampled, exact = core.sampled_tile_kv_of(lengths), core.exact_tile_kv_of(lengths)
-    assert sampled.max() == 512 and (sampled % 64 == 0).all() and (exact % 64 == 0).all()
-    most = np.maximum(num_tiles(lengths, sampled), num_tiles(lengths, exact))
-    assert num_tiles(lengths, exact)[:131_073].max() == 64
-    np.testing.assert_array_equal(core.max_num_tiles(lengths), np.maximum.accumulate(most))
+    """Every length up to 70,000: the tiles hold the row without an empty one, and max_num_tiles is the
+    largest number of tiles of any length so far: enough, and no more than needed."""
+    lengths = np.arange(70_001)
+    tile_kv, tiles = core.tile_kv_of(lengths), core.num_tiles_of(lengths)
+    assert tile_kv.max() <= 512
+    assert (tiles.astype(np.int64) * tile_kv >= lengths).all()
+    assert ((tiles.astype(np.int64) - 1) * tile_kv < np.maximum(lengths, 1)).all()
+    np.testing.assert_array_equal(core.max_num_tiles(lengths), np.maximum.accumulate(tiles))
 
 
 @for_all(kv_lens, kv_lens)
 @example(2**31 - 1, 2**31 - 1)
 def test_max_num_tiles_of_long_rows(a, b):
     """The bound holds for any pair of lengths up to 2^31 - 1."""
-    for tile_kv in (core.sampled_tile_kv_of, core.exact_tile_kv_of):
-        assert num_tiles(min(a, b), tile_kv(min(a, b))) <= core.max_num_tiles(max(a, b))
+    assert core.num_tiles_of(min(a, b)) <= core.max_num_tiles(max(a, b))
+    assert core.num_tiles_of(a) * core.tile_kv_of(a) >= a
 
 
 def assert_uniform_plan(num_tiles, num_samples):

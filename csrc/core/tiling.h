@@ -11,37 +11,25 @@ namespace santa {
 
 constexpr int kMaxTileKv = 512;
 
-SANTA_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Keys per tile of a sampled row. Short rows take small tiles, because a few hundred tiles must exist to fill a GPU;
-// long rows take the largest that one warp can draw from.
-SANTA_HD int sampled_tile_kv_of(int64_t kv_len) {
+// Keys per tile. Short rows take small tiles, because a few hundred tiles must exist to fill a GPU; long rows take
+// large ones, because every tile costs a partial result of group x head_dim floats.
+SANTA_HD int tile_kv_of(int64_t kv_len) {
   if (kv_len <= 4096) return 128;
   if (kv_len <= 16384) return 256;
   return kMaxTileKv;
 }
 
-// Keys per tile of an exact row: 64 tiles at most up to 131,072 keys. Every tile costs a partial result of group x
-// head_dim floats, which one CTA adds up at the end.
-SANTA_HD int exact_tile_kv_of(int64_t kv_len) {
-  int tile_kv = 128;
-  while (tile_kv < 2048 && tile_kv * 64 < kv_len) tile_kv *= 2;
-  return tile_kv;
-}
+SANTA_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Upper bound of the number of tiles over all lengths up to max_kv_len: it is not monotone where the tile grows.
+SANTA_HD int num_tiles_of(int64_t kv_len) { return static_cast<int>(ceil_div(kv_len, tile_kv_of(kv_len))); }
+
+// Upper bound of num_tiles_of over all lengths up to max_kv_len: num_tiles_of is not monotone where the tile grows.
 inline int max_num_tiles(int64_t max_kv_len) {
-  int64_t bound = ceil_div(max_kv_len, sampled_tile_kv_of(max_kv_len));
-  if (max_kv_len > 4096 && bound < 4096 / 128) bound = 4096 / 128;
-  if (max_kv_len > 16384 && bound < 16384 / 256) bound = 16384 / 256;
-  const int64_t exact = ceil_div(max_kv_len, exact_tile_kv_of(max_kv_len));
-  if (bound < exact) bound = exact;
-  if (max_kv_len > 8192 && bound < 64) bound = 64;
-  return static_cast<int>(bound);
+  int bound = num_tiles_of(max_kv_len);
+  if (max_kv_len > 4096 && num_tiles_of(4096) > bound) bound = num_tiles_of(4096);
+  if (max_kv_len > 16384 && num_tiles_of(16384) > bound) bound = num_tiles_of(16384);
+  return bound;
 }
-
-// Sampled rows: tiles are gathered in runs of consecutive tiles, which share a partial result; at most 64 runs.
-SANTA_HD int tiles_per_run(int num_tiles) { return static_cast<int>(ceil_div(num_tiles, 64)); }
 
 // The budget of one row. Proportional: one segment, the whole row, with all S draws. Uniform: segments of equally many
 // tiles, at most S of them, each with ceil(S / num_segments) draws; the total is below 2 S.

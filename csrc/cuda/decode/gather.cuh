@@ -1,6 +1,6 @@
-// Stage 3, sampled rows, one warp per run of tiles, KV head and stream: draws the rows of each tile, reads them from V,
-// and adds up the run's share of the estimate. The warps of a CTA share nothing; there are many of them per
-// multiprocessor, and they hide each other's latency. Runs without draws write a zero count and no output.
+// Stage 3, sampled rows: one warp per tile, KV head and stream draws the tile's rows, reads them from V, and writes the
+// tile's share of the estimate. The warps of a CTA share nothing; there are many of them per multiprocessor, and they
+// hide each other's latency. Tiles without draws write a zero count and no output.
 #pragma once
 
 #include "core/kv_view.h"
@@ -11,6 +11,8 @@
 
 namespace santa::cuda {
 
+constexpr int kGatherWarps = 4;
+constexpr int kGatherThreads = kGatherWarps * 32;
 constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per lane
 
 // How a warp reads rows of V: 16 bytes per lane, kRows rows at a time.
@@ -61,15 +63,26 @@ __device__ __forceinline__ float reduce_rows(float value) {
   return sum;
 }
 
-// One tile. Adds to the run's o_accum, or starts it if `first` is set; returns the number of rows drawn.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ int gather_tile(const DecodeParams& p, const RowShape& row, int batch_index, int kv_head,
-                                           int stream, int tile, float* o_accum, bool first, SelectShared& shared,
-                                           int lane) {
+__global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ SelectShared all_shared[kGatherWarps];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  SelectShared& shared = all_shared[warp];
+
+  // Streams fastest, then KV heads, then tiles.
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kGatherWarps + warp;
+  const int num_streams = p.num_streams();
+  const int stream = static_cast<int>(item % num_streams);
+  const int kv_head = static_cast<int>(item / num_streams % p.num_kv_heads);
+  const int64_t tile = item / num_streams / p.num_kv_heads;
+  const int batch_index = blockIdx.y;
+  const RowShape row = row_shape_of(p, batch_index);
+  if (!row.sampled || tile >= row.num_tiles) return;
+
   const int group_size = p.gqa_group_size;
   const int64_t group = p.group_index(batch_index, kv_head);
   const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
-  const int segment = tile / plan.tiles_per_segment;
+  const int segment = static_cast<int>(tile) / plan.tiles_per_segment;
   const int64_t offset = p.stream_offset(group, stream);
   const Draws& draws = p.segment_draws[offset + segment];
   const uint64_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
@@ -79,12 +92,15 @@ __device__ __forceinline__ int gather_tile(const DecodeParams& p, const RowShape
     const bool last_of_segment = tile + 1 == min((segment + 1) * plan.tiles_per_segment, row.num_tiles);
     if (!last_of_segment) last_draw = p.tile_draw[offset + tile + 1];
   }
-  if (tile_mass == 0 || first_draw == last_draw) return 0;
+  if (tile_mass == 0 || first_draw == last_draw) {
+    if (lane == 0) p.tile_rows[offset + tile] = 0;
+    return;
+  }
 
   const bool grouped = p.sampler == Sampler::kGrouped;
   const int first_head = grouped ? 0 : stream, last_head = grouped ? group_size : stream + 1;
-  const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * group_size;
-  const int64_t first_key = static_cast<int64_t>(tile) * row.tile_kv;
+  const int64_t stats = p.stats_offset(group) + tile * group_size;
+  const int64_t first_key = tile * row.tile_kv;
   const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
   const int num_steps = (num_keys + 31) / 32;
   const float* scores = p.scores + group * p.scores_per_row + first_key * p.group_pitch;
@@ -112,12 +128,12 @@ __device__ __forceinline__ int gather_tile(const DecodeParams& p, const RowShape
   if (weight_sum > 0) {
     draw_tile(draws, first_draw, last_draw, tile_start, tile_mass, weight_sum, num_keys, shared, lane);
   }
-  uint32_t* mask =
-      p.read_mask == nullptr ? nullptr : p.read_mask + p.mask_offset(group) + static_cast<int64_t>(tile) * kMaskWords;
+  uint32_t* mask = p.read_mask == nullptr ? nullptr : p.read_mask + p.mask_offset(group) + tile * kMaskWords;
   const int num_selected = list_rows(num_steps, shared, lane, [&](int word, uint32_t bits) {
     if (mask != nullptr) atomicOr(mask + word, bits);
   });
-  if (num_selected == 0) return 0;
+  if (lane == 0) p.tile_rows[offset + tile] = num_selected;
+  if (num_selected == 0) return;
 
   auto values = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
                                      p.stride_v_head);
@@ -157,34 +173,12 @@ __device__ __forceinline__ int gather_tile(const DecodeParams& p, const RowShape
 #pragma unroll
       for (int d = 0; d < 8; ++d) sums[d] = reduce_rows<HEAD_DIM>(acc[j][d]) * scale;
       if (h < last_head && lane < GatherShape<HEAD_DIM>::kChunks) {
-        float4* out = reinterpret_cast<float4*>(o_accum + h * HEAD_DIM + lane * 8);
-        float4 low = {sums[0], sums[1], sums[2], sums[3]}, high = {sums[4], sums[5], sums[6], sums[7]};
-        if (!first) {
-          const float4 old_low = out[0], old_high = out[1];
-          low.x += old_low.x, low.y += old_low.y, low.z += old_low.z, low.w += old_low.w;
-          high.x += old_high.x, high.y += old_high.y, high.z += old_high.z, high.w += old_high.w;
-        }
-        out[0] = low;
-        out[1] = high;
+        float4* out = reinterpret_cast<float4*>(p.o_accum + (stats + h) * HEAD_DIM + lane * 8);
+        out[0] = {sums[0], sums[1], sums[2], sums[3]};
+        out[1] = {sums[4], sums[5], sums[6], sums[7]};
       }
     }
   }
-  return num_selected;
-}
-
-// A run of consecutive tiles, by one warp.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void gather_run(const DecodeParams& p, const RowShape& row, int batch_index, int kv_head,
-                                           int stream, int run, SelectShared& shared, int lane) {
-  const int length = tiles_per_run(row.num_tiles), first_tile = run * length;
-  const int64_t group = p.group_index(batch_index, kv_head);
-  float* o_accum = p.o_accum + (p.stats_offset(group) + static_cast<int64_t>(first_tile) * p.gqa_group_size) * HEAD_DIM;
-  int rows = 0;
-  for (int tile = first_tile; tile < min(first_tile + length, row.num_tiles); ++tile) {
-    rows += gather_tile<T, HEAD_DIM>(p, row, batch_index, kv_head, stream, tile, o_accum, rows == 0, shared, lane);
-    __syncwarp();  // the next tile overwrites `shared`
-  }
-  if (lane == 0) p.tile_rows[p.stream_offset(group, stream) + first_tile] = rows;
 }
 
 }  // namespace santa::cuda

@@ -1,26 +1,37 @@
 #include "cuda/decode/launch.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <stdexcept>
+#include "cuda/common/launch.h"
+#include "cuda/decode/combine.cuh"
+#include "cuda/decode/plan.cuh"
 
 namespace santa::cuda {
 namespace {
+
+template <typename T, int HEAD_DIM>
+void launch_stages(const DecodeParams& p, cudaStream_t stream) {
+  if (p.max_tiles > 0) launch_tiles<T, HEAD_DIM>(p, stream);
+  if (p.max_tiles > 0 && p.num_samples > 0) {
+    plan_kernel<<<dim3(p.num_kv_heads, p.batch), kPlanThreads, 0, stream>>>(p);
+    check_launch("plan_kernel");
+    launch_gather<T, HEAD_DIM>(p, stream);
+  }
+  combine_kernel<T><<<dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream>>>(p);
+  check_launch("combine_kernel");
+}
 
 template <typename T>
 void dispatch_head_dim(const DecodeParams& p, cudaStream_t stream) {
   switch (p.head_dim) {
     case 64:
-      return launch_decode_kernel<T, 64>(p, stream);
+      return launch_stages<T, 64>(p, stream);
     case 96:
-      return launch_decode_kernel<T, 96>(p, stream);
+      return launch_stages<T, 96>(p, stream);
     case 128:
-      return launch_decode_kernel<T, 128>(p, stream);
+      return launch_stages<T, 128>(p, stream);
     case 192:
-      return launch_decode_kernel<T, 192>(p, stream);
+      return launch_stages<T, 192>(p, stream);
     case 256:
-      return launch_decode_kernel<T, 256>(p, stream);
+      return launch_stages<T, 256>(p, stream);
     default:
       throw std::runtime_error("santa: no kernel for this head_dim");  // the argument check is stricter
   }

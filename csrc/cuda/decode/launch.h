@@ -1,4 +1,4 @@
-// Launchers of the decode kernels, on the given stream. No Torch, no allocation, no synchronisation.
+// Launchers of the decode kernels: a stage each, on the given stream. No Torch, no allocation, no synchronisation.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,11 +7,13 @@
 
 namespace santa::cuda {
 
-// One explicit instantiation per file in instantiations/.
+// Stages that depend on dtype and head_dim; one explicit instantiation per file in instantiations/.
 template <typename T, int HEAD_DIM>
-void launch_decode_kernel(const DecodeParams& p, cudaStream_t stream);
+void launch_tiles(const DecodeParams& p, cudaStream_t stream);
+template <typename T, int HEAD_DIM>
+void launch_gather(const DecodeParams& p, cudaStream_t stream);
 
-// Dispatches on dtype and head_dim.
+// All stages, in order.
 void launch_decode(const DecodeParams& p, cudaStream_t stream);
 
 }  // namespace santa::cuda

@@ -1,4 +1,4 @@
-// Stage 2, sampled rows, one CTA per (batch row, KV head): turns the tiles' softmax states into level 1 of the CDF: the
+// Stage 2, sampled rows: one CTA per (batch row, KV head) turns the tiles' softmax states into level 1 of the CDF: the
 // log-sum-exp of the row and of every segment, each tile's integer interval, and the first draw that can fall into it.
 #pragma once
 
@@ -7,6 +7,9 @@
 #include "params.h"
 
 namespace santa::cuda {
+
+constexpr int kPlanThreads = 256;
+constexpr int kPlanWarps = kPlanThreads / 32;
 
 // Log-sum-exp of tiles [first, last) for one head, base 2, by one warp: lanes take tiles in turn, then merge as a tree.
 // The order depends on the number of tiles alone.
@@ -46,16 +49,16 @@ __device__ __forceinline__ uint64_t inclusive_scan(uint64_t value) {
   return value;
 }
 
-template <int NUM_THREADS>
-__device__ __noinline__ void plan_group(const DecodeParams& p, int batch_index, int kv_head) {
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ DecodeParams p) {
+  const int kv_head = blockIdx.x, batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  constexpr int kNumWarps = NUM_THREADS / 32;
+  if (!row.sampled) return;
   const int64_t group = p.group_index(batch_index, kv_head);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group_size = p.gqa_group_size;
   const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
   float* segment_lse = p.segment_lse + p.stats_offset(group);
 
-  for (int h = warp; h < group_size; h += kNumWarps) {
+  for (int h = warp; h < group_size; h += kPlanWarps) {
     const float lse = lse_of_tiles(p, group, h, 0, row.num_tiles);
     if (lane == 0) {
       p.row_lse[group * group_size + h] = lse;
@@ -64,7 +67,7 @@ __device__ __noinline__ void plan_group(const DecodeParams& p, int batch_index, 
     }
   }
   if (plan.num_segments > 1) {
-    for (int item = warp; item < plan.num_segments * group_size; item += kNumWarps) {
+    for (int item = warp; item < plan.num_segments * group_size; item += kPlanWarps) {
       const int segment = item / group_size, h = item % group_size, first = segment * plan.tiles_per_segment;
       const float lse = lse_of_tiles(p, group, h, first, min(first + plan.tiles_per_segment, row.num_tiles));
       if (lane == 0) segment_lse[item] = lse;
@@ -72,14 +75,14 @@ __device__ __noinline__ void plan_group(const DecodeParams& p, int batch_index, 
   }
   if (p.read_mask != nullptr) {
     uint32_t* mask = p.read_mask + p.mask_offset(group);
-    for (int i = threadIdx.x; i < row.num_tiles * kMaskWords; i += NUM_THREADS) mask[i] = 0;
+    for (int i = threadIdx.x; i < row.num_tiles * kMaskWords; i += kPlanThreads) mask[i] = 0;
   }
   __syncthreads();
 
   const int num_streams = p.num_streams();
   const bool grouped = p.sampler == Sampler::kGrouped;
   const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0;
-  for (int item = warp; item < plan.num_segments * num_streams; item += kNumWarps) {
+  for (int item = warp; item < plan.num_segments * num_streams; item += kPlanWarps) {
     const int segment = item / num_streams, stream = item % num_streams;
     const int first = segment * plan.tiles_per_segment, last = min(first + plan.tiles_per_segment, row.num_tiles);
     const int64_t offset = p.stream_offset(group, stream);

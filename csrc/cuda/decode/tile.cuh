@@ -1,4 +1,4 @@
-// Stage 1, one CTA per tile of keys and KV head (and block of 8 query heads, for larger groups).
+// Stage 1: one CTA per tile of keys and KV head (and block of 8 query heads, for larger groups).
 //
 // Sampled rows: scores of the tile to the workspace, and the softmax state of every head. V is not touched.
 // Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
@@ -271,10 +271,25 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   }
 }
 
-// One tile of one KV head and head block, by the whole CTA.
+template <int HEAD_DIM>
+constexpr int tile_ctas_per_sm() {
+  return HEAD_DIM <= 128 ? 4 : 2;
+}
+
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void process_tile(const DecodeParams& p, const RowShape& row, int batch_index, int kv_head,
-                                             int head_block, int head_blocks, int tile, TileShared<HEAD_DIM>& shared) {
+__global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
+    tile_kernel(const __grid_constant__ DecodeParams p, int head_blocks) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
+
+  // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
+  const int head_block = blockIdx.x % head_blocks;
+  const int kv_head = (blockIdx.x / head_blocks) % p.num_kv_heads;
+  const int tile = blockIdx.x / head_blocks / p.num_kv_heads;
+  const int batch_index = blockIdx.y;
+  const RowShape row = row_shape_of(p, batch_index);
+  if (tile >= row.num_tiles) return;
+
   TileWork<T> work;
   work.group = p.group_index(batch_index, kv_head);
   work.tile = tile;

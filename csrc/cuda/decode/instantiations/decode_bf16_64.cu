@@ -1,5 +1,6 @@
-#include "cuda/decode/launch.cuh"
+#include "cuda/decode/stages.cuh"
 
 namespace santa::cuda {
-template void launch_decode_kernel<__nv_bfloat16, 64>(const DecodeParams&, cudaStream_t);
+template void launch_tiles<__nv_bfloat16, 64>(const DecodeParams&, cudaStream_t);
+template void launch_gather<__nv_bfloat16, 64>(const DecodeParams&, cudaStream_t);
 }  // namespace santa::cuda

@@ -1,5 +1,6 @@
-#include "cuda/decode/launch.cuh"
+#include "cuda/decode/stages.cuh"
 
 namespace santa::cuda {
-template void launch_decode_kernel<__half, 64>(const DecodeParams&, cudaStream_t);
+template void launch_tiles<__half, 64>(const DecodeParams&, cudaStream_t);
+template void launch_gather<__half, 64>(const DecodeParams&, cudaStream_t);
 }  // namespace santa::cuda

@@ -1,0 +1,29 @@
+// Definitions of the templated launchers; included by the instantiations alone.
+#pragma once
+
+#include "cuda/common/launch.h"
+#include "cuda/decode/gather.cuh"
+#include "cuda/decode/launch.h"
+#include "cuda/decode/tile.cuh"
+
+namespace santa::cuda {
+
+template <typename T, int HEAD_DIM>
+void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
+  const int head_blocks = (p.gqa_group_size + kHeadBlock - 1) / kHeadBlock;
+  const dim3 grid(static_cast<unsigned>(p.max_tiles) * p.num_kv_heads * head_blocks, p.batch);
+  constexpr int kSharedBytes = sizeof(TileShared<HEAD_DIM>);
+  allow_shared_memory(tile_kernel<T, HEAD_DIM>, kSharedBytes);
+  tile_kernel<T, HEAD_DIM><<<grid, kTileThreads, kSharedBytes, stream>>>(p, head_blocks);
+  check_launch("tile_kernel");
+}
+
+template <typename T, int HEAD_DIM>
+void launch_gather(const DecodeParams& p, cudaStream_t stream) {
+  const int64_t items = static_cast<int64_t>(p.max_tiles) * p.num_kv_heads * p.num_streams();
+  const dim3 grid(static_cast<unsigned>(ceil_div(items, kGatherWarps)), p.batch);
+  gather_kernel<T, HEAD_DIM><<<grid, kGatherThreads, 0, stream>>>(p);
+  check_launch("gather_kernel");
+}
+
+}  // namespace santa::cuda
