@@ -77,6 +77,22 @@ def _check_int64(name: str, value: Any) -> None:
         raise ValueError(f"santa: {name} is {value}; it needs to be in [-2^63, 2^63)")
 
 
+def _call(op: Any, *tensors: Tensor, **options: Any) -> Any:
+    """Call an operator; its argument errors are ValueErrors.
+
+    torch 2.15 hands every C++ exception of a stable-ABI operator on as a RuntimeError; before, std::invalid_argument
+    became a ValueError. The prefix is that of api/checks.h; CUDA failures have another one.
+    """
+    if torch.compiler.is_compiling():
+        return op(*tensors, **options)
+    try:
+        return op(*tensors, **options)
+    except RuntimeError as error:
+        if str(error).startswith("santa: "):
+            raise ValueError(str(error)) from None
+        raise
+
+
 def decode(
     q: Tensor,
     k: Tensor,
@@ -126,7 +142,8 @@ def decode(
         rows_read (with return_rows_read): [batch, num_kv_heads], int32: distinct V rows read for the KV head.
 
     Raises:
-        ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.
+        ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
+            torch 2.15 on, torch.ops.santa.decode under inference_mode raises the same text as a RuntimeError.)
         TypeError: an argument is of the wrong Python type.
         RuntimeError: a gradient is asked for.
     """
@@ -143,7 +160,8 @@ def decode(
     if sm_scale is not None and not isinstance(sm_scale, (float, int, torch.SymFloat)):
         raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
     op = torch.ops.santa.decode_rows_read if return_rows_read else torch.ops.santa.decode
-    return op(
+    return _call(
+        op,
         q,
         k,
         v,
@@ -210,7 +228,7 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, options: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = op(*tensors, **options)
+            outputs = _call(op, *tensors, **options)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -227,7 +245,7 @@ def _autograd_kernel(op: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
             return _InferenceOnly.apply(op, options, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors, **options)
+            return _call(op, *tensors, **options)
 
     return kernel
 

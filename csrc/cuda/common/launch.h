@@ -10,7 +10,7 @@ namespace santa::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("santa: ") + what + " failed: " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string("santa on CUDA: ") + what + " failed: " + cudaGetErrorString(status));
   }
 }
 

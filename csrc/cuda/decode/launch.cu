@@ -33,7 +33,7 @@ void dispatch_head_dim(const DecodeParams& p, cudaStream_t stream) {
     case 256:
       return launch_stages<T, 256>(p, stream);
     default:
-      throw std::runtime_error("santa: no kernel for this head_dim");  // the argument check is stricter
+      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");  // the argument check is stricter
   }
 }
 
