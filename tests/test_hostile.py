@@ -67,7 +67,9 @@ def test_uniform_mass(device, options):
     scores = (q[0].double() @ k[0, 0, 0].double()) / 8
     torch.testing.assert_close(lse[0].double(), scores + math.log(1024), rtol=1e-5, atol=1e-4)
     if options["num_samples"] and options["sampler"] in ("systematic", "stratified"):
-        assert (out.double().cpu() - v.double().mean(dim=1).cpu()).abs().max() < 1.5
+        # A head draws one row of each 32 keys, wherever the others draw theirs: nearly four distinct ones of each 32.
+        assert 96 <= rows.item() <= 128
+        assert (out[0, 0] - out[0, 1]).abs().max() > 0
     if options["num_samples"] and options["sampler"] == "grouped":
         assert rows.item() == 128  # R = S * group equal strata, one row each
 
