@@ -10,6 +10,17 @@
 namespace santa {
 
 enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
+// How the persistent CUDA kernel is set up; decided per device, from its shared memory and multiprocessors.
+struct PersistentPlan {
+  int64_t max_kv_len;  // the longest row it takes; -1: none
+  int num_ctas;
+  int num_score_warps;
+  int ring_slots;    // per score warp
+  int num_buffers;   // of scores, 1 or 2
+  int buffer_bytes;  // of one of them
+  int plane_pitch;   // keys from one pair of heads to the next in a buffer
+};
+
 enum class KvLayout : int { kNHD = 0, kHND = 1 };
 
 constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile
@@ -47,6 +58,7 @@ struct DecodeParams {
   int num_samples;  // S per query head; 0 = exact
   int64_t min_sampled_len;
   int64_t seed;
+  PersistentPlan persistent;
 
   // Workspace, in the order in which it is written. Shapes are per batch row and KV head; `tiles` is max_tiles,
   // `streams` is 1 for the grouped sampler and gqa_group_size for the others.
@@ -66,6 +78,21 @@ struct DecodeParams {
   uint32_t* read_mask;     // [tiles, kMaskWords]: V rows read by any stream; null unless rows_read is asked for
   float* o_accum;          // [tiles, gqa_group_size, head_dim]; undefined where the stream's tile_rows is 0
 
+  // Workspace of the persistent kernel, whose tiles are blocks of a row. All bytes are 0xff when it starts.
+  int max_blocks;
+  int64_t sync_bytes;     // of the two arrays
+  uint32_t* tickets;     // [1]: blocks of the (batch row, KV head) that are finished, less one
+  uint64_t* block_state;  // [max_blocks, gqa_group_size]: max and sum as two floats; all ones: not there yet
+
+  // Which kinds of row the host has to expect. Lengths are on the device; all that is known here is their bound and, if
+  // neither lengths nor starts are given, that every row has max_kv_len.
+  bool lengths_known() const { return kv_lens == nullptr && kv_starts == nullptr; }
+  bool any_staged() const { return num_samples > 0 && max_kv_len > persistent.max_kv_len; }
+  bool any_persistent() const {
+    return num_samples > 0 && min_sampled_len <= persistent.max_kv_len && !(lengths_known() && any_staged());
+  }
+  bool any_exact() const { return num_samples == 0 || max_kv_len == 0 || !lengths_known(); }
+
   SANTA_HD int64_t group_index(int batch_index, int kv_head) const {
     return static_cast<int64_t>(batch_index) * num_kv_heads + kv_head;
   }
@@ -82,9 +109,15 @@ struct RowShape {
   int64_t kv_start;
   int kv_len;
   bool valid;    // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
-  bool sampled;  // false: the exact path
+  bool sampled;     // false: the exact path
+  bool persistent;  // sampled, by the persistent kernel: tiles are blocks
   int tile_kv;
   int num_tiles;
+  int tiles_per_block;
+
+  SANTA_HD SegmentPlan segments(int num_samples, Budget budget) const {
+    return plan_segments(num_tiles, tiles_per_block, num_samples, budget == Budget::kUniform);
+  }
 };
 
 SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
@@ -93,7 +126,16 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
   const bool valid = start >= 0 && length >= 0 && start + length <= p.max_kv_len;
   if (!valid) length = 0;
   const bool sampled = p.num_samples > 0 && length > 0 && length >= p.min_sampled_len;
-  return {start, static_cast<int>(length), valid, sampled, tile_kv_of(length), num_tiles_of(length)};
+  const bool persistent = sampled && length <= p.persistent.max_kv_len;
+  const int block_kv = block_kv_of(length), tile_kv = persistent ? block_kv : tile_kv_of(length);
+  return {start,
+          static_cast<int>(length),
+          valid,
+          sampled,
+          persistent,
+          tile_kv,
+          static_cast<int>(ceil_div(length, tile_kv)),
+          block_kv / tile_kv};
 }
 
 }  // namespace santa

@@ -7,6 +7,12 @@
 
 namespace santa {
 
+// Upper bound of the blocks of a row: see block_kv_of.
+inline int max_num_blocks(int64_t max_kv_len) {
+  const int64_t long_row = ceil_div(max_kv_len, kMaxBlockKv);
+  return long_row > 16 ? static_cast<int>(long_row) : 16;
+}
+
 // Carves aligned arrays out of one allocation; with a null base it only measures.
 class Workspace {
  public:
@@ -27,17 +33,30 @@ class Workspace {
 
 // Fills the workspace fields of p, whose inputs and options are set, and returns the bytes needed at `base`.
 inline int64_t place_workspace(DecodeParams& p, void* base) {
-  p.max_tiles = max_num_tiles(p.max_kv_len);
+  const bool blocks_only = !p.any_exact() && !p.any_staged();
+  p.max_blocks = max_num_blocks(p.max_kv_len);
+  p.max_tiles = blocks_only ? p.max_blocks : max_num_tiles(p.max_kv_len);
   p.group_pitch = p.gqa_group_size == 1 ? 1 : (p.gqa_group_size + 1) / 2 * 2;
   p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;
 
   Workspace workspace(base);
   const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   const int64_t tiles = groups * p.max_tiles, stats = tiles * p.gqa_group_size;
+  workspace.take(p.o_accum, stats * p.head_dim);
+  if (p.any_persistent()) {
+    const int64_t before = workspace.used();
+    workspace.take(p.tickets, groups);
+    workspace.take(p.block_state, groups * p.max_blocks * p.gqa_group_size);
+    p.sync_bytes = workspace.used() - before;
+  }
+  if (p.num_samples > 0 && (p.rows_read != nullptr || p.any_staged())) {
+    workspace.take(p.tile_rows, tiles * p.num_streams());
+  }
+  if (blocks_only) return workspace.used();
+
   workspace.take(p.tile_max, stats);
   workspace.take(p.tile_sum, stats);
-  workspace.take(p.o_accum, stats * p.head_dim);
-  if (p.num_samples > 0) {
+  if (p.any_staged()) {
     workspace.take(p.scores, groups * p.scores_per_row);
     workspace.take(p.row_lse, groups * p.gqa_group_size);
     workspace.take(p.segment_lse, stats);
@@ -45,7 +64,6 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
     workspace.take(p.tile_mass, tiles * p.num_streams());
     workspace.take(p.tile_draw, tiles * p.num_streams());
     workspace.take(p.segment_draws, tiles * p.num_streams());
-    workspace.take(p.tile_rows, tiles * p.num_streams());
     if (p.rows_read != nullptr) workspace.take(p.read_mask, tiles * kMaskWords);
   }
   return workspace.used();

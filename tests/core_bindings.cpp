@@ -61,7 +61,7 @@ Array<int> rows_at(const Array<uint32_t>& cumulative, const Array<uint32_t>& pos
 }
 
 std::array<int, 3> plan(int num_tiles, int num_samples, bool uniform) {
-  const SegmentPlan plan = plan_segments(num_tiles, num_samples, uniform);
+  const SegmentPlan plan = plan_segments(num_tiles, 1, num_samples, uniform);
   return {plan.tiles_per_segment, plan.num_segments, plan.draws};
 }
 

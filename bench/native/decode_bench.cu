@@ -2,8 +2,11 @@
 //
 //   decode_bench [batch] [kv_len] [num_samples] [sampler] [repeats]
 //
-// Prints microseconds per call beside those of a kernel that only reads K, both over buffers rotating past the L2.
+// Prints microseconds per call beside those of a kernel that only reads K, both over buffers rotating past the L2. With
+// 0 repeats it measures nothing: between cudaProfilerStart and cudaProfilerStop it runs one call of each, after one
+// that warms up (profile_decode.py).
 #include <cuda_bf16.h>
+#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/decode/launch.h"
+#include "k_stream.cuh"
 #include "params.h"
 #include "workspace.h"
 
@@ -32,17 +36,6 @@ __global__ void fill_normal(__nv_bfloat16* data, int64_t count, float std, uint3
     const float u = (bits.word[0] + 1.0f) * 2.3283064e-10f, angle = bits.word[1] * 1.4629181e-9f;
     data[i] = __float2bfloat16_rn(std * sqrtf(-2.0f * logf(u)) * cosf(angle));
   }
-}
-
-__global__ void __launch_bounds__(256) read_only(const uint4* data, int64_t count, uint32_t* sink) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  uint32_t folded = 0;
-#pragma unroll 8
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
-    const uint4 value = __ldg(data + i);
-    folded ^= value.x ^ value.y ^ value.z ^ value.w;
-  }
-  if (folded == 0x12345678u) *sink = folded;
 }
 
 template <typename T>
@@ -82,7 +75,7 @@ int main(int argc, char** argv) {
   check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
   const int64_t kv_count = static_cast<int64_t>(batch) * kv_len * kNumKvHeads * kHeadDim;
   const int64_t k_bytes = kv_count * 2, q_count = static_cast<int64_t>(batch) * kNumKvHeads * kGroupSize * kHeadDim;
-  const int copies = static_cast<int>(std::max<int64_t>(2, 4ll * device.l2CacheSize / (2 * k_bytes) + 1));
+  const int copies = static_cast<int>(std::max<int64_t>(2, 4ll * device.l2CacheSize / k_bytes + 1));
 
   std::vector<santa::DecodeParams> calls;
   for (int c = 0; c < copies; ++c) {
@@ -106,15 +99,29 @@ int main(int argc, char** argv) {
     p.scale_log2 = 1.4426950f / std::sqrt(static_cast<float>(kHeadDim));
     p.sampler = static_cast<santa::Sampler>(sampler), p.budget = santa::Budget::kProportional;
     p.num_samples = num_samples, p.min_sampled_len = 0, p.seed = 0;
+    santa::cuda::configure_decode(p, 0);
     santa::place_workspace(p, device_array<char>(santa::place_workspace(p, nullptr)));
     calls.push_back(p);
   }
   auto* sink = device_array<uint32_t>(1);
 
-  const double decode = median_us(copies, repeats, [&](int c) { santa::cuda::launch_decode(calls[c], nullptr); });
-  const double stream = median_us(copies, repeats, [&](int c) {
-    read_only<<<device.multiProcessorCount * 8, 256>>>(static_cast<const uint4*>(calls[c].k), k_bytes / 16, sink);
-  });
+  const auto decode_once = [&](int c) { santa::cuda::launch_decode(calls[c], nullptr); };
+  const auto stream_once = [&](int c) {
+    check(santa::bench::launch_read_only(calls[c].k, k_bytes, sink, nullptr), "read_only");
+  };
+  if (repeats == 0) {
+    decode_once(1);
+    stream_once(1);
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    check(cudaProfilerStart(), "cudaProfilerStart");
+    decode_once(0);
+    stream_once(0);
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    check(cudaProfilerStop(), "cudaProfilerStop");
+    return 0;
+  }
+  const double decode = median_us(copies, repeats, decode_once);
+  const double stream = median_us(copies, repeats, stream_once);
   std::printf("%s, %d x %d, %d / %d heads, head_dim %d, bf16, S = %d, sampler %d\n", device.name, batch, kv_len,
               kNumKvHeads * kGroupSize, kNumKvHeads, kHeadDim, num_samples, sampler);
   std::printf("decode %.1f us (%.0f GB/s of K), reading K alone %.1f us (%.0f GB/s), share of the limit %.2f\n", decode,

@@ -128,7 +128,7 @@ inline bool rows_are_aligned(const Tensor& tensor) {
   return true;
 }
 
-// `Backend::run(params, device_index)` does the work.
+// `Backend::configure(params, device_index)` chooses what depends on the device, `Backend::run` does the work.
 template <typename Backend>
 DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   check_decode(a);
@@ -181,6 +181,8 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   // Known on the host: no row can be long enough to be sampled.
   if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
 
+  p.persistent.max_kv_len = -1;
+  Backend::configure(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
   const int64_t bytes = place_workspace(p, nullptr);
   const Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
   place_workspace(p, workspace.mutable_data_ptr());

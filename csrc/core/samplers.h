@@ -41,16 +41,15 @@ struct Draws {
   uint64_t quotient, remainder;  // of total / R
   uint64_t shared_offset;        // the one random number of systematic sampling, uniform in [0, total)
 
+  // `bits` are stream.bits(segment, 0): a caller that waits for the total can have them ready.
+  SANTA_HD static Draws make(Sampler sampler, RandomStream stream, uint32_t segment, uint32_t num_draws, uint64_t total,
+                             uint64_t bits) {
+    const uint64_t quotient = total / num_draws;
+    return {sampler, stream, segment, num_draws, total, quotient, total - quotient * num_draws, mul_high(bits, total)};
+  }
   SANTA_HD static Draws make(Sampler sampler, RandomStream stream, uint32_t segment, uint32_t num_draws,
                              uint64_t total) {
-    return {sampler,
-            stream,
-            segment,
-            num_draws,
-            total,
-            total / num_draws,
-            total % num_draws,
-            mul_high(stream.bits(segment, 0), total)};
+    return make(sampler, stream, segment, num_draws, total, stream.bits(segment, 0));
   }
 
   // Threshold m at (m + r / total) / R of the total, floored: (m total + r) / R for an offset r in [0, total). Flooring

@@ -31,17 +31,30 @@ inline int max_num_tiles(int64_t max_kv_len) {
   return bound;
 }
 
+// Keys per block of a sampled row: the unit of the uniform budget, and the tile of the persistent CUDA kernel, which keeps
+// the scores of a block on chip. A sixteenth of the row, so that 8 KV heads fill a GPU, from 512 keys (a block costs a
+// partial result) to 2,048 (its scores have to fit). A multiple of the row's tile.
+constexpr int kMinBlockKv = 512;
+constexpr int kMaxBlockKv = 2048;
+
+SANTA_HD int block_kv_of(int64_t kv_len) {
+  const int tile = tile_kv_of(kv_len);
+  const int64_t sixteenth = ceil_div(ceil_div(kv_len, 16), tile) * tile;
+  return sixteenth <= kMinBlockKv ? kMinBlockKv : sixteenth < kMaxBlockKv ? static_cast<int>(sixteenth) : kMaxBlockKv;
+}
+
 // The budget of one row. Proportional: one segment, the whole row, with all S draws. Uniform: segments of equally many
-// tiles, at most S of them, each with ceil(S / num_segments) draws; the total is below 2 S.
+// blocks, at most S of them, each with ceil(S / num_segments) draws; the total is below 2 S.
 struct SegmentPlan {
   int tiles_per_segment;
   int num_segments;
   int draws;  // per query head and segment
 };
 
-SANTA_HD SegmentPlan plan_segments(int num_tiles, int num_samples, bool uniform) {
+SANTA_HD SegmentPlan plan_segments(int num_tiles, int tiles_per_block, int num_samples, bool uniform) {
   if (!uniform || num_tiles == 0) return {num_tiles, num_tiles > 0 ? 1 : 0, num_samples};
-  const int tiles_per_segment = static_cast<int>(ceil_div(num_tiles, num_samples));
+  const int num_blocks = static_cast<int>(ceil_div(num_tiles, tiles_per_block));
+  const int tiles_per_segment = static_cast<int>(ceil_div(num_blocks, num_samples)) * tiles_per_block;
   const int num_segments = static_cast<int>(ceil_div(num_tiles, tiles_per_segment));
   return {tiles_per_segment, num_segments, static_cast<int>(ceil_div(num_samples, num_segments))};
 }

@@ -127,7 +127,7 @@ float lse_of_tiles(const DecodeParams& p, int64_t group, int h, int first, int l
 void plan_group(const DecodeParams& p, int64_t group, const RowShape& row) {
   const int group_size = p.gqa_group_size, kv_head = static_cast<int>(group % p.num_kv_heads);
   const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[group / p.num_kv_heads] : 0;
-  const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
+  const SegmentPlan plan = row.segments(p.num_samples, p.budget);
   for (int h = 0; h < group_size; ++h) {
     p.row_lse[group * group_size + h] = lse_of_tiles(p, group, h, 0, row.num_tiles);
   }
@@ -177,7 +177,7 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
   const int64_t group = p.group_index(at.batch_index, at.kv_head);
   const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(at.tile) * group_size;
   const float* scores = p.scores + group * p.scores_per_row + first * group_size;
-  const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
+  const SegmentPlan plan = row.segments(p.num_samples, p.budget);
   const int segment = at.tile / plan.tiles_per_segment;
   const float* row_lse = p.row_lse + group * group_size;
   const float* segment_lse = p.segment_lse + p.stats_offset(group) + static_cast<int64_t>(segment) * group_size;

@@ -12,6 +12,7 @@ namespace santa::cpu {
 namespace {
 
 struct DecodeBackend {
+  static void configure(DecodeParams&, int) {}
   static void run(const DecodeParams& p, int) { decode(p); }
 };
 

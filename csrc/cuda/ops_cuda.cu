@@ -19,6 +19,7 @@ cudaStream_t current_stream(int device_index) {
 }
 
 struct DecodeBackend {
+  static void configure(DecodeParams& p, int device_index) { configure_decode(p, device_index); }
   static void run(const DecodeParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
     launch_decode(p, current_stream(device_index));

@@ -154,7 +154,7 @@ void test_positions() {
 void test_plans() {
   for (int num_samples = 1; num_samples <= 200; ++num_samples) {
     for (int num_tiles = 1; num_tiles <= 200; ++num_tiles) {
-      const SegmentPlan plan = plan_segments(num_tiles, num_samples, true);
+      const SegmentPlan plan = plan_segments(num_tiles, 1, num_samples, true);
       const bool covers = plan.tiles_per_segment * plan.num_segments >= num_tiles &&
                           plan.tiles_per_segment * (plan.num_segments - 1) < num_tiles;
       const int draws = plan.num_segments * plan.draws;

@@ -24,10 +24,10 @@ struct GatherShape {
 
 // Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
 // num_rows. Accumulators are per lane; `reduce_rows` adds them up.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void accumulate_rows(float (&acc)[kGatherHeads][8], const StridedKvView<T>& values,
-                                                int lane_row, const float (&lane_weight)[kGatherHeads], int num_rows,
-                                                bool aligned, int lane) {
+template <typename T, int HEAD_DIM, int HEADS>
+__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const StridedKvView<T>& values, int lane_row,
+                                                const float (&lane_weight)[HEADS], int num_rows, bool aligned,
+                                                int lane) {
   using Shape = GatherShape<HEAD_DIM>;
   const int slot = lane / Shape::kChunks, chunk = lane % Shape::kChunks;
 #pragma unroll 2
@@ -40,7 +40,7 @@ __device__ __forceinline__ void accumulate_rows(float (&acc)[kGatherHeads][8], c
     const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
                              Half<T>::unpack(packed.w)};
 #pragma unroll
-    for (int h = 0; h < kGatherHeads; ++h) {
+    for (int h = 0; h < HEADS; ++h) {
       const float weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_
   const int64_t tile = item / num_streams / p.num_kv_heads;
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  if (!row.sampled || tile >= row.num_tiles) return;
+  if (!row.sampled || row.persistent || tile >= row.num_tiles) return;
 
   const int group_size = p.gqa_group_size;
   const int64_t group = p.group_index(batch_index, kv_head);
-  const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
+  const SegmentPlan plan = row.segments(p.num_samples, p.budget);
   const int segment = static_cast<int>(tile) / plan.tiles_per_segment;
   const int64_t offset = p.stream_offset(group, stream);
   const Draws& draws = p.segment_draws[offset + segment];

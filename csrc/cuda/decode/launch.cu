@@ -2,6 +2,8 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/decode/combine.cuh"
+#include "cuda/decode/heuristics.h"
+#include "cuda/decode/persistent.cuh"
 #include "cuda/decode/plan.cuh"
 
 namespace santa::cuda {
@@ -9,8 +11,10 @@ namespace {
 
 template <typename T, int HEAD_DIM>
 void launch_stages(const DecodeParams& p, cudaStream_t stream) {
+  if (p.any_persistent()) launch_persistent<T, HEAD_DIM>(p, stream);
+  if (!p.any_exact() && !p.any_staged()) return;
   if (p.max_tiles > 0) launch_tiles<T, HEAD_DIM>(p, stream);
-  if (p.max_tiles > 0 && p.num_samples > 0) {
+  if (p.max_tiles > 0 && p.any_staged()) {
     plan_kernel<<<dim3(p.num_kv_heads, p.batch), kPlanThreads, 0, stream>>>(p);
     check_launch("plan_kernel");
     launch_gather<T, HEAD_DIM>(p, stream);
@@ -38,6 +42,17 @@ void dispatch_head_dim(const DecodeParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+void configure_decode(DecodeParams& p, int device_index) {
+  DeviceLimits device{};
+  check(cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, device_index),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
+        "cudaDeviceGetAttribute");
+  const int row_pitch = p.head_dim == 96 ? 128 : p.head_dim;  // as in TileShared
+  p.persistent = plan_persistent(p, device, sizeof(PersistentShared), kSlotRows * row_pitch * 2, kMaxScoreWarps,
+                                 kSelectWarps);
+}
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.dtype == Dtype::kBFloat16) {

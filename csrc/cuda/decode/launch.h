@@ -11,7 +11,12 @@ namespace santa::cuda {
 template <typename T, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream);
 template <typename T, int HEAD_DIM>
+void launch_persistent(const DecodeParams& p, cudaStream_t stream);
+template <typename T, int HEAD_DIM>
 void launch_gather(const DecodeParams& p, cudaStream_t stream);
+
+// Fills p.persistent for a device, before the workspace is placed.
+void configure_decode(DecodeParams& p, int device_index);
 
 // All stages, in order.
 void launch_decode(const DecodeParams& p, cudaStream_t stream);

@@ -52,10 +52,10 @@ __device__ __forceinline__ uint64_t inclusive_scan(uint64_t value) {
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ DecodeParams p) {
   const int kv_head = blockIdx.x, batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  if (!row.sampled) return;
+  if (!row.sampled || row.persistent) return;
   const int64_t group = p.group_index(batch_index, kv_head);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group_size = p.gqa_group_size;
-  const SegmentPlan plan = plan_segments(row.num_tiles, p.num_samples, p.budget == Budget::kUniform);
+  const SegmentPlan plan = row.segments(p.num_samples, p.budget);
   float* segment_lse = p.segment_lse + p.stats_offset(group);
 
   for (int h = warp; h < group_size; h += kPlanWarps) {

@@ -3,7 +3,9 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/decode/gather.cuh"
+#include "cuda/decode/heuristics.h"
 #include "cuda/decode/launch.h"
+#include "cuda/decode/persistent.cuh"
 #include "cuda/decode/tile.cuh"
 
 namespace santa::cuda {
@@ -16,6 +18,21 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   allow_shared_memory(tile_kernel<T, HEAD_DIM>, kSharedBytes);
   tile_kernel<T, HEAD_DIM><<<grid, kTileThreads, kSharedBytes, stream>>>(p, head_blocks);
   check_launch("tile_kernel");
+}
+
+template <typename T, int HEAD_DIM>
+void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
+  constexpr int kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
+  const int shared_bytes = persistent_shared_bytes(p, sizeof(PersistentShared), kSlotBytes);
+  const auto kernel = persistent_kernel<T, HEAD_DIM>;
+  allow_shared_memory(kernel, shared_bytes);
+  check(cudaMemsetAsync(p.tickets, 0xff, p.sync_bytes, stream), "cudaMemsetAsync");
+  DecodeParams argument = p;
+  void* arguments[] = {&argument};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(p.persistent.num_ctas),
+                                    dim3(kSelectThreads + 32 * p.persistent.num_score_warps), arguments, shared_bytes,
+                                    stream),
+        "persistent_kernel");
 }
 
 template <typename T, int HEAD_DIM>

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
   const int tile = blockIdx.x / head_blocks / p.num_kv_heads;
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  if (tile >= row.num_tiles) return;
+  if (row.persistent || tile >= row.num_tiles) return;
 
   TileWork<T> work;
   work.group = p.group_index(batch_index, kv_head);

@@ -2,5 +2,6 @@
 
 namespace santa::cuda {
 template void launch_tiles<__half, 128>(const DecodeParams&, cudaStream_t);
+template void launch_persistent<__half, 128>(const DecodeParams&, cudaStream_t);
 template void launch_gather<__half, 128>(const DecodeParams&, cudaStream_t);
 }  // namespace santa::cuda
