@@ -14,9 +14,9 @@ enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
 struct PersistentPlan {
   int64_t max_kv_len;  // the longest row it takes; -1: none
   int num_ctas;
+  int blocks_per_row;  // if the host knows that all rows have as many; else 0
   int num_score_warps;
-  int ring_slots;    // per score warp
-  int num_buffers;   // of scores, 1 or 2
+  int num_buffers;   // of scores
   int buffer_bytes;  // of one of them
   int plane_pitch;   // keys from one pair of heads to the next in a buffer
 };
@@ -70,8 +70,8 @@ struct DecodeParams {
   float* tile_sum;         // [tiles, gqa_group_size]: sum of exp2(score - tile_max)
   float* row_lse;          // [gqa_group_size], base 2
   float* segment_lse;      // [tiles, gqa_group_size], base 2; one entry per segment
-  uint64_t* tile_start;    // [streams, tiles], within the segment
-  uint64_t* tile_mass;     // [streams, tiles]
+  uint32_t* tile_start;    // [streams, tiles], within the segment
+  uint32_t* tile_mass;     // [streams, tiles]
   uint32_t* tile_draw;     // [streams, tiles]: first draw of a sorted sampler that can fall into the tile
   Draws* segment_draws;    // [streams, tiles]; one entry per segment
   int32_t* tile_rows;      // [streams, tiles]: V rows drawn in the tile
@@ -81,7 +81,7 @@ struct DecodeParams {
   // Workspace of the persistent kernel, whose tiles are blocks of a row. All bytes are 0xff when it starts.
   int max_blocks;
   int64_t sync_bytes;     // of the two arrays
-  uint32_t* tickets;     // [1]: blocks of the (batch row, KV head) that are finished, less one
+  uint32_t* tickets;      // [1]: blocks of the (batch row, KV head) that are finished, less one
   uint64_t* block_state;  // [max_blocks, gqa_group_size]: max and sum as two floats; all ones: not there yet
 
   // Which kinds of row the host has to expect. Lengths are on the device; all that is known here is their bound and, if
@@ -108,7 +108,7 @@ struct DecodeParams {
 struct RowShape {
   int64_t kv_start;
   int kv_len;
-  bool valid;    // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
+  bool valid;       // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
   bool sampled;     // false: the exact path
   bool persistent;  // sampled, by the persistent kernel: tiles are blocks
   int tile_kv;
@@ -134,8 +134,8 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
           sampled,
           persistent,
           tile_kv,
-          static_cast<int>(ceil_div(length, tile_kv)),
-          block_kv / tile_kv};
+          ceil_div_int(static_cast<int>(length), tile_kv),
+          persistent ? 1 : block_kv / tile_kv};
 }
 
 }  // namespace santa

@@ -1,5 +1,5 @@
-// santa_core_test: csrc/core as a Python module, for the tests alone. Built by tools/build_test_module.py.
-// Functions that a test calls many times take and return arrays.
+// santa_core_test: csrc/core as a Python module, and max_num_blocks of csrc/workspace.h, for the tests alone. Built by
+// tools/build_test_module.py. Functions that a test calls many times take and return arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,6 +14,7 @@
 #include "core/samplers.h"
 #include "core/softmax_state.h"
 #include "core/tiling.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 using namespace santa;
@@ -35,21 +36,36 @@ Array<uint64_t> bits_of(const RandomStream& stream, uint32_t segment, uint32_t f
   return bits;
 }
 
-Draws make_draws(Sampler sampler, RandomStream stream, uint32_t segment, uint32_t num_draws, uint64_t total) {
+Draws make_draws(Sampler sampler, RandomStream stream, uint32_t segment, uint32_t num_draws, uint32_t total) {
   if (num_draws == 0 || total == 0) throw std::invalid_argument("num_draws and total need to be above 0");
   return Draws::make(sampler, stream, segment, num_draws, total);
 }
 
-Array<uint64_t> thresholds(const Draws& draws) {
-  Array<uint64_t> result(draws.num_draws);
-  for (uint32_t m = 0; m < draws.num_draws; ++m) result.mutable_at(m) = draws.threshold(m);
-  return result;
+// (scaled, fraction) of all thresholds.
+std::pair<Array<uint64_t>, Array<float>> thresholds(const Draws& draws) {
+  Array<uint64_t> scaled(draws.num_draws);
+  Array<float> fraction(draws.num_draws);
+  for (uint32_t m = 0; m < draws.num_draws; ++m) {
+    const Threshold threshold = draws.threshold(m);
+    scaled.mutable_at(m) = threshold.scaled;
+    fraction.mutable_at(m) = threshold.fraction;
+  }
+  return {scaled, fraction};
 }
 
-Array<uint32_t> counts_below(const Draws& draws, const Array<uint64_t>& positions) {
+Array<uint32_t> counts_below(const Draws& draws, const Array<uint32_t>& positions) {
   Array<uint32_t> result(positions.size());
   for (py::ssize_t i = 0; i < positions.size(); ++i) result.mutable_at(i) = draws.count_below(positions.at(i));
   return result;
+}
+
+bool tile_contains(uint32_t unit, uint32_t tile_start, uint32_t tile_mass, uint64_t scaled, float fraction) {
+  return TilePositions::make(unit, tile_start, tile_mass).contains({scaled, fraction});
+}
+
+uint32_t tile_position(uint32_t unit, uint32_t tile_start, uint32_t tile_mass, uint64_t scaled, float fraction,
+                       uint32_t weight_sum) {
+  return TilePositions::make(unit, tile_start, tile_mass).position({scaled, fraction}, weight_sum);
 }
 
 Array<int> rows_at(const Array<uint32_t>& cumulative, const Array<uint32_t>& positions) {
@@ -60,8 +76,8 @@ Array<int> rows_at(const Array<uint32_t>& cumulative, const Array<uint32_t>& pos
   return result;
 }
 
-std::array<int, 3> plan(int num_tiles, int num_samples, bool uniform) {
-  const SegmentPlan plan = plan_segments(num_tiles, 1, num_samples, uniform);
+std::array<int, 3> plan(int num_tiles, int tiles_per_block, int num_samples, bool uniform) {
+  const SegmentPlan plan = plan_segments(num_tiles, tiles_per_block, num_samples, uniform);
   return {plan.tiles_per_segment, plan.num_segments, plan.draws};
 }
 
@@ -93,16 +109,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("GROUPED", Sampler::kGrouped);
   m.def("tile_mass_of", py::vectorize(tile_mass_of));
   m.def("row_weight_of", py::vectorize(row_weight_of));
+  py::class_<Threshold>(m, "Threshold")
+      .def(py::init([](uint64_t scaled, float fraction) { return Threshold{scaled, fraction}; }), py::arg("scaled"),
+           py::arg("fraction") = 0.0f)
+      .def_readonly("scaled", &Threshold::scaled)
+      .def_readonly("fraction", &Threshold::fraction);
+  m.def("random_point", &random_point, py::arg("bits"), py::arg("total"));
   py::class_<Draws>(m, "Draws")
       .def(py::init(&make_draws), py::arg("sampler"), py::arg("stream"), py::arg("segment"), py::arg("num_draws"),
            py::arg("total"))
       .def_readwrite("shared_offset", &Draws::shared_offset)  // the extremes are too rare to wait for
       .def_property_readonly("sorted", &Draws::sorted)
+      .def_property_readonly("unit", &Draws::unit)
       .def("threshold", &Draws::threshold)
-      .def("thresholds", &thresholds)
+      .def("thresholds", &thresholds, "(scaled, fraction)")
       .def("count_below", &Draws::count_below)
       .def("counts_below", &counts_below);
-  m.def("position_in_tile", py::vectorize(position_in_tile));
+  m.def("tile_contains", py::vectorize(tile_contains), py::arg("unit"), py::arg("tile_start"), py::arg("tile_mass"),
+        py::arg("scaled"), py::arg("fraction"));
+  m.def("tile_position", py::vectorize(tile_position), py::arg("unit"), py::arg("tile_start"), py::arg("tile_mass"),
+        py::arg("scaled"), py::arg("fraction"), py::arg("weight_sum"));
   m.def("rows_at", &rows_at, py::arg("cumulative"), py::arg("positions"));
   m.def("expected_draws", &expected_draws, py::arg("num_draws"), py::arg("tile_mass"), py::arg("total"),
         py::arg("weight"), py::arg("weight_sum"));
@@ -111,9 +137,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tile_kv_of", py::vectorize(tile_kv_of));
   m.def("num_tiles_of", py::vectorize(num_tiles_of));
   m.def("max_num_tiles", py::vectorize(max_num_tiles));
-  m.def("plan_segments", &plan, py::arg("num_tiles"), py::arg("num_samples"), py::arg("uniform"),
-        "(tiles_per_segment, num_segments, draws)");
+  m.def("block_kv_of", py::vectorize(block_kv_of));
+  m.def("ceil_div_int", &ceil_div_int);
+  m.def("plan_segments", &plan, py::arg("num_tiles"), py::arg("tiles_per_block"), py::arg("num_samples"),
+        py::arg("uniform"), "(tiles_per_segment, num_segments, draws)");
   m.def("default_min_sampled_len", &default_min_sampled_len, py::arg("num_samples"), py::arg("gqa_group_size"));
+
+  // workspace.h
+  m.def("max_num_blocks", py::vectorize(max_num_blocks));
 
   // softmax_state.h and mixture.h; a state is (max, sum)
   m.def("merge", &merge_states);

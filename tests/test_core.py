@@ -33,15 +33,15 @@ MULTINOMIAL, STRATIFIED, SYSTEMATIC, GROUPED = (
     core.Sampler.GROUPED,
 )
 SORTED = [STRATIFIED, SYSTEMATIC, GROUPED]
-MAX_TOTAL = 2**50 - 1  # what Draws promises to take: total < 2^50
-MAX_DRAWS = 2**20 * 1024  # num_samples and gqa_group_size at their limits
+MAX_TOTAL = 2**32 - 1  # what Draws promises to take: a total of 32 bits
+MAX_DRAWS = 2**31 - 1  # and R < 2^31; num_samples and gqa_group_size at their limits need 2^30
 
 int64s = st.integers(-(2**63), 2**63 - 1)
 uint32s = st.integers(0, 2**32 - 1)
 kv_lens = st.integers(0, 2**31 - 1)
-totals = st.one_of(st.integers(1, 100), st.integers(1, MAX_TOTAL), st.just(2**49), st.just(MAX_TOTAL))
+totals = st.one_of(st.integers(1, 100), st.integers(1, MAX_TOTAL), st.just(2**31), st.just(MAX_TOTAL))
 small_budgets = st.integers(1, 600)
-budgets = st.one_of(st.integers(1, 5000), st.integers(1, MAX_DRAWS), st.sampled_from([2**20, 2**20 * 16, MAX_DRAWS]))
+budgets = st.one_of(st.integers(1, 5000), st.integers(1, MAX_DRAWS), st.sampled_from([2**20, 2**20 * 1024, MAX_DRAWS]))
 streams = st.builds(core.RandomStream, int64s, int64s, kv_lens, st.integers(0, 2**16))
 
 
@@ -187,196 +187,258 @@ def test_components_of_the_identity_are_not_mixed_up():
 # Shares to integers ------------------------------------------------------------------------------------
 
 
-@for_all(st.floats(0, 2, width=32))
+@for_all(st.floats(0, 1.25, width=32))
 @example(0.0)
 @example(2.0**-149)
 @example(1.0)
+@example(1.25)
 def test_shares_round_down_to_units_and_keep_one(share):
-    """floor(share * 2^48) + 1 and floor(share * 2^30) + 1: monotone, and whatever has mass can be drawn."""
-    assert core.tile_mass_of(share) == (math.floor(share * 2**48) + 1 if share > 0 else 0)
+    """floor(share * 2^31) + 1 and floor(share * 2^30) + 1: monotone, and whatever has mass can be drawn."""
+    assert core.tile_mass_of(share) == (math.floor(share * 2**31) + 1 if share > 0 else 0)
     assert core.row_weight_of(share) == (math.floor(share * 2**30) + 1 if share > 0 else 0)
 
 
-@pytest.mark.parametrize(("share", "of_one"), [(math.nan, 0), (-1.0, 0), (-math.inf, 0), (math.inf, 2), (5.0, 2)])
-def test_shares_outside_their_range(share, of_one):
-    """A share that is no probability becomes 0 or is capped at 2: no overflow, no undefined conversion."""
-    assert core.tile_mass_of(share) == (of_one * 2**48 + 1 if of_one else 0)
-    assert core.row_weight_of(share) == (of_one * 2**30 + 1 if of_one else 0)
+@pytest.mark.parametrize("share", [math.nan, -1.0, -math.inf])
+def test_shares_that_are_no_probability(share):
+    assert core.tile_mass_of(share) == core.row_weight_of(share) == 0
+
+
+@pytest.mark.parametrize("share", [math.inf, 5.0, 2.0, 1.5])
+def test_shares_above_their_range(share):
+    """Tiles are capped at 1.25 and rows at 2: no overflow, no undefined conversion. A row's tiles share its mass, so
+    their total stays in 32 bits even with one unit for each of the 2^22 tiles of the longest row."""
+    assert core.tile_mass_of(share) == 5 * 2**29 + 1 < 2**32
+    assert core.row_weight_of(share) == int(min(share, 2) * 2**30) + 1 < 2**32
+    assert core.tile_mass_of(1.0) + core.max_num_tiles(2**31 - 1) < 2**32
 
 
 # Thresholds -------------------------------------------------------------------------------------------
 
 
-def offset_of(sampler, stream, segment, m, total):
-    """The random offset of threshold m in its stratum, in [0, total)."""
-    draw = m if sampler in (MULTINOMIAL, STRATIFIED) else 0
-    return stream.bits(segment, draw) * total >> 64
+def point_of(bits, total):
+    """floor(bits total / 2^64), and the next 24 bits of that product as a fraction."""
+    return bits * total >> 64, Fraction(bits * total >> 40 & 0xFFFFFF, 2**24)
+
+
+@for_all(st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**63, 2**64 - 1])), totals)
+@example(2**64 - 1, MAX_TOTAL)
+@example(2**64 - 1, 1)
+def test_random_point_is_the_documented_function(bits, total):
+    """bits / 2^64 of [0, total) to within 2^-24 units, downwards; the fraction stays below 1."""
+    point = core.random_point(bits=bits, total=total)
+    assert (point.scaled, Fraction(point.fraction)) == point_of(bits, total)
+    assert 0 <= point.scaled < total
+    assert 0 <= point.fraction < 1
+    assert 0 <= Fraction(bits * total, 2**64) - point.scaled - Fraction(point.fraction) < Fraction(1, 2**24)
 
 
 @for_all(st.sampled_from([MULTINOMIAL, *SORTED]), streams, uint32s, budgets, totals, st.data())
+@example(SYSTEMATIC, core.RandomStream(), 0, MAX_DRAWS, MAX_TOTAL, None)
+@example(STRATIFIED, core.RandomStream(), 0, MAX_DRAWS, MAX_TOTAL, None)
 def test_threshold_is_the_documented_function(sampler, stream, segment, num_draws, total, data):
-    """floor((m total + r) / R) with r = floor(bits * total / 2^64), and r itself for multinomial sampling;
-    without overflow up to total = 2^50 - 1 and R = 2^30."""
+    """m total + r in units of 1 / R for a random point r of [0, total), and r itself in whole units for multinomial
+    sampling; without overflow up to total = 2^32 - 1 and R = 2^31 - 1."""
     draws = make_draws(sampler, stream, num_draws, total, segment)
     assert draws.sorted == (sampler != MULTINOMIAL)
-    for m in {0, num_draws - 1, data.draw(st.integers(0, num_draws - 1))}:
-        offset = offset_of(sampler, stream, segment, m, total)
-        expected = offset if sampler == MULTINOMIAL else (m * total + offset) // num_draws
-        assert draws.threshold(m) == expected
+    assert draws.unit == (1 if sampler == MULTINOMIAL else num_draws)
+    middle = num_draws // 2 if data is None else data.draw(st.integers(0, num_draws - 1))
+    for m in {0, num_draws - 1, middle}:
+        draw = m if sampler in (MULTINOMIAL, STRATIFIED) else 0
+        whole, fraction = point_of(stream.bits(segment, draw), total)
+        threshold = draws.threshold(m)
+        assert threshold.scaled == (whole if sampler == MULTINOMIAL else m * total + whole)
+        assert Fraction(threshold.fraction) == fraction
 
 
 @for_all(st.sampled_from(SORTED), streams, uint32s, small_budgets, totals)
 def test_sorted_thresholds_one_in_each_stratum(sampler, stream, segment, num_draws, total):
-    """Threshold m, before it is floored, lies in [m total / R, (m + 1) total / R); all lie in [0, total), in
-    order."""
-    thresholds = [int(t) for t in make_draws(sampler, stream, num_draws, total, segment).thresholds()]
-    assert thresholds == sorted(thresholds)
-    assert thresholds[0] >= 0 and thresholds[-1] < total
-    for m, threshold in enumerate(thresholds):
-        assert m * total // num_draws <= threshold
-        assert threshold * num_draws < (m + 1) * total
+    """Threshold m lies in [m total / R, (m + 1) total / R), exactly: in units of 1 / R, with its fraction. So all lie
+    in [0, total), in order."""
+    scaled, fraction = make_draws(sampler, stream, num_draws, total, segment).thresholds()
+    assert fraction.min() >= 0 and fraction.max() < 1
+    for m, threshold in enumerate(scaled.tolist()):
+        assert m * total <= threshold <= (m + 1) * total - 1
 
 
 @for_all(streams, uint32s, small_budgets, totals)
 def test_multinomial_thresholds_in_range(stream, segment, num_draws, total):
-    assert make_draws(MULTINOMIAL, stream, num_draws, total, segment).thresholds().max() < total
+    scaled, fraction = make_draws(MULTINOMIAL, stream, num_draws, total, segment).thresholds()
+    assert scaled.max() < total
+    assert fraction.min() >= 0 and fraction.max() < 1
 
 
 @for_all(streams, uint32s, small_budgets, totals)
 def test_systematic_shares_one_number_and_stratified_does_not(stream, segment, num_draws, total):
-    """Systematic thresholds are equally far apart (to the flooring); grouped are the same ones. Stratified
-    ones take a number each, of which the first is the systematic one."""
-    systematic = make_draws(SYSTEMATIC, stream, num_draws, total, segment).thresholds()
-    gaps = np.diff(systematic.astype(np.int64))
-    assert set(gaps.tolist()) <= {total // num_draws, -(-total // num_draws)}
-    assert (make_draws(GROUPED, stream, num_draws, total, segment).thresholds() == systematic).all()
+    """Systematic thresholds are equally far apart, exactly; grouped are the same ones. Stratified ones take a number
+    each, of which the first is the systematic one."""
+    systematic, fraction = make_draws(SYSTEMATIC, stream, num_draws, total, segment).thresholds()
+    assert (np.diff(systematic) == total).all()
+    assert (fraction == fraction[0]).all()
+    grouped = make_draws(GROUPED, stream, num_draws, total, segment).thresholds()
+    assert (grouped[0] == systematic).all() and (grouped[1] == fraction).all()
     stratified = make_draws(STRATIFIED, stream, num_draws, total, segment).thresholds()
-    assert stratified[0] == systematic[0]
-    if num_draws >= 50 and total >= 2**40:
-        # R - 1 numbers of 2^34 values or more, all equal to the first: never.
-        assert (stratified != systematic).any()
+    assert (stratified[0][0], stratified[1][0]) == (systematic[0], fraction[0])
+    if num_draws >= 50:
+        # R - 1 fractions of 24 bits, all equal to the first: never. Likewise R - 1 offsets of 20 bits or more.
+        assert (stratified[1] != fraction).any()
+        assert total < 2**20 or (stratified[0] != systematic).any()
 
 
-def boundary_positions(thresholds, total, data):
-    """Positions that a comparison could get wrong: at, before and after thresholds, the ends, beyond, and
-    anywhere."""
-    near = [int(t) + step for t in thresholds for step in (-1, 0, 1) if int(t) + step >= 0]
-    return np.array(
-        [
-            0,
-            1,
-            total - 1,
-            total,
-            total + 1,
-            2**63,
-            *near,
-            *data.draw(st.lists(st.integers(0, total), max_size=50)),
-        ],
-        dtype=np.uint64,
-    )
+def boundary_positions(scaled, num_draws, total, data):
+    """Positions that a comparison could get wrong: on both sides of thresholds, the ends, beyond, and anywhere."""
+    near = [t // num_draws + step for t in scaled.tolist() for step in (-1, 0, 1, 2)]
+    anywhere = data.draw(st.lists(st.integers(0, total), max_size=50))
+    positions = {0, 1, total - 1, total, total + 1, MAX_TOTAL, *near, *anywhere}
+    return np.array(sorted(x for x in positions if 0 <= x <= MAX_TOTAL), dtype=np.uint32)
 
 
 @for_all(st.sampled_from(SORTED), streams, small_budgets, totals, st.data())
 def test_count_below_is_counting(sampler, stream, num_draws, total, data):
-    """count_below(x) = #{m: threshold_m < x}, at every threshold, beside it, at the ends and anywhere."""
+    """count_below(x) = #{m: threshold_m < x}, next to every threshold, at the ends and anywhere."""
     draws = make_draws(sampler, stream, num_draws, total)
-    thresholds = draws.thresholds()
-    positions = boundary_positions(thresholds, total, data)
-    expected = np.searchsorted(thresholds, positions, side="left")
+    scaled, _ = draws.thresholds()
+    positions = boundary_positions(scaled, num_draws, total, data)
+    expected = np.searchsorted(scaled, positions.astype(np.uint64) * np.uint64(num_draws), side="left")
     np.testing.assert_array_equal(draws.counts_below(positions), expected)
 
 
+@for_all(st.sampled_from(SORTED), small_budgets, totals, st.sampled_from([0.0, 0.25, 1.0]), st.data())
+def test_count_below_of_extreme_offsets_is_counting(sampler, num_draws, total, where, data):
+    """The same if the shared offset, which the first guess starts from, is at the ends of [0, total): the thresholds
+    of stratified sampling do not follow it, so its guess is off by as much as it can be."""
+    draws = make_draws(sampler, core.RandomStream(), num_draws, total)
+    draws.shared_offset = core.Threshold(int(where * (total - 1)), 1 - 2.0**-24)
+    scaled, _ = draws.thresholds()
+    positions = boundary_positions(scaled, num_draws, total, data)
+    expected = np.searchsorted(scaled, positions.astype(np.uint64) * np.uint64(num_draws), side="left")
+    np.testing.assert_array_equal(draws.counts_below(positions), expected)
+
+
+def exact_count(position, offset, num_draws, total):
+    """#{m: m total + offset < position R} = ceil((position R - offset) / total), in [0, R]."""
+    return min(max(-((offset - position * num_draws) // total), 0), num_draws)
+
+
 @for_all(st.sampled_from(SORTED), streams, budgets, totals, st.data())
-@example(SYSTEMATIC, core.RandomStream(), 2**20 * 16, 2**49, None)
-@example(STRATIFIED, core.RandomStream(), 2**20 * 16, 2**49 - 1, None)
+@example(SYSTEMATIC, core.RandomStream(), 2**20 * 16, 2**31, None)
+@example(STRATIFIED, core.RandomStream(), 2**20 * 16, 2**31 - 1, None)
+@example(SYSTEMATIC, core.RandomStream(), MAX_DRAWS, MAX_TOTAL, None)
+@example(STRATIFIED, core.RandomStream(), MAX_DRAWS, MAX_TOTAL, None)
 def test_count_below_of_large_budgets(sampler, stream, num_draws, total, data):
     """The same for budgets too large to list: threshold c - 1 is below x and threshold c is not; for
-    systematic sampling c = ceil((x R - r) / total), in Python integers."""
+    systematic sampling c is known, in Python integers."""
     draws = make_draws(sampler, stream, num_draws, total)
     middle = [total // 2, total // 3] if data is None else data.draw(st.lists(st.integers(0, total), max_size=20))
     chosen = [0, num_draws - 1] if data is None else [data.draw(st.integers(0, num_draws - 1))]
-    near = [draws.threshold(m) + step for m in chosen for step in (-1, 0, 1)]
-    for position in [0, 1, total - 1, total, *middle, *(x for x in near if x >= 0)]:
+    near = [draws.threshold(m).scaled // num_draws + step for m in chosen for step in (-1, 0, 1, 2)]
+    for position in [0, 1, total - 1, total, *middle, *(x for x in near if 0 <= x <= MAX_TOTAL)]:
         count = draws.count_below(position)
         assert 0 <= count <= num_draws
-        assert count == 0 or draws.threshold(count - 1) < position
-        assert count == num_draws or draws.threshold(count) >= position
+        assert count == 0 or draws.threshold(count - 1).scaled < position * num_draws
+        assert count == num_draws or draws.threshold(count).scaled >= position * num_draws
         if sampler != STRATIFIED:
-            exact = -((draws.shared_offset - position * num_draws) // total)
-            assert count == min(max(exact, 0), num_draws)
+            assert count == exact_count(position, draws.shared_offset.scaled, num_draws, total)
 
 
 @for_all(st.sampled_from([SYSTEMATIC, GROUPED]), budgets, totals, st.integers(0, 2), st.booleans(), st.data())
+@example(SYSTEMATIC, MAX_DRAWS, MAX_TOTAL, 0, True, None)
+@example(SYSTEMATIC, MAX_DRAWS, MAX_TOTAL, 0, False, None)
 def test_count_below_of_extreme_offsets(sampler, num_draws, total, step, from_the_end, data):
-    """Offsets at the very ends of [0, total), where the first guess, in float64, is one too many or too few;
-    at thresholds and beside them."""
+    """Offsets at the very ends of [0, total), for any budget; on both sides of thresholds."""
     draws = make_draws(sampler, core.RandomStream(), num_draws, total)
     offset = min(max(total - 1 - step if from_the_end else step, 0), total - 1)
-    draws.shared_offset = offset
-    chosen = data.draw(st.lists(st.integers(0, num_draws - 1), min_size=1, max_size=20))
-    for m in {0, num_draws - 1, *chosen}:
-        threshold = (m * total + offset) // num_draws
-        assert draws.threshold(m) == threshold
-        for position in {max(threshold - 1, 0), threshold, threshold + 1}:
-            exact = min(max(-((offset - position * num_draws) // total), 0), num_draws)
-            assert draws.count_below(position) == exact
+    draws.shared_offset = core.Threshold(offset)
+    chosen = [] if data is None else data.draw(st.lists(st.integers(0, num_draws - 1), min_size=1, max_size=20))
+    for m in {0, num_draws // 2, num_draws - 1, *chosen}:
+        scaled = m * total + offset
+        assert draws.threshold(m).scaled == scaled
+        for position in {max(scaled // num_draws - 1, 0), scaled // num_draws, scaled // num_draws + 1}:
+            if position <= MAX_TOTAL:
+                assert draws.count_below(position) == exact_count(position, offset, num_draws, total)
 
 
-@for_all(st.integers(2, MAX_DRAWS), st.integers(2**40, MAX_TOTAL))
-def test_count_below_corrects_a_guess_that_is_rounded_up(num_draws, total):
-    """Threshold m - 1 lies on an integer x at the very end of its stratum, x R = m total - 1: in float64
-    x / total * R is m, but only m - 1 thresholds are below x."""
-    if math.gcd(num_draws, total) > 1:
-        return
-    m = pow(total, -1, num_draws)
-    position = (m * total - 1) // num_draws
+@for_all(budgets, totals, st.integers(-2, 2), st.data())
+@example(MAX_DRAWS, MAX_TOTAL, -1, None)
+@example(MAX_DRAWS, MAX_TOTAL, 0, None)
+@example(MAX_DRAWS, MAX_TOTAL, 1, None)
+def test_count_below_corrects_a_guess_that_is_rounded(num_draws, total, step, data):
+    """A threshold at x R or next to it, by units of 1 / R: too close for float64 to tell, so the guess for position x
+    is one too many or one too few."""
+    position = total // 3 * 2 if data is None else data.draw(st.integers(0, total - 1))
     draws = make_draws(SYSTEMATIC, core.RandomStream(), num_draws, total)
-    draws.shared_offset = total - 1
-    assert draws.threshold(m - 1) == position
-    assert draws.count_below(position) == m - 1
-    assert draws.count_below(position + 1) == m
+    offset = (position * num_draws + step) % total
+    draws.shared_offset = core.Threshold(offset)
+    assert draws.count_below(position) == exact_count(position, offset, num_draws, total)
+    m = (position * num_draws + step) // total
+    if 0 <= m < num_draws:
+        assert draws.threshold(m).scaled == position * num_draws + step
 
 
-tile_masses = st.lists(st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 2**40)), min_size=1, max_size=60).filter(
+tile_masses = st.lists(st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 2**26)), min_size=1, max_size=60).filter(
     any
 )
 
 
-@for_all(st.sampled_from(SORTED), streams, budgets, tile_masses)
-def test_counts_of_tiles_sum_to_the_budget(sampler, stream, num_draws, masses):
-    """Counts between neighbouring boundaries add up to R exactly, and a tile without mass gets none;
-    systematic counts are floor or ceil of R w / T; stratified ones are within the strata that the tile
-    touches."""
-    total = sum(masses)
-    draws = make_draws(sampler, stream, num_draws, total)
-    boundaries = np.cumsum([0, *masses]).astype(np.uint64)
-    counts = np.diff(draws.counts_below(boundaries).astype(np.int64)).tolist()
+def assert_counts_are_shares(sampler, counts, num_draws, masses, total):
+    """Counts add up to R exactly, and a tile without mass gets none; systematic counts are floor or ceil of R w / T;
+    stratified ones are within the strata that the tile touches."""
     assert sum(counts) == num_draws
     slack = 1 if sampler == STRATIFIED else 0
     for mass, count in zip(masses, counts, strict=True):
-        share = Fraction(num_draws * mass, total)
-        assert math.floor(share) - slack <= count <= math.ceil(share) + slack
+        assert num_draws * mass // total - slack <= count <= -(-num_draws * mass // total) + slack
         assert mass > 0 or count == 0
 
 
-def test_counts_at_the_limits():
-    """A total next to 2^50 and R = 2^20 * 16 (S at its limit, group of 16), over 8,192 tiles from 1 unit up."""
-    masses = [1] * 4096 + [(2**50 - 4096) // 4096 - 1] * 4096
-    total, num_draws = sum(masses), 2**20 * 16
-    assert 2**50 - 2**14 < total < 2**50
-    boundaries = np.cumsum([0, *masses]).astype(np.uint64)
+@for_all(st.sampled_from(SORTED), streams, budgets, tile_masses)
+def test_counts_of_tiles_sum_to_the_budget(sampler, stream, num_draws, masses):
+    total = sum(masses)
+    draws = make_draws(sampler, stream, num_draws, total)
+    boundaries = np.cumsum([0, *masses]).astype(np.uint32)
+    counts = np.diff(draws.counts_below(boundaries).astype(np.int64)).tolist()
+    assert_counts_are_shares(sampler, counts, num_draws, masses, total)
+
+
+@pytest.mark.parametrize("num_draws", [2**20 * 16, MAX_DRAWS])
+def test_counts_at_the_limits(num_draws):
+    """A total next to 2^32, R = 2^20 * 16 (S at its limit, group of 16) and R = 2^31 - 1, over 8,192 tiles from 1 unit
+    up."""
+    masses = [1] * 4096 + [(2**32 - 4096) // 4096 - 1] * 4096
+    total = sum(masses)
+    assert 2**32 - 2**13 < total < 2**32
+    boundaries = np.cumsum([0, *masses]).astype(np.uint32)
     for sampler, seed in itertools.product(SORTED, range(5)):
         draws = make_draws(sampler, core.RandomStream(seed=seed), num_draws, total)
-        counts = np.diff(draws.counts_below(boundaries).astype(np.int64))
-        assert counts.sum() == num_draws
-        assert counts[:4096].sum() <= 1, "4096 units are a 16,000th of a stratum"
-        assert abs(counts[4096:] - 4096).max() <= (2 if sampler == STRATIFIED else 1)
+        counts = np.diff(draws.counts_below(boundaries).astype(np.int64)).tolist()
+        assert_counts_are_shares(sampler, counts, num_draws, masses, total)
+        # The first half as one tile of 4,096 units: their counts are not rounded one by one.
+        halves = [sum(counts[:4096]), sum(counts[4096:])]
+        assert_counts_are_shares(sampler, halves, num_draws, [4096, total - 4096], total)
+
+
+@for_all(st.sampled_from([MULTINOMIAL, *SORTED]), streams, small_budgets, tile_masses)
+def test_every_threshold_is_in_one_tile(sampler, stream, num_draws, masses):
+    """TilePositions.contains: each threshold lies in exactly one tile, one with mass; of a sorted sampler it is the
+    tile whose boundaries have its index between their counts."""
+    draws = make_draws(sampler, stream, num_draws, sum(masses))
+    scaled, fraction = draws.thresholds()
+    start, tiles_of = 0, np.zeros(num_draws, dtype=int)
+    for mass in masses:
+        inside = np.array(core.tile_contains(draws.unit, start, mass, scaled, fraction))
+        np.testing.assert_array_equal(
+            inside, [start * draws.unit <= t < (start + mass) * draws.unit for t in scaled.tolist()]
+        )
+        if sampler != MULTINOMIAL:
+            first, last = draws.count_below(start), draws.count_below(start + mass)
+            np.testing.assert_array_equal(np.flatnonzero(inside), np.arange(first, last))
+        tiles_of += inside
+        start += mass
+    assert (tiles_of == 1).all()
 
 
 def test_systematic_inclusion_is_its_share():
     """P(tile of 1/8 of a stratum is drawn) = 1/8: 2^14 seeds, deviation 0.0026. Five sigma: false alarm 6e-7
     for each sampler. A number r that is not uniform in [0, total) shows here."""
-    total, num_draws, trials = 2**48 + 12345, 64, 2**14
+    total, num_draws, trials = 2**31 + 12345, 64, 2**14
     width = total // num_draws // 8
     start = 17 * total // num_draws + 3 * width  # inside stratum 17, away from its edges
     for sampler in SORTED:
@@ -390,23 +452,54 @@ def test_systematic_inclusion_is_its_share():
 # Rows of a tile ---------------------------------------------------------------------------------------
 
 
-tile_mass = st.one_of(st.integers(1, 1000), st.integers(1, 2**49 + 1))
+tile_mass = st.one_of(st.integers(1, 1000), st.integers(1, MAX_TOTAL))
 weight_sum = st.one_of(st.integers(1, 1000), st.integers(1, 2**31 + 512))
+units = st.one_of(st.just(1), budgets)
 
 
-@for_all(tile_mass, weight_sum, st.data())
-@example(2**49, 2**30 + 512, None)
-@example(1, 2**31, None)
-def test_position_in_tile_is_monotone_and_in_range(mass, weights, data):
-    """floor(offset * weights / mass), off by one at most from the rounding of one product and one quotient;
-    in [0, weights); a larger offset never gives a smaller position."""
-    drawn = [mass // 2] if data is None else data.draw(st.lists(st.integers(0, mass - 1), max_size=50))
-    offsets = sorted({0, mass - 1, *drawn, *(min(x + 1, mass - 1) for x in drawn)})
-    positions = core.position_in_tile(np.array(offsets, dtype=np.uint64), mass, weights).tolist()
+@for_all(units, tile_mass, weight_sum, st.data())
+@example(1, 2**31, 2**30 + 512, None)
+@example(1, 1, 2**31, None)
+@example(MAX_DRAWS, MAX_TOTAL, 2**31 + 512, None)
+@example(MAX_DRAWS, 1, 2**30 + 512, None)
+def test_position_in_tile_is_monotone_and_in_range(unit, mass, weights, data):
+    """floor of (offset + fraction) weights / width, exact but for a few roundings of float64, which are below 2^-18 of
+    a unit of weight; in [0, weights); a larger threshold never gives a smaller position."""
+    start = MAX_TOTAL - mass if data is None else data.draw(st.integers(0, MAX_TOTAL - mass))
+    first, width = start * unit, mass * unit
+    drawn = [width // 2] if data is None else data.draw(st.lists(st.integers(0, width - 1), max_size=30))
+    offsets = sorted({0, width - 1, *drawn, *(min(x + 1, width - 1) for x in drawn)})
+    fractions = [0, 2.0**-24, 0.5, 1 - 2.0**-24]
+    points = list(itertools.product(offsets, fractions))  # in order
+    scaled = np.array([first + offset for offset, _ in points], dtype=np.uint64)
+    fraction = np.array([fraction for _, fraction in points], dtype=np.float32)
+    assert np.all(core.tile_contains(unit, start, mass, scaled, fraction))
+    outside = np.array([x for x in (first - 1, first + width) if x >= 0], dtype=np.uint64)
+    assert not np.any(core.tile_contains(unit, start, mass, outside, np.float32(0.5)))
+    positions = core.tile_position(unit, start, mass, scaled, fraction, weights).tolist()
     assert positions == sorted(positions)
     assert positions[0] == 0 and positions[-1] < weights
-    for offset, position in zip(offsets, positions, strict=True):
-        assert abs(position - offset * weights // mass) <= 1
+    for (offset, fraction), position in zip(points, positions, strict=True):
+        exact = (offset + Fraction(fraction)) * weights / width
+        assert -Fraction(1, 2**18) < exact - position < 1 + Fraction(1, 2**18)
+
+
+@pytest.mark.parametrize("sampler", [MULTINOMIAL, *SORTED])
+@pytest.mark.parametrize(("total", "start"), [(1, 0), (3, 1)])
+def test_a_tile_of_one_unit_reaches_all_its_rows(sampler, total, start):
+    """The fraction adds 24 bits below a unit: with R = 1 the positions in a tile of mass 1 are spread evenly over
+    [0, 2^30). 2^14 seeds, of which a third falls into the second tile of three. 8 pairs of 2^24 positions or fewer
+    are expected to coincide, more than 40 with probability 1e-16. Top bytes are uniform: chi-square with 255 degrees
+    of freedom, two cases (draw 0 is the same for all samplers) at 5 sigma, two-sided, false alarm 1e-6."""
+    positions = []
+    for seed in range(2**14):
+        draws = make_draws(sampler, core.RandomStream(seed=seed), 1, total)
+        threshold = draws.threshold(0)
+        if core.tile_contains(draws.unit, start, 1, threshold.scaled, threshold.fraction):
+            positions.append(core.tile_position(draws.unit, start, 1, threshold.scaled, threshold.fraction, 2**30))
+    assert len(positions) >= 2**14 // total * 0.9
+    assert len(set(positions)) >= len(positions) - 40
+    assert abs(chi_square_z(np.array(positions) >> 22, 256)) < 5
 
 
 @for_all(
@@ -424,14 +517,12 @@ def test_row_at_is_searchsorted(weights):
     assert all(weights[row] > 0 for row in rows)
 
 
-@for_all(st.integers(1, MAX_DRAWS), tile_mass, st.integers(0, 2**49), weight_sum, st.data())
-def test_expected_draws(num_draws, mass, other_mass, weights, data):
+@for_all(st.integers(1, MAX_DRAWS), tile_mass, weight_sum, st.data())
+def test_expected_draws(num_draws, mass, weights, data):
     """R (mass / total) (weight / weights), within the rounding of eight float32 operations."""
-    weight = data.draw(st.integers(1, weights))
-    actual = core.expected_draws(
-        num_draws=num_draws, tile_mass=mass, total=mass + other_mass, weight=weight, weight_sum=weights
-    )
-    exact = Fraction(num_draws * mass * weight, (mass + other_mass) * weights)
+    weight, total = data.draw(st.integers(1, weights)), data.draw(st.integers(mass, MAX_TOTAL))
+    actual = core.expected_draws(num_draws=num_draws, tile_mass=mass, total=total, weight=weight, weight_sum=weights)
+    exact = Fraction(num_draws * mass * weight, total * weights)
     assert abs(Fraction(actual) / exact - 1) < 8 * 2.0**-24
 
 
@@ -457,34 +548,95 @@ def test_max_num_tiles_of_long_rows(a, b):
     assert core.num_tiles_of(a) * core.tile_kv_of(a) >= a
 
 
-def assert_uniform_plan(num_tiles, num_samples):
-    tiles_per_segment, num_segments, draws = core.plan_segments(num_tiles, num_samples, True)
-    what = f"{num_tiles} tiles, S {num_samples}: {(tiles_per_segment, num_segments, draws)}"
-    assert num_segments <= min(num_samples, num_tiles), what
+def test_blocks_of_every_length():
+    """Every length up to 70,000: a block is a sixteenth of the row, rounded up to whole tiles, between 512 and 2,048
+    keys. It never shrinks as the row grows, and up to 32,768 keys at most 16 cover the row. max_num_blocks bounds the
+    blocks of all lengths so far, and is no more than needed once 16 of the smallest blocks are."""
+    lengths = np.arange(70_001)
+    block_kv, tile_kv = core.block_kv_of(lengths).astype(np.int64), core.tile_kv_of(lengths).astype(np.int64)
+    sixteenth = -(-lengths // 16)
+    np.testing.assert_array_equal(block_kv, np.clip(-(-sixteenth // tile_kv) * tile_kv, 512, 2048))
+    assert (block_kv % tile_kv == 0).all()
+    assert block_kv.min() == 512 and block_kv.max() == 2048
+    assert (np.diff(block_kv) >= 0).all()
+    blocks = -(-lengths // block_kv)
+    assert blocks[:32_769].max() == 16
+    needed, bound = np.maximum.accumulate(blocks), core.max_num_blocks(lengths)
+    assert (bound >= needed).all()
+    np.testing.assert_array_equal(bound[8192:], needed[8192:])
+
+
+@for_all(kv_lens, kv_lens)
+@example(2**31 - 1, 2**31 - 1)
+@example(32_769, 2**31 - 1)
+def test_blocks_of_long_rows(a, b):
+    """Without overflow up to 2^31 - 1 keys, where max_num_blocks bounds any pair of lengths."""
+    for kv_len in (a, b):
+        block_kv, tile_kv = core.block_kv_of(kv_len), core.tile_kv_of(kv_len)
+        assert block_kv == min(max(-(-kv_len // (16 * tile_kv)) * tile_kv, 512), 2048)
+        assert -(-kv_len // block_kv) <= core.max_num_blocks(max(a, b))
+
+
+@for_all(st.integers(0, 2**31 - 1), st.integers(1, 2**31 - 1))
+@example(2**31 - 1, 2**31 - 1)
+@example(2**31 - 1, 1)
+def test_ceil_div_int(a, b):
+    assert core.ceil_div_int(a, b) == -(-a // b)
+
+
+def assert_uniform_plan(num_tiles, tiles_per_block, num_samples):
+    tiles_per_segment, num_segments, draws = core.plan_segments(num_tiles, tiles_per_block, num_samples, True)
+    what = (
+        f"{num_tiles} tiles, {tiles_per_block} to a block, S {num_samples}: {(tiles_per_segment, num_segments, draws)}"
+    )
+    num_blocks = -(-num_tiles // tiles_per_block)
+    assert tiles_per_segment % tiles_per_block == 0, what
+    assert num_segments <= min(num_samples, num_blocks), what
     assert tiles_per_segment * (num_segments - 1) < num_tiles <= tiles_per_segment * num_segments, what
     assert draws == -(-num_samples // num_segments), what
     assert num_samples <= num_segments * draws < 2 * num_samples, what
+    # The same blocks, each of one tile: the same segments of blocks, the same draws.
+    in_blocks = [tiles_per_segment // tiles_per_block, num_segments, draws]
+    assert core.plan_segments(num_blocks, 1, num_samples, True) == in_blocks, what
 
 
-def test_uniform_budget_exhaustive():
-    """Segments of equally many tiles cover the row without an empty one, at most S of them, with ceil(S /
-    segments) draws each: S or more, below 2 S."""
+@pytest.mark.parametrize("tiles_per_block", [1, 2, 3, 4, 16])
+def test_uniform_budget_exhaustive(tiles_per_block):
+    """Segments of equally many whole blocks cover the row without an empty one, at most S of them, with ceil(S /
+    segments) draws each: S or more, below 2 S. How finely blocks are cut into tiles does not matter."""
     for num_tiles, num_samples in itertools.product(range(1, 200), range(1, 200)):
-        assert_uniform_plan(num_tiles, num_samples)
+        assert_uniform_plan(num_tiles, tiles_per_block, num_samples)
 
 
-@for_all(st.integers(1, 4_194_304), st.integers(1, 2**20))
-@example(4_194_304, 1)
-@example(4_194_304, 2**20)
-@example(1, 2**20)
-def test_uniform_budget_of_long_rows(num_tiles, num_samples):
-    assert_uniform_plan(num_tiles, num_samples)
+@for_all(st.integers(1, 4_194_304), st.integers(1, 16), st.integers(1, 2**20))
+@example(4_194_304, 1, 1)
+@example(4_194_304, 1, 2**20)
+@example(4_194_304, 4, 2**20)
+@example(4_194_303, 4, 1)
+@example(1, 1, 2**20)
+@example(1, 4, 2**20)
+def test_uniform_budget_of_long_rows(num_tiles, tiles_per_block, num_samples):
+    assert_uniform_plan(num_tiles, tiles_per_block, num_samples)
 
 
-@for_all(st.integers(0, 4_194_304), st.integers(1, 2**20))
-def test_proportional_budget_is_one_segment(num_tiles, num_samples):
-    assert core.plan_segments(num_tiles, num_samples, False) == [num_tiles, min(num_tiles, 1), num_samples]
-    assert core.plan_segments(0, num_samples, True)[1] == 0
+@pytest.mark.parametrize("num_samples", [1, 3, 16, 64, 1000])
+def test_uniform_budget_of_every_length(num_samples):
+    """What the stages see, tiles of a row, and what the persistent kernel sees, its blocks, are cut into the same
+    segments of keys: lengths up to 70,000, those next to a multiple of 128 and some between."""
+    lengths = {n + step for n in range(128, 70_001, 128) for step in (-1, 0, 1)} | set(range(1, 70_001, 61))
+    for kv_len in sorted(lengths):
+        tile_kv, block_kv = core.tile_kv_of(kv_len), core.block_kv_of(kv_len)
+        tiles = core.plan_segments(core.num_tiles_of(kv_len), block_kv // tile_kv, num_samples, True)
+        blocks = core.plan_segments(-(-kv_len // block_kv), 1, num_samples, True)
+        assert tiles[1:] == blocks[1:], kv_len
+        assert tiles[0] * tile_kv == blocks[0] * block_kv, kv_len
+
+
+@for_all(st.integers(0, 4_194_304), st.integers(1, 16), st.integers(1, 2**20))
+def test_proportional_budget_is_one_segment(num_tiles, tiles_per_block, num_samples):
+    plan = core.plan_segments(num_tiles, tiles_per_block, num_samples, False)
+    assert plan == [num_tiles, min(num_tiles, 1), num_samples]
+    assert core.plan_segments(0, tiles_per_block, num_samples, True)[1] == 0
 
 
 @for_all(st.integers(0, 2**20), st.integers(1, 1024))

@@ -126,10 +126,13 @@ def test_same_rows_on_both_devices_given_the_cdf(sampler):
         weights = torch.randint(0, 1 << 20, (rows, tiles, tile_kv), generator=generator, dtype=torch.int32)
         weights[1] = 1
         weights[2, :, 1:] = 0
-        masses = torch.randint(1, 1 << 40, (rows, tiles), generator=generator)
-        masses[3, tiles // 2] = 1 << 47
+        # A row's masses sum below 2^32: up to 2^31, and 2^31 more in one tile of row 3; next to the limit in row 5.
+        masses = torch.randint(1, 1 << 25, (rows, tiles), generator=generator)
+        masses[3, tiles // 2] = 1 << 31
         masses[4] = 0
         masses[4, -1] = 3
+        masses[5] = ((1 << 32) - 1) // tiles
+        assert masses.sum(dim=1).max() < 1 << 32
         seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
         arguments = (masses, weights, seeds)
         cpu = torch.ops.santa._select(*arguments, num_draws, sampler, 11)

@@ -9,7 +9,7 @@
 namespace santa {
 
 struct SelectParams {
-  const int64_t* tile_mass;    // [rows, tiles]
+  const int64_t* tile_mass;    // [rows, tiles], summing to less than 2^32 in a row
   const int32_t* row_weights;  // [rows, tiles, tile_kv]
   const int64_t* row_seeds;    // [rows]
   int32_t* counts;             // [rows, tiles, tile_kv]

@@ -21,6 +21,11 @@ SANTA_HD int tile_kv_of(int64_t kv_len) {
 
 SANTA_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The same for operands whose sum stays below 2^32: a 64-bit division takes a GPU a hundred instructions.
+SANTA_HD int ceil_div_int(int a, int b) {
+  return static_cast<int>((static_cast<unsigned>(a) + static_cast<unsigned>(b) - 1) / static_cast<unsigned>(b));
+}
+
 SANTA_HD int num_tiles_of(int64_t kv_len) { return static_cast<int>(ceil_div(kv_len, tile_kv_of(kv_len))); }
 
 // Upper bound of num_tiles_of over all lengths up to max_kv_len: num_tiles_of is not monotone where the tile grows.
@@ -31,16 +36,17 @@ inline int max_num_tiles(int64_t max_kv_len) {
   return bound;
 }
 
-// Keys per block of a sampled row: the unit of the uniform budget, and the tile of the persistent CUDA kernel, which keeps
-// the scores of a block on chip. A sixteenth of the row, so that 8 KV heads fill a GPU, from 512 keys (a block costs a
-// partial result) to 2,048 (its scores have to fit). A multiple of the row's tile.
+// Keys per block of a sampled row: the unit of the uniform budget, and the tile of the persistent CUDA kernel, which
+// keeps the scores of a block on chip. A sixteenth of the row, so that 8 KV heads fill a GPU, from 512 keys (a block
+// costs a partial result) to 2,048 (its scores have to fit). A multiple of the row's tile.
 constexpr int kMinBlockKv = 512;
 constexpr int kMaxBlockKv = 2048;
 
 SANTA_HD int block_kv_of(int64_t kv_len) {
-  const int tile = tile_kv_of(kv_len);
-  const int64_t sixteenth = ceil_div(ceil_div(kv_len, 16), tile) * tile;
-  return sixteenth <= kMinBlockKv ? kMinBlockKv : sixteenth < kMaxBlockKv ? static_cast<int>(sixteenth) : kMaxBlockKv;
+  if (kv_len > 16 * (kMaxBlockKv - kMaxTileKv)) return kMaxBlockKv;
+  const unsigned length = static_cast<unsigned>(kv_len), tile = static_cast<unsigned>(tile_kv_of(kv_len));
+  const unsigned block = ((length + 15) / 16 + tile - 1) & ~(tile - 1);
+  return block <= kMinBlockKv ? kMinBlockKv : static_cast<int>(block);
 }
 
 // The budget of one row. Proportional: one segment, the whole row, with all S draws. Uniform: segments of equally many
@@ -53,10 +59,10 @@ struct SegmentPlan {
 
 SANTA_HD SegmentPlan plan_segments(int num_tiles, int tiles_per_block, int num_samples, bool uniform) {
   if (!uniform || num_tiles == 0) return {num_tiles, num_tiles > 0 ? 1 : 0, num_samples};
-  const int num_blocks = static_cast<int>(ceil_div(num_tiles, tiles_per_block));
-  const int tiles_per_segment = static_cast<int>(ceil_div(num_blocks, num_samples)) * tiles_per_block;
-  const int num_segments = static_cast<int>(ceil_div(num_tiles, tiles_per_segment));
-  return {tiles_per_segment, num_segments, static_cast<int>(ceil_div(num_samples, num_segments))};
+  const int num_blocks = ceil_div_int(num_tiles, tiles_per_block);
+  const int tiles_per_segment = ceil_div_int(num_blocks, num_samples) * tiles_per_block;
+  const int num_segments = ceil_div_int(num_tiles, tiles_per_segment);
+  return {tiles_per_segment, num_segments, ceil_div_int(num_samples, num_segments)};
 }
 
 // Rows below this length take the exact path when the caller gives no min_sampled_len. Sampling reads kv_len keys and

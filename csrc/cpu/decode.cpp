@@ -138,7 +138,7 @@ void plan_group(const DecodeParams& p, int64_t group, const RowShape& row) {
 
     for (int stream = 0; stream < p.num_streams(); ++stream) {
       const int64_t offset = p.stream_offset(group, stream);
-      uint64_t start = 0;
+      uint32_t start = 0;
       for (int tile = first; tile < last; ++tile) {
         const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * group_size;
         float share = 0.0f;
@@ -194,7 +194,7 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
 
   for (int stream = 0; stream < p.num_streams(); ++stream) {
     const int64_t offset = p.stream_offset(group, stream);
-    const uint64_t tile_mass = p.tile_mass[offset + at.tile];
+    const uint32_t tile_mass = p.tile_mass[offset + at.tile];
     const Draws& draws = p.segment_draws[offset + segment];
     uint32_t first_draw = 0, last_draw = draws.num_draws;
     if (draws.sorted()) {
@@ -304,13 +304,13 @@ void check_rows(const DecodeParams& p) {
 
 }  // namespace
 
-void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint64_t tile_start, uint64_t tile_mass,
+void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint32_t tile_start, uint32_t tile_mass,
                const uint32_t* cumulative, int num_rows, int32_t* counts) {
-  const uint32_t weight_sum = cumulative[num_rows - 1];
+  const auto positions = TilePositions::make(draws.unit(), tile_start, tile_mass);
   for (uint32_t m = first; m < last; ++m) {
-    const uint64_t threshold = draws.threshold(m);
-    if (threshold < tile_start || threshold - tile_start >= tile_mass) continue;
-    ++counts[row_at(cumulative, num_rows, position_in_tile(threshold - tile_start, tile_mass, weight_sum))];
+    const Threshold threshold = draws.threshold(m);
+    if (!positions.contains(threshold)) continue;
+    ++counts[row_at(cumulative, num_rows, positions.position(threshold, cumulative[num_rows - 1]))];
   }
 }
 

@@ -19,11 +19,11 @@ struct DecodeBackend {
 struct SelectBackend {
   static void run(const SelectParams& p, int) {
     for (int row = 0; row < p.rows; ++row) {
-      uint64_t total = 0;
-      for (int tile = 0; tile < p.tiles; ++tile) total += p.tile_mass[row * p.tiles + tile];
+      uint32_t total = 0;
+      for (int tile = 0; tile < p.tiles; ++tile) total += static_cast<uint32_t>(p.tile_mass[row * p.tiles + tile]);
       const Draws draws =
           Draws::make(p.sampler, RandomStream::make(p.seed, p.row_seeds[row], 0, 0), 0, p.num_draws, total);
-      uint64_t start = 0;
+      uint32_t start = 0;
       for (int tile = 0; tile < p.tiles; ++tile) {
         const int64_t index = static_cast<int64_t>(row) * p.tiles + tile;
         const int32_t* weights = p.row_weights + index * p.tile_kv;
@@ -31,13 +31,13 @@ struct SelectBackend {
         uint32_t sum = 0;
         for (int n = 0; n < p.tile_kv; ++n) cumulative[n] = sum += weights[n];
         std::fill_n(p.counts + index * p.tile_kv, p.tile_kv, 0);
-        if (sum > 0 && p.tile_mass[index] > 0) {
+        const auto mass = static_cast<uint32_t>(p.tile_mass[index]);
+        if (sum > 0 && mass > 0) {
           const uint32_t first = draws.sorted() ? draws.count_below(start) : 0;
-          const uint32_t last = draws.sorted() ? draws.count_below(start + p.tile_mass[index]) : draws.num_draws;
-          draw_tile(draws, first, last, start, p.tile_mass[index], cumulative.data(), p.tile_kv,
-                    p.counts + index * p.tile_kv);
+          const uint32_t last = draws.sorted() ? draws.count_below(start + mass) : draws.num_draws;
+          draw_tile(draws, first, last, start, mass, cumulative.data(), p.tile_kv, p.counts + index * p.tile_kv);
         }
-        start += p.tile_mass[index];
+        start += mass;
       }
     }
   }

@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(32) select_kernel(const __grid_constant__ Sele
   __shared__ SelectShared shared;
   const int tile = blockIdx.x, row = blockIdx.y, lane = threadIdx.x;
   const int64_t* tile_mass = p.tile_mass + static_cast<int64_t>(row) * p.tiles;
-  uint64_t start = 0, total = 0;
+  uint32_t start = 0, total = 0;
   for (int t = 0; t < p.tiles; ++t) {
-    if (t < tile) start += tile_mass[t];
-    total += tile_mass[t];
+    if (t < tile) start += static_cast<uint32_t>(tile_mass[t]);
+    total += static_cast<uint32_t>(tile_mass[t]);
   }
   const int64_t base = (static_cast<int64_t>(row) * p.tiles + tile) * p.tile_kv;
   const int num_steps = (p.tile_kv + 31) / 32;
@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(32) select_kernel(const __grid_constant__ Sele
   const Draws draws = Draws::make(p.sampler, RandomStream::make(p.seed, p.row_seeds[row], 0, 0), 0, p.num_draws, total);
   const uint32_t weight_sum = accumulate_weights(weights, num_steps, shared, lane);
   if (weight_sum > 0) {
-    const uint64_t end = start + tile_mass[tile];
+    const uint32_t mass = static_cast<uint32_t>(tile_mass[tile]), end = start + mass;
     const uint32_t first = draws.sorted() ? draws.count_below(start) : 0;
     const uint32_t last = draws.sorted() ? draws.count_below(end) : draws.num_draws;
-    draw_tile(draws, first, last, start, tile_mass[tile], weight_sum, p.tile_kv, shared, lane);
+    draw_tile(draws, first, last, start, mass, weight_sum, p.tile_kv, shared, lane);
   }
   for (int n = lane; n < p.tile_kv; n += 32) p.counts[base + n] = static_cast<int32_t>(shared.counts[n]);
 }

@@ -7,15 +7,16 @@
 #include "core/softmax_state.h"
 #include "core/tiling.h"
 #include "params.h"
+#include "workspace.h"
 
-// core/ and the params structs came first, so they include what they need themselves, and none of it is
+// core/, the params structs and the workspace came first, so they include what they need themselves, and none of it is
 // Torch's.
 #if defined(C10_API) || defined(TORCH_API) || defined(TORCH_FEATURE_VERSION) || defined(C10_MACROS_MACROS_H_) || \
     defined(AOTI_TORCH_EXPORT) || defined(TORCH_VERSION)
-#error "csrc/core or csrc/params.h includes a header of Torch"
+#error "csrc/core, csrc/params.h or csrc/workspace.h includes a header of Torch"
 #endif
 #if defined(Py_PYTHON_H)
-#error "csrc/core or csrc/params.h includes Python.h"
+#error "csrc/core, csrc/params.h or csrc/workspace.h includes Python.h"
 #endif
 
 #include <cmath>
@@ -84,41 +85,56 @@ void test_shares() {
   check(tile_mass_of(0.0f) == 0 && row_weight_of(0.0f) == 0, "no mass is not drawn");
   check(tile_mass_of(NAN) == 0 && row_weight_of(NAN) == 0, "NaN counts as no mass");
   check(tile_mass_of(1e-45f) == 1 && row_weight_of(1e-45f) == 1, "the smallest mass keeps one unit");
-  check(tile_mass_of(1.0f) == (uint64_t{1} << 48) + 1, "tile_mass_of(1) is ", tile_mass_of(1.0f));
+  check(tile_mass_of(1.0f) == (1u << 31) + 1, "tile_mass_of(1) is ", tile_mass_of(1.0f));
   check(row_weight_of(1.0f) == (1u << 30) + 1, "row_weight_of(1) is ", row_weight_of(1.0f));
-  check(tile_mass_of(INFINITY) == (uint64_t{1} << 49) + 1, "tile_mass_of(inf) is ", tile_mass_of(INFINITY));
+  check(tile_mass_of(INFINITY) == 5u * (1u << 29) + 1, "tile_mass_of(inf) is ", tile_mass_of(INFINITY));
+}
+
+// The values are those of the Python model in test_core.py.
+void test_random_point() {
+  const Threshold last = random_point(std::numeric_limits<uint64_t>::max(), 0xffffffffu);
+  check(last.scaled == 0xfffffffeu && last.fraction < 1.0f && last.fraction > 0.999999f,
+        "the last point of [0, 2^32 - 1) is ", last.scaled, " + ", last.fraction);
+  const Threshold half = random_point(uint64_t{1} << 63, 5);
+  check(half.scaled == 2 && half.fraction == 0.5f, "the middle of [0, 5) is ", half.scaled, " + ", half.fraction);
 }
 
 // Thresholds of the sorted samplers: one in each stratum, counted without a miss; and tile counts that add up
 // to R.
 void test_draws() {
-  const uint64_t totals[] = {1, 7, 1000003, (uint64_t{1} << 49) - 1, (uint64_t{1} << 50) - 1};
+  const uint32_t totals[] = {1, 7, 1000003, (1u << 31) - 1, 0xffffffffu};
   const uint32_t budgets[] = {1, 3, 128, 4099};
   for (const Sampler sampler : {Sampler::kStratified, Sampler::kSystematic, Sampler::kGrouped}) {
-    for (const uint64_t total : totals) {
+    for (const uint32_t total : totals) {
       for (const uint32_t num_draws : budgets) {
         const auto stream = RandomStream::make(-5, int64_t{1} << 40, 32768, 3);
         const Draws draws = Draws::make(sampler, stream, 2, num_draws, total);
         const auto name = [&](const char* law) {
           check(false, law, ": sampler ", static_cast<int>(sampler), ", total ", total, ", R ", num_draws);
         };
+        if (draws.unit() != num_draws) name("unit is not R");
         for (uint32_t m = 0; m < num_draws; ++m) {
-          const auto wide = static_cast<unsigned __int128>(draws.threshold(m));
-          const auto low = static_cast<unsigned __int128>(m) * total;
-          if (wide * num_draws + num_draws <= low || wide * num_draws >= low + total)
-            name("threshold leaves its stratum");
-          if (draws.threshold(m) >= total) name("threshold outside [0, total)");
+          const Threshold threshold = draws.threshold(m);
+          const uint64_t low = static_cast<uint64_t>(m) * total;
+          if (threshold.scaled < low || threshold.scaled - low >= total) name("threshold leaves its stratum");
+          if (!(threshold.fraction >= 0.0f && threshold.fraction < 1.0f)) name("fraction outside [0, 1)");
         }
         // Ten tiles, some of them empty.
-        uint32_t below = 0, sum = 0;
-        uint64_t start = 0;
+        uint32_t below = 0, sum = 0, start = 0;
         for (int tile = 1; tile <= 10; ++tile) {
-          const uint64_t end = tile == 10 ? total : total / 10 * (tile / 2 * 2);
+          const uint32_t end = tile == 10 ? total : total / 10 * (tile / 2 * 2);
           if (end < start) continue;
           const uint32_t below_end = draws.count_below(end);
-          uint32_t brute = 0;
-          for (uint32_t m = 0; m < num_draws; ++m) brute += draws.threshold(m) >= start && draws.threshold(m) < end;
+          const auto positions = TilePositions::make(draws.unit(), start, end - start);
+          uint32_t brute = 0, contained = 0;
+          for (uint32_t m = 0; m < num_draws; ++m) {
+            const Threshold threshold = draws.threshold(m);
+            brute += threshold.scaled >= static_cast<uint64_t>(start) * num_draws &&
+                     threshold.scaled < static_cast<uint64_t>(end) * num_draws;
+            contained += positions.contains(threshold);
+          }
           if (below_end - below != brute) name("count_below differs from counting");
+          if (contained != brute) name("contains differs from comparing with the boundaries");
           sum += below_end - below;
           below = below_end, start = end;
         }
@@ -128,20 +144,58 @@ void test_draws() {
   }
 }
 
-void test_positions() {
-  const uint64_t masses[] = {1, 5, 1u << 30, (uint64_t{1} << 49) - 1};
-  const uint32_t sums[] = {1, 512, (1u << 30) + 512, 1u << 31};
-  for (const uint64_t mass : masses) {
-    for (const uint32_t sum : sums) {
-      uint32_t previous = 0;
-      for (int i = 0; i <= 100; ++i) {
-        const uint64_t offset = static_cast<uint64_t>(static_cast<unsigned __int128>(mass - 1) * i / 100);
-        const uint32_t position = position_in_tile(offset, mass, sum);
-        check(position < sum && position >= previous, "position_in_tile(", offset, ", ", mass, ", ", sum, ") is ",
-              position, " after ", previous);
-        previous = position;
+// Budgets too large to list: threshold c - 1 is below the position and threshold c is not.
+void test_large_budgets() {
+  const uint32_t total = 0xffffffffu, num_draws = (1u << 31) - 1;
+  for (const Sampler sampler : {Sampler::kStratified, Sampler::kSystematic, Sampler::kGrouped}) {
+    for (const uint32_t offset : {0u, 1u, 1u << 31, total - 2, total - 1}) {
+      Draws draws = Draws::make(sampler, RandomStream::make(1, 2, 3, 4), 0, num_draws, total);
+      draws.shared_offset = {offset, 0.0f};
+      check(draws.count_below(0) == 0 && draws.count_below(total) == num_draws, "count_below of the ends, offset ",
+            offset);
+      for (const uint32_t position : {1u, 2u, 3u, 1u << 16, (1u << 31) - 1, 1u << 31, total - 2, total - 1}) {
+        const uint32_t count = draws.count_below(position);
+        const uint64_t scaled = static_cast<uint64_t>(position) * num_draws;
+        check(count <= num_draws && (count == 0 || draws.threshold(count - 1).scaled < scaled) &&
+                  (count == num_draws || draws.threshold(count).scaled >= scaled),
+              "count_below(", position, ") is ", count, ": sampler ", static_cast<int>(sampler), ", offset ", offset);
       }
     }
+  }
+}
+
+void test_positions() {
+  const uint32_t units[] = {1, 128, (1u << 31) - 1}, masses[] = {1, 5, 1u << 30, 0xfffffff0u};
+  const uint32_t sums[] = {1, 512, (1u << 30) + 512, 1u << 31};
+  const float fractions[] = {0.0f, 0.5f, 1.0f - 1.0f / (1 << 24)};
+  const uint32_t start = 15;
+  for (const uint32_t unit : units) {
+    for (const uint32_t mass : masses) {
+      const auto positions = TilePositions::make(unit, start, mass);
+      const uint64_t first = static_cast<uint64_t>(start) * unit, width = static_cast<uint64_t>(mass) * unit;
+      check(!positions.contains({first - 1, 0.5f}) && !positions.contains({first + width, 0.0f}),
+            "a tile contains its neighbours: unit ", unit, ", mass ", mass);
+      for (const uint32_t sum : sums) {
+        uint32_t previous = 0;
+        for (int i = 0; i <= 100; ++i) {
+          const auto offset = static_cast<uint64_t>(static_cast<unsigned __int128>(width - 1) * i / 100);
+          for (const float fraction : fractions) {
+            const Threshold threshold = {first + offset, fraction};
+            const uint32_t position = positions.position(threshold, sum);
+            check(positions.contains(threshold) && position < sum && (width < 100 || position >= previous),
+                  "position of ", offset, " + ", fraction, " of ", width, " in ", sum, " is ", position, " after ",
+                  previous);
+            previous = position;
+          }
+        }
+      }
+    }
+  }
+  // Resolution below one unit: R = 1 and a tile of mass 1.
+  const auto one_unit = TilePositions::make(1, start, 1);
+  for (uint32_t i = 0; i < 1024; ++i) {
+    const uint32_t position = one_unit.position({start, static_cast<float>(i) / 1024.0f}, 1u << 30);
+    check(position == i << 20, "position of ", i, " / 1024 of one unit is ", position);
   }
   const uint32_t cumulative[] = {0, 0, 4, 4, 4, 5, 9, 9};  // weights 0 0 4 0 0 1 4 0
   const int expected[] = {2, 2, 2, 2, 5, 6, 6, 6, 6};
@@ -152,22 +206,36 @@ void test_positions() {
 }
 
 void test_plans() {
-  for (int num_samples = 1; num_samples <= 200; ++num_samples) {
-    for (int num_tiles = 1; num_tiles <= 200; ++num_tiles) {
-      const SegmentPlan plan = plan_segments(num_tiles, 1, num_samples, true);
-      const bool covers = plan.tiles_per_segment * plan.num_segments >= num_tiles &&
-                          plan.tiles_per_segment * (plan.num_segments - 1) < num_tiles;
-      const int draws = plan.num_segments * plan.draws;
-      check(covers && plan.num_segments <= num_samples && draws >= num_samples && draws < 2 * num_samples, num_tiles,
-            " tiles, S ", num_samples, ": ", plan.num_segments, " segments of ", plan.tiles_per_segment, " tiles, ",
-            plan.draws, " draws each");
+  for (const int tiles_per_block : {1, 4}) {
+    for (int num_samples = 1; num_samples <= 200; ++num_samples) {
+      for (int num_tiles = 1; num_tiles <= 200; ++num_tiles) {
+        const SegmentPlan plan = plan_segments(num_tiles, tiles_per_block, num_samples, true);
+        const SegmentPlan in_blocks = plan_segments(ceil_div_int(num_tiles, tiles_per_block), 1, num_samples, true);
+        const bool covers = plan.tiles_per_segment * plan.num_segments >= num_tiles &&
+                            plan.tiles_per_segment * (plan.num_segments - 1) < num_tiles;
+        const bool whole_blocks = plan.tiles_per_segment == in_blocks.tiles_per_segment * tiles_per_block &&
+                                  plan.num_segments == in_blocks.num_segments && plan.draws == in_blocks.draws;
+        const int draws = plan.num_segments * plan.draws;
+        check(covers && whole_blocks && plan.num_segments <= num_samples && draws >= num_samples &&
+                  draws < 2 * num_samples,
+              num_tiles, " tiles, ", tiles_per_block, " to a block, S ", num_samples, ": ", plan.num_segments,
+              " segments of ", plan.tiles_per_segment, " tiles, ", plan.draws, " draws each");
+      }
     }
   }
-  int longest = 0;
+  int longest = 0, most_blocks = 0, previous_block = 0;
   for (int64_t kv_len = 0; kv_len <= 70000; ++kv_len) {
     longest = num_tiles_of(kv_len) > longest ? num_tiles_of(kv_len) : longest;
     check(max_num_tiles(kv_len) >= longest, "max_num_tiles(", kv_len, ") is ", max_num_tiles(kv_len),
           ", but a row takes ", longest);
+    const int block = block_kv_of(kv_len), blocks = static_cast<int>(ceil_div(kv_len, block));
+    most_blocks = blocks > most_blocks ? blocks : most_blocks;
+    check(block % tile_kv_of(kv_len) == 0 && block >= kMinBlockKv && block <= kMaxBlockKv && block >= previous_block &&
+              (kv_len > 32768 || blocks <= 16),
+          "block_kv_of(", kv_len, ") is ", block);
+    check(max_num_blocks(kv_len) >= most_blocks, "max_num_blocks(", kv_len, ") is ", max_num_blocks(kv_len),
+          ", but a row takes ", most_blocks);
+    previous_block = block;
   }
   check(num_tiles_of(2147483647) == 4194304, "num_tiles_of(2^31 - 1) is ", num_tiles_of(2147483647));
 }
@@ -203,7 +271,9 @@ int main() {
   test_stream();
   test_mul_high();
   test_shares();
+  test_random_point();
   test_draws();
+  test_large_budgets();
   test_positions();
   test_plans();
   test_softmax_state();

@@ -101,6 +101,19 @@ __device__ __forceinline__ uint64_t load_relaxed(const uint64_t* address) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t add_acq_rel(uint32_t* address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
+
+// 2^x, results below 2^-126 flushed to zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The two 16-bit types: matrix multiply-accumulate (m16n8k16, float32 accumulators) and conversions.
 template <typename T>
 struct Half;

@@ -22,6 +22,15 @@ struct GatherShape {
   static constexpr int kRows = 32 / kChunks;
 };
 
+// Starts a row on its way to the L2. The row is inside the tensor, whatever else its lines hold.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void prefetch_row(const T* row) {
+#pragma unroll
+  for (int byte = 0; byte < HEAD_DIM * 2; byte += 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(row) + byte));
+  }
+}
+
 // Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
 // num_rows. Accumulators are per lane; `reduce_rows` adds them up.
 template <typename T, int HEAD_DIM, int HEADS>
@@ -29,24 +38,43 @@ __device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const St
                                                 const float (&lane_weight)[HEADS], int num_rows, bool aligned,
                                                 int lane) {
   using Shape = GatherShape<HEAD_DIM>;
-  const int slot = lane / Shape::kChunks, chunk = lane % Shape::kChunks;
-#pragma unroll 2
-  for (int i = 0; i < num_rows; i += Shape::kRows) {
-    const int source = i + slot;
+  constexpr int kInFlight = HEAD_DIM > 192 ? 2 : 3;
+  const int slot = lane / Shape::kChunks, chunk = slot < Shape::kRows ? lane % Shape::kChunks : 0;
+  const auto add = [&](uint4 packed, int source) {
     const bool active = slot < Shape::kRows && source < num_rows;
-    const int row = __shfl_sync(0xffffffffu, lane_row, source & 31);
-    uint4 packed = {0, 0, 0, 0};
-    if (active) packed = load_global_8(values.row(row) + chunk * 8, aligned);
     const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
                              Half<T>::unpack(packed.w)};
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-      const float weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
+      const float shared_weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
+      const float weight = active ? shared_weight : 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         acc[h][2 * j] += weight * pairs[j].x;
         acc[h][2 * j + 1] += weight * pairs[j].y;
       }
+    }
+  };
+  // Past the end, the last row is read again, for nothing: no branch keeps the loads from being in flight together.
+  if (aligned) {
+#pragma unroll 1
+    for (int i = 0; i < num_rows; i += Shape::kRows * kInFlight) {
+      uint4 packed[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int row = __shfl_sync(0xffffffffu, lane_row, min(i + u * Shape::kRows + slot, num_rows - 1));
+        packed[u] = __ldg(reinterpret_cast<const uint4*>(values.row(row) + chunk * 8));
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        if (i + u * Shape::kRows < num_rows) add(packed[u], i + u * Shape::kRows + slot);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < num_rows; i += Shape::kRows) {
+      const int row = __shfl_sync(0xffffffffu, lane_row, min(i + slot, num_rows - 1));
+      add(load_global_8(values.row(row) + chunk * 8, false), i + slot);
     }
   }
 }
@@ -85,7 +113,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_
   const int segment = static_cast<int>(tile) / plan.tiles_per_segment;
   const int64_t offset = p.stream_offset(group, stream);
   const Draws& draws = p.segment_draws[offset + segment];
-  const uint64_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
+  const uint32_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
   uint32_t first_draw = 0, last_draw = draws.num_draws;
   if (draws.sorted()) {
     first_draw = p.tile_draw[offset + tile];

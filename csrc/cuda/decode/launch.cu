@@ -50,8 +50,8 @@ void configure_decode(DecodeParams& p, int device_index) {
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
         "cudaDeviceGetAttribute");
   const int row_pitch = p.head_dim == 96 ? 128 : p.head_dim;  // as in TileShared
-  p.persistent = plan_persistent(p, device, sizeof(PersistentShared), kSlotRows * row_pitch * 2, kMaxScoreWarps,
-                                 kSelectWarps);
+  p.persistent = plan_persistent(p, device, sizeof(PersistentShared), kScoreSlots * kStepKeys * row_pitch * 2,
+                                 max_score_warps(p.head_dim), kSelectWarps);
 }
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {

@@ -1,11 +1,12 @@
 // Sampled rows in one kernel that keeps the scores on chip. One CTA per multiprocessor walks the blocks of all rows
-// (queue.cuh). Its warps have two roles, so that keys keep streaming while blocks are drawn from:
+// (queue.cuh). Its warps have four roles, so that keys keep streaming while blocks are drawn from:
 //
 //   score warps   stream the keys of a block through rings of shared-memory slots that run on across blocks, and leave
-//                 scores and softmax states in one of two buffers;
-//   select warps  follow one block behind: publish the block's state, wait for the states of the row's other blocks,
-//                 draw rows, read them from V, and write the block's share of the estimate. The CTA that finishes the
-//                 last block of a (batch row, KV head) adds the shares up, in block order.
+//                 scores and softmax states in one of the buffers;
+//   a state warp  merges their states and publishes the block's, for other CTAs and for the two roles below;
+//   a plan warp   waits for the states of all blocks of the row and finds the block's place in level 1 of the CDF;
+//   select warps  weigh the block's rows (level 2), draw, read rows of V, and write the block's share of the estimate.
+//                 The CTA that finishes the last block of a (batch row, KV head) adds the shares up, in block order.
 //
 // Every sum has an order that depends on the row alone: which CTA does what, and when, changes no bit.
 //
@@ -21,38 +22,60 @@ namespace santa::cuda {
 
 constexpr int kSelectWarps = 8;
 constexpr int kSelectThreads = kSelectWarps * 32;
-constexpr int kMaxScoreWarps = 8;
-constexpr int kMaxPersistentThreads = kSelectThreads + kMaxScoreWarps * 32;
-constexpr int kMaxBuffers = 2;
-constexpr int kStatesKept = 16;       // rounds of a warp
+constexpr int kPlanWarp = kSelectWarps;
+constexpr int kStateWarp = kPlanWarp + 1;
+constexpr int kFirstScoreWarp = kStateWarp + 1;
+constexpr int kMaxScoreWarps = 6;
+// Rows of 256 elements take more registers than 16 warps leave.
+constexpr int max_score_warps(int head_dim) { return head_dim > 192 ? 4 : kMaxScoreWarps; }
+constexpr int kStepKeys = 2 * kSlotRows;  // that a score warp takes at a time: two slots' worth, for the latencies
+constexpr int kScoreSlots = 2;            // of a score warp's ring
+constexpr int kMaxBuffers = 3;
+constexpr int kStatesKept = 8;        // rounds of the plan warp
 constexpr uint64_t kPending = ~0ull;  // block_state not there yet: as floats two NaNs, which no state is
 
 // Level 1 of the CDF, as far as one block and stream need it.
 struct StreamPlan {
-  uint64_t block_start, block_mass;
+  TilePositions positions;
   uint32_t first_draw, last_draw;
+  float expected_draws;  // R times the block's share of the mass
   Draws draws;
 };
 
-struct PersistentShared {
-  uint64_t full[kMaxBuffers];   // the score warps are done with the buffer
-  uint64_t empty[kMaxBuffers];  // the select warps are
-  SoftmaxState warp_state[kMaxBuffers][kMaxScoreWarps][kHeadBlock];
-  StreamPlan plan[kHeadBlock];
-  uint64_t block_states[kStatesKept * 32];  // of the row's blocks, as plan_stream has read them
+struct BlockPlan {
   float row_lse[kHeadBlock];
   float segment_lse[kHeadBlock];
+  StreamPlan stream[kHeadBlock];
+};
+
+struct PersistentShared {
+  // Barriers, one per buffer and hand-over.
+  uint64_t started[kMaxBuffers];    // block and is_final are there
+  uint64_t scored[kMaxBuffers];     // scores and warp_state are
+  uint64_t published[kMaxBuffers];  // state is
+  uint64_t lse_known[kMaxBuffers];
+  uint64_t planned[kMaxBuffers];
+  uint64_t released[kMaxBuffers];  // the select warps are done with the buffer and all that goes with it
+
+  Block found[2];              // blocks that score warp 0 has found, in turn
+  Block block[kMaxBuffers];    // with num_blocks 0: there is none
+  bool is_final[kMaxBuffers];  // no block comes after it
+  SoftmaxState warp_state[kMaxBuffers][kMaxScoreWarps][kHeadBlock];
+  SoftmaxState state[kMaxBuffers][kHeadBlock];  // of the block
+  BlockPlan plan[kMaxBuffers];
+  SoftmaxState states_kept[kStatesKept][32];  // of the row's blocks; the plan warp's own
   uint32_t part_weight[kSelectWarps];
   uint32_t read_mask[kMaxBlockKv / 32];
   uint8_t order[kSelectWarps][32];
+  float4 partial[kSelectThreads];  // of combine_blocks
   int is_last;
 };
 
 // Dynamic shared memory: PersistentShared, the score buffers, cumulative weights (grouped), the rings.
 //
-// A buffer holds planes of float2, a plane per pair of heads: [pair][key]. The pitch of a plane shifts it by half the
-// banks, so that the lanes of two pairs write side by side. When the block's rows are read, the warps' partial outputs
-// take the buffer's place.
+// A buffer holds planes of float2, a plane per pair of heads: [pair][key], keys permuted (key_place). The pitch of a
+// plane shifts it by half the banks, so that the lanes of two pairs write side by side. When the block's rows are read,
+// the warps' partial outputs take the buffer's place.
 struct PersistentMemory {
   PersistentShared* shared;
   unsigned char* buffers;
@@ -71,146 +94,363 @@ struct PersistentMemory {
   }
 };
 
+// Keys are written 8 neighbours at a time and read by lanes that own 8 neighbours each; in this order both are free of
+// bank conflicts.
+__device__ __forceinline__ int key_place(int key) { return key ^ ((key >> 3) & 15); }
+
 __device__ __forceinline__ void select_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 static_assert(kSelectThreads == 256, "select_barrier has the number");
+
+// What to subtract before exp2: scores of -inf weigh 0 even if there is nothing larger.
+__device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 
 __device__ __forceinline__ int first_power_of_2(int n) { return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8; }
 
 // ---- score warps
 
+// First key of a block.
 template <typename T>
-struct BlockKeys {
-  StridedKvView<T> view;  // row 0 is the block's first key
-  int num_keys;
-  int num_steps;  // 16 keys per score warp each; at least as many as a ring can be ahead
-
-  __device__ BlockKeys() : view{nullptr, 0}, num_keys(0), num_steps(0) {}
-  __device__ BlockKeys(const DecodeParams& p, const Block& block) {
-    view = make_strided_view<T>(p.k, block.batch_index, block.kv_head,
-                                block.kv_start + static_cast<int64_t>(block.index) * block.block_kv, p.stride_k_batch,
-                                p.stride_k_token, p.stride_k_head);
-    num_keys = block.num_keys();
-    const int per_step = kSlotRows * p.persistent.num_score_warps;
-    num_steps = max((num_keys + per_step - 1) / per_step, p.persistent.ring_slots - 1);
-  }
-};
-
-__device__ __forceinline__ void wait_for_slot(int ring_slots) {
-  if (ring_slots == 4) {
-    cp_async_wait<2>();
-  } else if (ring_slots == 3) {
-    cp_async_wait<1>();
-  } else {
-    cp_async_wait<0>();
-  }
-  __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
+__device__ __forceinline__ const T* keys_of(const DecodeParams& p, const Block& block) {
+  return make_strided_view<T>(p.k, block.batch_index, block.kv_head,
+                              block.kv_start + static_cast<int64_t>(block.index) * block.block_kv, p.stride_k_batch,
+                              p.stride_k_token, p.stride_k_head)
+      .base;
 }
 
+// Starts the copy of kStepKeys rows, of which the first num_rows are there; zeros for the others, which are not read.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_query(QueryFragments<T, HEAD_DIM>& query, const DecodeParams& p,
-                                           const Block& block, int lane) {
-  query.load(static_cast<const T*>(p.q) + block.batch_index * p.stride_q_batch +
-                 static_cast<int64_t>(block.kv_head) * p.gqa_group_size * p.stride_q_head,
-             p.stride_q_head, p.gqa_group_size, p.aligned, lane);
+__device__ __forceinline__ void load_step(uint32_t slot, const T* rows, int64_t stride, int num_rows, bool aligned,
+                                          int lane) {
+  constexpr int kChunks = HEAD_DIM / 8, kCopies = kStepKeys * kChunks / 32;
+  const uint64_t policy = evict_first_policy();
+  if (!aligned) {
+    const StridedKvView<T> view = {rows, stride};
+    constexpr uint32_t kHalfBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
+    for (int half = 0; half < 2; ++half) {
+      load_slot<T, HEAD_DIM>(slot + half * kHalfBytes, view, half * kSlotRows, num_rows, false, policy, lane);
+    }
+  } else if (num_rows >= kStepKeys) {
+#pragma unroll(HEAD_DIM > 192 ? 2 : 8)
+    for (int i = 0; i < kCopies; ++i) {
+      const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), rows + row * stride + chunk * 8, true, policy);
+    }
+  } else {
+#pragma unroll 2
+    for (int i = 0; i < kCopies; ++i) {
+      const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      const bool valid = row < num_rows;
+      cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), rows + (valid ? row : 0) * stride + chunk * 8, valid,
+                  policy);
+    }
+  }
+}
+
+// First query head of a block.
+template <typename T>
+__device__ __forceinline__ const T* query_of(const DecodeParams& p, const Block& block) {
+  return static_cast<const T*>(p.q) + block.batch_index * p.stride_q_batch +
+         static_cast<int64_t>(block.kv_head) * p.gqa_group_size * p.stride_q_head;
 }
 
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void score_blocks(const DecodeParams& p, const PersistentMemory& memory) {
-  const int warp = (threadIdx.x >> 5) - kSelectWarps, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int num_warps = p.persistent.num_score_warps, ring_slots = p.persistent.ring_slots;
-  constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
-  const uint32_t ring = shared_address(memory.rings) + warp * ring_slots * kSlotBytes;
-  const uint32_t ring_end = ring + ring_slots * kSlotBytes;
-  const uint64_t policy = evict_first_policy();
-  const bool has_pair = 2 * t < p.gqa_group_size;
+  const int warp = (threadIdx.x >> 5) - kFirstScoreWarp, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  constexpr uint32_t kHalfBytes = sizeof(typename TileShared<HEAD_DIM>::Slot), kSlotBytes = 2 * kHalfBytes;
+  // Two slots: one in flight while the other is scored. More were slower: what is in flight beyond need makes every
+  // load wait longer, those of the select warps among them.
+  uint32_t slot = shared_address(memory.rings) + warp * kScoreSlots * kSlotBytes, other_slot = slot + kSlotBytes;
   constexpr bool kQueryAhead = HEAD_DIM <= 128;  // beyond, there are no registers for the next block's query
 
   BlockQueue queue(p, lane);
-  Block block;
-  if (!queue.find(blockIdx.x, block)) return;
-  BlockKeys<T> keys(p, block);
+  const T* keys = nullptr;
+  int num_keys = 0;
   QueryFragments<T, HEAD_DIM> query;
-  load_query(query, p, block, lane);
 
-  const auto fill = [&](uint32_t slot, const BlockKeys<T>& source, int step) {
-    load_slot<T, HEAD_DIM>(slot, source.view, (step * num_warps + warp) * kSlotRows, source.num_keys, p.aligned, policy,
-                           lane);
-  };
-  uint32_t filled = ring, scored = ring;
-  for (int i = 0; i < ring_slots - 1; ++i) {
-    fill(filled, keys, i);
-    cp_async_commit();
-    filled += kSlotBytes;
-  }
-
-  for (int n = 0;; ++n) {
-    Block next_block;
-    BlockKeys<T> next_keys;
+  // Round n scores block n of this CTA and starts on the keys of the next; round -1 does the latter alone.
+  bool has_next = true;
+  const bool is_first_thread = threadIdx.x == kFirstScoreWarp * 32;
+  for (int n = -1; has_next; ++n) {
+    Block next_block{};
+    const T* next_q = nullptr;
+    const T* next_keys = nullptr;
+    int next_num_keys = 0;
     QueryFragments<T, HEAD_DIM> next_query;
-    const bool has_next = queue.find(blockIdx.x + static_cast<int64_t>(n + 1) * gridDim.x, next_block);
+    has_next = queue.find(blockIdx.x + (n + 1) * gridDim.x, next_block);
     if (has_next) {
-      next_keys = BlockKeys<T>(p, next_block);
-      if (kQueryAhead) load_query(next_query, p, next_block, lane);
+      next_keys = keys_of<T>(p, next_block);
+      next_num_keys = next_block.num_keys();
+      next_q = query_of<T>(p, next_block);
+      if (kQueryAhead) next_query.load(next_q, p.stride_q_head, p.gqa_group_size, p.aligned, lane);
     }
+    if (is_first_thread) memory.shared->found[(n + 1) & 1] = next_block;
     const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    if (use > 0) mbarrier_wait(&memory.shared->empty[buffer], (use - 1) & 1);
-    float2* plane = reinterpret_cast<float2*>(memory.buffer(p, buffer)) + t * p.persistent.plane_pitch;
-    SoftmaxState state[2] = {empty_softmax_state(), empty_softmax_state()};
+    if (n >= p.persistent.num_buffers) mbarrier_wait(&memory.shared->released[buffer], (use - 1) & 1);
+    if (is_first_thread && (n >= 0 || !has_next)) {
+      // A CTA without any block says so in the place of its first.
+      memory.shared->block[max(buffer, 0)] = memory.shared->found[max(n, 0) & 1];
+      memory.shared->is_final[max(buffer, 0)] = !has_next;
+      mbarrier_arrive(&memory.shared->started[max(buffer, 0)]);
+    }
+    float2* plane = reinterpret_cast<float2*>(memory.buffer(p, max(buffer, 0))) + t * p.persistent.plane_pitch;
+    float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 
-    for (int step = 0; step < keys.num_steps; ++step) {
-      wait_for_slot(ring_slots);
-      const int ahead = step + ring_slots - 1;
-      if (ahead < keys.num_steps) {
-        fill(filled, keys, ahead);
-      } else if (has_next) {
-        fill(filled, next_keys, ahead - keys.num_steps);
+    const int num_steps = n < 0 ? 1 : ceil_div_int(num_keys, kStepKeys * p.persistent.num_score_warps);
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+      cp_async_wait<0>();
+      __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
+      const bool wraps = step + 1 == num_steps;
+      if (!wraps || has_next) {
+        const int ahead = wraps ? 0 : step + 1;
+        const int first = (ahead * p.persistent.num_score_warps + warp) * kStepKeys;
+        load_step<T, HEAD_DIM>(other_slot, (wraps ? next_keys : keys) + first * p.stride_k_token, p.stride_k_token,
+                               (wraps ? next_num_keys : num_keys) - first, p.aligned, lane);
       }
       cp_async_commit();
-      filled = filled + kSlotBytes == ring_end ? ring : filled + kSlotBytes;
 
-      const int first = (step * num_warps + warp) * kSlotRows;
-      if (first < keys.num_keys) {
-        float scores[4];
-        score_slot<T, HEAD_DIM>(scores, scored, query, lane);
+      const int first = (step * p.persistent.num_score_warps + warp) * kStepKeys;
+      if (first < num_keys) {
+        float scores[2][4];  // [half][key g, heads 2 t and 2 t + 1; key g + 8, the same heads]
+        score_slot<T, HEAD_DIM>(scores[0], slot, query, lane);
+        if (HEAD_DIM > 192) __syncwarp();  // the loads of both halves at a time take more registers than there are
+        score_slot<T, HEAD_DIM>(scores[1], slot + kHalfBytes, query, lane);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int key = first + g + half * 8;
-          const bool valid = key < keys.num_keys;
-          scores[2 * half] = valid ? scores[2 * half] * p.scale_log2 : -INFINITY;
-          scores[2 * half + 1] = valid ? scores[2 * half + 1] * p.scale_log2 : -INFINITY;
-          if (has_pair) plane[key] = {scores[2 * half], scores[2 * half + 1]};
+        for (int i = 0; i < 4; ++i) {
+          const float scale = p.scale_log2;
+          scores[0][i] *= scale, scores[1][i] *= scale;
+        }
+        if (first + kStepKeys > num_keys) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            if (first + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
+          }
+        }
+        if (2 * t < p.gqa_group_size) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            plane[key_place(first + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+          }
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float max = fmaxf(state[j].max, fmaxf(scores[j], scores[2 + j]));
-          state[j].sum = state[j].sum * exp2_below(state[j].max, max) + exp2_below(scores[j], max) +
-                         exp2_below(scores[2 + j], max);
-          state[j].max = max;
+          const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
+          const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
+          sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
+                   ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
+                    (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
+          running_max[j] = new_max;
         }
       }
-      scored = scored + kSlotBytes == ring_end ? ring : scored + kSlotBytes;
+      const uint32_t scored_slot = slot;
+      slot = other_slot;
+      other_slot = scored_slot;
     }
 
+    if (n >= 0) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      for (int offset = 4; offset < 32; offset <<= 1) {
-        state[j] = merge(state[j], {__shfl_xor_sync(0xffffffffu, state[j].max, offset),
-                                    __shfl_xor_sync(0xffffffffu, state[j].sum, offset)});
+      for (int j = 0; j < 2; ++j) {
+        const float warp_max = max_over_keys(running_max[j]);
+        sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
+        for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
+        if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = {warp_max, sum[j]};
       }
-      if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = state[j];
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&memory.shared->scored[buffer]);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&memory.shared->full[buffer]);
-    if (!has_next) break;
-    block = next_block;
     keys = next_keys;
+    num_keys = next_num_keys;
     if (kQueryAhead) {
       query = next_query;
-    } else {
-      load_query(query, p, block, lane);
+    } else if (has_next) {
+      int fresh_lane;  // so that no address is kept from before the loop, for want of registers
+      asm volatile("mov.u32 %0, %%laneid;" : "=r"(fresh_lane));
+      query.load(next_q, p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane);
     }
   }
   cp_async_wait<0>();
+}
+
+// ---- state warp
+
+// The state of head lane % 8 over the whole block, in every lane.
+__device__ __forceinline__ SoftmaxState merge_warp_states(const SoftmaxState (*states)[kHeadBlock], int num_warps,
+                                                          int lane) {
+  const int first = lane >> 3, second = first + 4;
+  const SoftmaxState a = first < num_warps ? states[first][lane & 7] : empty_softmax_state();
+  const SoftmaxState b = second < num_warps ? states[second][lane & 7] : empty_softmax_state();
+  static_assert(kMaxScoreWarps <= 8, "two states per lane");
+  float max = fmaxf(a.max, b.max);
+  max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 8));
+  max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 16));
+  const float below = finite_max(max);
+  float sum = a.sum * exp2_approx(a.max - below) + b.sum * exp2_approx(b.max - below);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+  return {max, sum};
+}
+
+__device__ __forceinline__ uint64_t bits_of(SoftmaxState state) {
+  return static_cast<uint64_t>(__float_as_uint(state.sum)) << 32 | __float_as_uint(state.max);
+}
+__device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
+  return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
+}
+
+__device__ __forceinline__ void publish_states(const DecodeParams& p, const PersistentMemory& memory) {
+  PersistentShared& shared = *memory.shared;
+  const int lane = threadIdx.x & 31;
+  for (int n = 0;; ++n) {
+    const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
+    mbarrier_wait(&shared.started[buffer], use & 1);
+    const Block& block = shared.block[buffer];
+    if (block.num_blocks == 0) break;
+    const bool is_final = shared.is_final[buffer];
+    uint64_t* const address =
+        p.block_state +
+        (p.group_index(block.batch_index, block.kv_head) * p.max_blocks + block.index) * p.gqa_group_size + lane;
+
+    mbarrier_wait(&shared.scored[buffer], use & 1);
+    const SoftmaxState state = merge_warp_states(shared.warp_state[buffer], p.persistent.num_score_warps, lane);
+    if (lane < p.gqa_group_size) store_relaxed(address, bits_of(state));
+    if (lane < kHeadBlock) shared.state[buffer][lane] = state;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.published[buffer]);
+    if (is_final) break;
+  }
+}
+
+// ---- plan warp
+
+// Lanes hold heads (fastest, `width` of them) and blocks of the row, in rounds of 32 / width blocks.
+__device__ __forceinline__ void plan_blocks(const DecodeParams& p, const PersistentMemory& memory) {
+  PersistentShared& shared = *memory.shared;
+  const int lane = threadIdx.x & 31, group_size = p.gqa_group_size;
+  const bool grouped = p.sampler == Sampler::kGrouped;
+  const int width = first_power_of_2(group_size), step = 32 / width, head = lane & (width - 1), place = lane / width;
+  const bool has_head = head < group_size;
+  constexpr unsigned kAll = 0xffffffffu;
+
+  for (int n = 0;; ++n) {
+    const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
+    mbarrier_wait(&shared.started[buffer], use & 1);
+    const Block block = shared.block[buffer];
+    if (block.num_blocks == 0) break;
+    const bool is_final = shared.is_final[buffer];
+    BlockPlan& plan = shared.plan[buffer];
+    const int64_t group = p.group_index(block.batch_index, block.kv_head);
+    const uint64_t* const states = p.block_state + group * p.max_blocks * group_size;
+
+    // Known before the block is scored.
+    const SegmentPlan segments = plan_segments(block.num_blocks, 1, p.num_samples, p.budget == Budget::kUniform);
+    const int segment = segments.num_segments == 1 ? 0 : block.index / segments.tiles_per_segment;
+    const int segment_first = segment * segments.tiles_per_segment;
+    const int segment_last = min(segment_first + segments.tiles_per_segment, block.num_blocks);
+    const uint32_t num_draws = static_cast<uint32_t>(segments.draws) * (grouped ? group_size : 1);
+    const auto random = RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[block.batch_index] : 0,
+                                           block.kv_len, grouped ? block.kv_head : block.kv_head * group_size + head);
+    const uint64_t random_bits = random.bits(segment, 0);
+
+    mbarrier_wait(&shared.published[buffer], use & 1);
+    // First pass: the maximum.
+    float max = -INFINITY;
+#pragma unroll 1
+    for (int base = 0; base * step < block.num_blocks; base += 4) {
+      uint64_t bits[4];  // loads in flight
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int b = (base + i) * step + place;
+        bits[i] = bits_of(empty_softmax_state());
+        if (has_head && b < block.num_blocks) bits[i] = load_relaxed(states + b * group_size + head);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((base + i) * step >= block.num_blocks) break;
+        const int b = (base + i) * step + place;
+#pragma unroll 1
+        while (bits[i] == kPending) bits[i] = load_relaxed(states + b * group_size + head);
+        max = fmaxf(max, state_of(bits[i]).max);
+        if (base + i < kStatesKept) shared.states_kept[base + i][lane] = state_of(bits[i]);
+      }
+    }
+    __syncwarp();
+    for (int offset = width; offset < 32; offset <<= 1) max = fmaxf(max, __shfl_xor_sync(kAll, max, offset));
+
+    // Second pass: every block's part of the sum, relative to it.
+    const float below = finite_max(max);
+    float row_sum = 0.0f, segment_sum = 0.0f;
+    const auto state_at = [&](int round) {
+      if (round < kStatesKept) return shared.states_kept[round][lane];
+      const int b = round * step + place;
+      return has_head && b < block.num_blocks ? state_of(load_relaxed(states + b * group_size + head))
+                                              : empty_softmax_state();
+    };
+    const auto in_segment = [&](int b) { return b >= segment_first && b < segment_last; };
+#pragma unroll 1
+    for (int round = 0; round * step < block.num_blocks; ++round) {
+      const SoftmaxState state = state_at(round);
+      const float part = state.sum * exp2_approx(state.max - below);
+      if (round < kStatesKept) shared.states_kept[round][lane].sum = part;
+      row_sum += part;
+      if (in_segment(round * step + place)) segment_sum += part;
+    }
+    for (int offset = width; offset < 32; offset <<= 1) {
+      row_sum += __shfl_xor_sync(kAll, row_sum, offset);
+      segment_sum += __shfl_xor_sync(kAll, segment_sum, offset);
+    }
+    const float row_lse = log2_sum({max, row_sum}), segment_lse = log2_sum({max, segment_sum});
+    if (place == 0 && has_head) {
+      plan.row_lse[head] = row_lse;
+      plan.segment_lse[head] = segment_lse;
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.lse_known[buffer]);
+
+    // Third pass: level 1 of the CDF. A stream's columns of lanes agree on it.
+    const float per_sum =
+        is_finite(segment_lse) ? 1.0f / (segment_sum * static_cast<float>(grouped ? group_size : 1)) : 0.0f;
+    uint32_t total = 0, start = 0, mass = 0;
+#pragma unroll 1
+    for (int round = 0; round * step < block.num_blocks; ++round) {
+      const SoftmaxState state = state_at(round);
+      const float part = round < kStatesKept ? state.sum : state.sum * exp2_approx(state.max - below);
+      float share = per_sum > 0.0f ? part * per_sum : 0.0f;
+      if (grouped) {
+        for (int offset = 1; offset < width; offset <<= 1) share += __shfl_xor_sync(kAll, share, offset);
+      }
+      const int b = round * step + place;
+      const uint32_t block_mass = in_segment(b) ? tile_mass_of(share) : 0;
+      total += block_mass;
+      if (b < block.index) start += block_mass;
+      if (b == block.index) mass = block_mass;
+    }
+    for (int offset = width; offset < 32; offset <<= 1) {
+      total += __shfl_xor_sync(kAll, total, offset);
+      start += __shfl_xor_sync(kAll, start, offset);
+    }
+    mass = __shfl_sync(kAll, mass, block.index % step * width + head);
+
+    const Draws draws = Draws::make(p.sampler, random, segment, num_draws, total, random_bits);
+    uint32_t bound = place == 0 ? 0 : num_draws;  // of the draws that can fall into the block: first, last
+    if (mass == 0) {
+      bound = 0;
+    } else if (draws.sorted() && place < 2) {
+      bound = draws.count_below(place == 0 ? start : start + mass);
+    }
+    const uint32_t last_draw = __shfl_down_sync(kAll, bound, width);
+    if (place == 0 && (grouped ? head == 0 : has_head)) {
+      plan.stream[head] = {TilePositions::make(draws.unit(), start, mass), bound, last_draw,
+                           static_cast<float>(num_draws) * (static_cast<float>(mass) / static_cast<float>(total)),
+                           draws};
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.planned[buffer]);
+    if (place == 0 && has_head && block.index == 0) {
+      p.lse[static_cast<int64_t>(block.batch_index) * p.num_qo_heads + block.kv_head * group_size + head] =
+          row_lse * kLn2;
+    }
+    if (is_final) break;
+  }
 }
 
 // ---- select warps
@@ -236,127 +476,11 @@ struct SelectRole {
   }
 };
 
-// The state of head lane % 8 over the whole block, in every lane.
-__device__ __forceinline__ SoftmaxState merge_warp_states(const SoftmaxState (*states)[kHeadBlock], int num_warps,
-                                                          int lane) {
-  SoftmaxState state = empty_softmax_state();
-  for (int w = lane >> 3; w < num_warps; w += 4) state = merge(state, states[w][lane & 7]);
-  for (int offset = 8; offset < 32; offset <<= 1) {
-    state = merge(state,
-                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-  }
-  return state;
-}
-
-__device__ __forceinline__ uint64_t bits_of(SoftmaxState state) {
-  return static_cast<uint64_t>(__float_as_uint(state.sum)) << 32 | __float_as_uint(state.max);
-}
-__device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
-  return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
-}
-
-__device__ __forceinline__ SoftmaxState merge_lanes(SoftmaxState state, int width) {
-  for (int offset = width; offset < 32; offset <<= 1) {
-    state = merge(state,
-                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-  }
-  return state;
-}
-
-// Level 1 of the CDF for one stream, by one warp, as soon as the states of all blocks of the row are there. Lanes hold
-// heads (fastest) and blocks, in rounds; the states of the first rounds are kept for the second pass.
-static __device__ __noinline__ void plan_stream(const DecodeParams& p, PersistentShared& shared, const SelectRole& role,
-                                            const Block& block, int lane) {
-  const int64_t group = p.group_index(block.batch_index, block.kv_head);
-  const uint64_t* states = p.block_state + group * p.max_blocks * role.group_size + role.first_head;
-  const int width = first_power_of_2(role.num_heads), head = lane & (width - 1), step = 32 / width;
-  const int first_block = lane / width;
-  const bool has_head = head < role.num_heads;
-  const auto state_address = [&](int b) { return states + static_cast<int64_t>(b) * role.group_size + head; };
-  const auto is_mine = [&](int b) { return has_head && b < block.num_blocks; };
-
-  const SegmentPlan plan = plan_segments(block.num_blocks, 1, p.num_samples, p.budget == Budget::kUniform);
-  const int segment = block.index / plan.tiles_per_segment, segment_first = segment * plan.tiles_per_segment;
-  const int segment_last = min(segment_first + plan.tiles_per_segment, block.num_blocks);
-  const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[block.batch_index] : 0;
-  const auto random = RandomStream::make(
-      p.seed, row_seed, block.kv_len, role.grouped ? block.kv_head : block.kv_head * role.group_size + role.stream);
-  const uint64_t random_bits = random.bits(segment, 0);
-
-  const int num_kept = kStatesKept * role.num_parts / kSelectWarps;
-  uint64_t* kept = shared.block_states + role.stream * num_kept * 32 + lane;
-
-  SoftmaxState row = empty_softmax_state(), segment_state = empty_softmax_state();
-  for (int base = 0; base * step < block.num_blocks; base += 4) {
-    uint64_t bits[4];  // four loads in flight
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int b = first_block + (base + i) * step;
-      bits[i] = is_mine(b) ? load_relaxed(state_address(b)) : bits_of(empty_softmax_state());
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int b = first_block + (base + i) * step;
-      while (bits[i] == kPending) {
-        __nanosleep(20);
-        bits[i] = load_relaxed(state_address(b));
-      }
-      const SoftmaxState state = state_of(bits[i]);
-      row = merge(row, state);
-      if (b >= segment_first && b < segment_last) segment_state = merge(segment_state, state);
-      if (base + i < num_kept) kept[(base + i) * 32] = bits[i];
-    }
-  }
-  __syncwarp();
-  const float row_lse = log2_sum(merge_lanes(row, width));
-  const float segment_lse = plan.num_segments == 1 ? row_lse : log2_sum(merge_lanes(segment_state, width));
-
-  uint64_t total = 0, start = 0, mass = 0;
-  const auto add_block = [&](int b, SoftmaxState state) {
-    const float factor = tile_factor(state.max, segment_lse);
-    float share = has_head && factor > 0.0f ? factor * state.sum : 0.0f;
-    for (int offset = 1; offset < width; offset <<= 1) share += __shfl_xor_sync(0xffffffffu, share, offset);
-    if (b < segment_first || b >= segment_last) return;
-    const uint64_t block_mass = tile_mass_of(share / static_cast<float>(role.num_heads));
-    total += block_mass;
-    if (b < block.index) start += block_mass;
-    if (b == block.index) mass = block_mass;
-  };
-  for (int round = 0; round * step < block.num_blocks; ++round) {
-    const int b = first_block + round * step;
-    const uint64_t bits = round < num_kept ? kept[round * 32]
-                          : is_mine(b)     ? load_relaxed(state_address(b))
-                                           : bits_of(empty_softmax_state());
-    add_block(b, state_of(bits));
-  }
-  for (int offset = width; offset < 32; offset <<= 1) {
-    total += __shfl_xor_sync(0xffffffffu, total, offset);
-    start += __shfl_xor_sync(0xffffffffu, start, offset);
-    mass += __shfl_xor_sync(0xffffffffu, mass, offset);
-  }
-
-  const uint32_t num_draws = static_cast<uint32_t>(plan.draws) * role.num_heads;
-  const Draws draws = Draws::make(p.sampler, random, segment, num_draws, total, random_bits);
-  uint32_t bound = lane == 0 ? 0 : num_draws;
-  if (draws.sorted() && mass > 0) bound = draws.count_below(lane == 0 ? start : start + mass);
-  const uint32_t last_draw = mass > 0 ? __shfl_sync(0xffffffffu, bound, 1) : 0;
-  if (lane == 0) shared.plan[role.stream] = {start, mass, mass > 0 ? bound : 0, last_draw, draws};
-  if (first_block == 0 && has_head) {
-    const int h = role.first_head + head;
-    shared.row_lse[h] = row_lse;
-    shared.segment_lse[h] = segment_lse;
-    if (block.index == 0) {
-      p.lse[static_cast<int64_t>(block.batch_index) * p.num_qo_heads + block.kv_head * role.group_size + h] =
-          row_lse * kLn2;
-    }
-  }
-}
-
 // The scores and weights of a block, as the select warps use them.
 struct BlockScores {
-  float2* planes;  // [pair][plane_pitch]
+  float2* planes;  // [pair][pitch], permuted by key_place
   int pitch;
-  uint32_t* cumulative;  // of the stream
+  uint32_t* cumulative;  // [pitch], permuted likewise
   int cumulative_stride;
   int part_keys, num_keys;
 
@@ -371,179 +495,212 @@ struct BlockScores {
     part_keys = block.block_kv / role.num_parts;
     num_keys = block.num_keys();
   }
-  __device__ float& exponential(int h, int key) const {
-    float2& pair = planes[(h >> 1) * pitch + key];
-    return (h & 1) != 0 ? pair.y : pair.x;
-  }
-  __device__ uint32_t& sum(int key) const { return cumulative[key * cumulative_stride]; }
+  __device__ float* plane_of(int h) const { return reinterpret_cast<float*>(planes + (h >> 1) * pitch) + (h & 1); }
+  __device__ float exponential(int h, int key) const { return plane_of(h)[2 * key_place(key)]; }
+  __device__ uint32_t& sum(int key) const { return cumulative[key_place(key) * cumulative_stride]; }
 };
 
-// exp2(score - block maximum) in place of the scores of the warp's keys.
-__device__ __forceinline__ void exponentiate(const BlockScores& scores, const SelectRole& role, SoftmaxState state,
-                                             int lane) {
+// The keys of a part in rounds: lanes own up to 8 neighbours each.
+constexpr int kLaneKeys = 8;
+static_assert(kMaxBlockKv / kSelectWarps <= 32 * kLaneKeys, "one round for the grouped sampler");
+
+template <typename Round>
+__device__ __forceinline__ void for_each_round(const BlockScores& scores, const SelectRole& role, const Round& round) {
   const int first = role.part * scores.part_keys, last = min(first + scores.part_keys, scores.num_keys);
-  if (role.grouped) {
-    for (int pair = 0; 2 * pair < role.group_size; ++pair) {
-      const float max_x = __shfl_sync(0xffffffffu, state.max, 2 * pair);
-      const float max_y = __shfl_sync(0xffffffffu, state.max, 2 * pair + 1);
-      float2* plane = scores.planes + pair * scores.pitch;
-#pragma unroll 2
-      for (int key = first + lane; key < last; key += 32) {
-        const float2 score = plane[key];
-        plane[key] = {exp2_below(score.x, max_x), exp2_below(score.y, max_y)};
+  const int lane_keys = min(kLaneKeys, (scores.part_keys + 31) / 32);
+#pragma unroll 1
+  for (int base = first; base < last; base += 32 * lane_keys) {
+    const int key = base + (threadIdx.x & 31) * lane_keys;
+    // The lane's keys and their number, at most 0 past the end; the last key of the part. Lanes read the last key in
+    // place of those that they do not have, so that no branch keeps the loads from being in flight together.
+    round(key, min(lane_keys, last - key), last - 1);
+  }
+}
+
+// exp2(score - block maximum) in place of the scores of the warp's keys.
+__device__ __forceinline__ void exponentiate(const BlockScores& scores, const SelectRole& role, SoftmaxState state) {
+  const float below = finite_max(state.max);
+  for_each_round(scores, role, [&](int first, int count, int last) {
+    if (role.grouped) {
+#pragma unroll 1
+      for (int pair = 0; 2 * pair < role.group_size; ++pair) {
+        const float below_x = __shfl_sync(0xffffffffu, below, 2 * pair);
+        const float below_y = __shfl_sync(0xffffffffu, below, 2 * pair + 1);
+        float2* plane = scores.planes + pair * scores.pitch;
+        float2 values[kLaneKeys];
+#pragma unroll
+        for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[key_place(min(first + i, last))];
+#pragma unroll
+        for (int i = 0; i < kLaneKeys; ++i) {
+          values[i] = {exp2_approx(values[i].x - below_x), exp2_approx(values[i].y - below_y)};
+        }
+#pragma unroll
+        for (int i = 0; i < kLaneKeys; ++i) {
+          if (i < count) plane[key_place(first + i)] = values[i];
+        }
+      }
+    } else {
+      const float below_h = __shfl_sync(0xffffffffu, below, role.stream);
+      float* const plane = scores.plane_of(role.stream);
+      float values[kLaneKeys];
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[2 * key_place(min(first + i, last))];
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) values[i] = exp2_approx(values[i] - below_h);
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) {
+        if (i < count) plane[2 * key_place(first + i)] = values[i];
       }
     }
-  } else {
-    const float max = __shfl_sync(0xffffffffu, state.max, role.stream);
-#pragma unroll 4
-    for (int key = first + lane; key < last; key += 32) {
-      float& score = scores.exponential(role.stream, key);
-      score = exp2_below(score, max);
-    }
-  }
+  });
 }
 
 // Level 2 of the CDF: running sums of the row weights of the warp's keys, and their total.
 __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const SelectRole& role, SoftmaxState state,
                                           const float* segment_lse, int lane) {
-  constexpr int kRound = 8;  // 32 keys each
+  // Lane h: what an exponential of head h counts for; heads without a finite sum take no part.
   const int head = lane & 7;
   const bool in_stream = head >= role.first_head && head < role.first_head + role.num_heads;
-  const float factor = in_stream ? tile_factor(state.max, segment_lse[head]) : 0.0f;
-  float share_sum = 0.0f;
-  for (int h = role.first_head; h < role.first_head + role.num_heads; ++h) {
-    const float f = __shfl_sync(0xffffffffu, factor, h), sum = __shfl_sync(0xffffffffu, state.sum, h);
-    if (f > 0.0f) share_sum += f * sum;
-  }
-  const int first = role.part * scores.part_keys, last = min(first + scores.part_keys, scores.num_keys);
+  const float own_factor = in_stream ? tile_factor(state.max, segment_lse[head]) : 0.0f;
+  float share_sum = own_factor > 0.0f ? own_factor * state.sum : 0.0f;
+  for (int offset = 1; offset < 8; offset <<= 1) share_sum += __shfl_xor_sync(0xffffffffu, share_sum, offset);
+  const float factor = own_factor > 0.0f ? own_factor / share_sum : 0.0f;
   uint32_t running = 0;
-  for (int base = first; base < last; base += kRound * 32) {
-    float shares[kRound] = {};
+  for_each_round(scores, role, [&](int first, int count, int last) {
+    float shares[kLaneKeys] = {};
     if (role.grouped) {
+#pragma unroll 1
       for (int pair = 0; 2 * pair < role.group_size; ++pair) {
-        const float f_x = __shfl_sync(0xffffffffu, factor, 2 * pair), f_y = __shfl_sync(0xffffffffu, factor, 2 * pair + 1);
+        const float f_x = __shfl_sync(0xffffffffu, factor, 2 * pair);
+        const float f_y = __shfl_sync(0xffffffffu, factor, 2 * pair + 1);
         const float2* plane = scores.planes + pair * scores.pitch;
+        float2 e[kLaneKeys];
 #pragma unroll
-        for (int i = 0; i < kRound; ++i) {
-          const int key = base + i * 32 + lane;
-          if (key >= last) continue;
-          const float2 e = plane[key];
-          if (f_x > 0.0f) shares[i] += f_x * e.x;
-          if (f_y > 0.0f) shares[i] += f_y * e.y;
+        for (int i = 0; i < kLaneKeys; ++i) e[i] = plane[key_place(min(first + i, last))];
+#pragma unroll
+        for (int i = 0; i < kLaneKeys; ++i) {
+          shares[i] += f_x > 0.0f ? f_x * e[i].x : 0.0f;
+          shares[i] += f_y > 0.0f ? f_y * e[i].y : 0.0f;
         }
       }
     } else {
       const float f = __shfl_sync(0xffffffffu, factor, role.stream);
+      const float* const plane = scores.plane_of(role.stream);
 #pragma unroll
-      for (int i = 0; i < kRound; ++i) {
-        const int key = base + i * 32 + lane;
-        if (key < last && f > 0.0f) shares[i] = f * scores.exponential(role.stream, key);
-      }
-    }
-    uint32_t sums[kRound];
+      for (int i = 0; i < kLaneKeys; ++i) shares[i] = plane[2 * key_place(min(first + i, last))];
 #pragma unroll
-    for (int i = 0; i < kRound; ++i) {
-      sums[i] = warp_inclusive_scan(shares[i] > 0.0f ? row_weight_of(shares[i] / share_sum) : 0, lane);
+      for (int i = 0; i < kLaneKeys; ++i) shares[i] = f > 0.0f ? f * shares[i] : 0.0f;
     }
+    uint32_t sums[kLaneKeys], lane_sum = 0;
 #pragma unroll
-    for (int i = 0; i < kRound; ++i) {
-      const int key = base + i * 32 + lane;
-      if (key < last) scores.sum(key) = running + sums[i];
-      running += __shfl_sync(0xffffffffu, sums[i], 31);
+    for (int i = 0; i < kLaneKeys; ++i) sums[i] = lane_sum += i < count ? row_weight_of(shares[i]) : 0;
+    const uint32_t inclusive = warp_inclusive_scan(lane_sum, lane), before = running + inclusive - lane_sum;
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+      if (i < count) scores.sum(first + i) = before + sums[i];
     }
-  }
+    running += __shfl_sync(0xffffffffu, inclusive, 31);
+  });
   return running;
 }
 
-// Row of the block at `position` of the level-2 CDF, and its weight.
-__device__ __forceinline__ int find_row(const BlockScores& scores, const SelectRole& role, const uint32_t* part_weight,
+// Row of the block at `position` of the level-2 CDF, and its weight. `part_end` of lane j: weights up to part j.
+__device__ __forceinline__ int find_row(const BlockScores& scores, const SelectRole& role, uint32_t part_end,
                                         uint32_t position, uint32_t& weight) {
   int part = 0;
-  uint32_t below = 0, sum = 0;
-  for (int j = 0; j + 1 < role.num_parts; ++j) {
-    sum += part_weight[j];
-    if (position >= sum) {
-      part = j + 1;
-      below = sum;
-    }
+  uint32_t below = 0;
+#pragma unroll
+  for (int j = 0; j + 1 < kSelectWarps; ++j) {
+    const uint32_t end = __shfl_sync(0xffffffffu, part_end, j);
+    const bool beyond = j + 1 < role.num_parts && position >= end;
+    part = beyond ? j + 1 : part;
+    below = beyond ? end : below;
   }
-  const int first = part * scores.part_keys;
-  int low = first, high = min(first + scores.part_keys, scores.num_keys) - 1;
-  while (low < high) {
-    const int middle = (low + high) >> 1;
-    if (scores.sum(middle) > position - below) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
+  // The same number of steps in all lanes: how many keys have running sums up to the position.
+  const int first = part * scores.part_keys, last = min(first + scores.part_keys, scores.num_keys) - 1;
+  const uint32_t target = position - below;
+  int row = first;
+#pragma unroll 1
+  for (int step = 1 << (31 - __clz(scores.part_keys)); step > 0; step >>= 1) {
+    const int probe = row + step - 1;
+    const uint32_t sum = scores.sum(min(probe, last));
+    row = probe <= last && sum <= target ? row + step : row;
   }
-  weight = scores.sum(low) - (low > first ? scores.sum(low - 1) : 0);
-  return low;
+  row = min(row, last);
+  const uint32_t before = scores.sum(max(row - 1, first));
+  weight = scores.sum(row) - (row > first ? before : 0);
+  return row;
 }
 
 // Draws the warp's share of the block's draws, reads the rows, and adds them up for HEADS heads of the stream from
 // head_base on.
 template <typename T, int HEAD_DIM, int HEADS>
 __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const DecodeParams& p, PersistentShared& shared,
-                                                const BlockScores& scores, const SelectRole& role, const Block& block,
-                                                SoftmaxState state, int head_base, int warp, int lane) {
-  const StreamPlan& plan = shared.plan[role.stream];
+                                                const BlockPlan& block_plan, const BlockScores& scores,
+                                                const SelectRole& role, const Block& block, SoftmaxState state,
+                                                int head_base, int warp, int lane) {
+  const StreamPlan& plan = block_plan.stream[role.stream];
   const uint32_t count = plan.last_draw - plan.first_draw, share = (count + role.num_parts - 1) / role.num_parts;
   const uint32_t first = plan.first_draw + min(count, share * role.part), last = min(first + share, plan.last_draw);
   if (first >= last) return;
-  const uint32_t* part_weight = shared.part_weight + role.stream * role.num_parts;
-  uint32_t weight_sum = 0;
-  for (int j = 0; j < role.num_parts; ++j) weight_sum += part_weight[j];
+  uint32_t part_end = lane < role.num_parts ? shared.part_weight[role.stream * role.num_parts + lane] : 0;
+#pragma unroll
+  for (int offset = 1; offset < kSelectWarps; offset <<= 1) {
+    const uint32_t before = __shfl_up_sync(0xffffffffu, part_end, offset);
+    if (lane >= offset) part_end += before;
+  }
+  const uint32_t weight_sum = __shfl_sync(0xffffffffu, part_end, role.num_parts - 1);
   if (weight_sum == 0) return;
 
-  auto values = make_strided_view<T>(p.v, block.batch_index, block.kv_head,
-                                     block.kv_start + static_cast<int64_t>(block.index) * block.block_kv,
-                                     p.stride_v_batch, p.stride_v_token, p.stride_v_head);
+  const Draws& draws = plan.draws;  // what is needed in one place only stays in shared memory
   // exp2(block maximum - row's log-sum-exp) of head lane % 8: from exponentials to probabilities.
   const int head = lane & 7;
-  const float factor = role.grouped && head < role.group_size ? tile_factor(state.max, shared.row_lse[head]) : 0.0f;
+  const float factor = role.grouped && head < role.group_size ? tile_factor(state.max, block_plan.row_lse[head]) : 0.0f;
   // A grouped row counts once, however often it is drawn: lane 0 holds the draw before this warp's, for comparison.
   const uint32_t lead = role.grouped ? 1 : 0;
-  const bool sorted = plan.draws.sorted();
+  const bool sorted = draws.sorted();
+#pragma unroll 1
   for (uint32_t base = first; base < last; base += 32 - lead) {
     const uint32_t m = base - lead + lane;
-    int row = -1;
-    uint32_t weight = 0;
-    if (m < last) {
-      const uint64_t threshold = plan.draws.threshold(m);
-      if (threshold >= plan.block_start && threshold - plan.block_start < plan.block_mass) {
-        row = find_row(scores, role, part_weight,
-                       position_in_tile(threshold - plan.block_start, plan.block_mass, weight_sum), weight);
-      }
-    }
-    const int previous = __shfl_up_sync(0xffffffffu, row, 1);
-    const bool repeats = sorted && lane > 0 && row == previous;
-    const bool chosen = row >= 0 && !repeats && (lane > 0 || lead == 0);
-    const uint32_t chosen_lanes = __ballot_sync(0xffffffffu, chosen), drawn_lanes = __ballot_sync(0xffffffffu, row >= 0);
+    const Threshold threshold = draws.threshold(m);
+    const bool drawn = m < last && plan.positions.contains(threshold);
+    const uint32_t position = drawn ? plan.positions.position(threshold, weight_sum) : 0;
+    uint32_t weight;
+    const int key = find_row(scores, role, part_end, position, weight);
+    const auto values = make_strided_view<T>(p.v, block.batch_index, block.kv_head,
+                                             block.kv_start + static_cast<int64_t>(block.index) * block.block_kv,
+                                             p.stride_v_batch, p.stride_v_token, p.stride_v_head);
+    if (drawn) prefetch_row<T, HEAD_DIM>(values.row(key));
+    const int previous = __shfl_up_sync(0xffffffffu, drawn ? key : -1, 1);
+    const bool repeats = sorted && lane > 0 && key == previous;
+    const bool chosen = drawn && !repeats && (lane > 0 || lead == 0);
+    const uint32_t chosen_lanes = __ballot_sync(0xffffffffu, chosen), drawn_lanes = __ballot_sync(0xffffffffu, drawn);
     const int num_rows = __popc(chosen_lanes);
+    if (num_rows == 0) continue;
 
-    float weights[HEADS] = {};
+    float weights[HEADS];
     if (role.grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
       const float inclusion =
-          fminf(1.0f, expected_draws(plan.draws.num_draws, plan.block_mass, plan.draws.total, weight, weight_sum));
+          fminf(1.0f, plan.expected_draws * __fdividef(static_cast<float>(weight), static_cast<float>(weight_sum)));
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         const float f = __shfl_sync(0xffffffffu, factor, head_base + h);
-        if (chosen && f > 0.0f) weights[h] = f * scores.exponential(head_base + h, row) / inclusion;
+        const float e = scores.exponential(min(head_base + h, role.group_size - 1), key);
+        weights[h] = f > 0.0f ? __fdividef(f * e, inclusion) : 0.0f;
       }
-    } else if (chosen) {
+    } else {
       // How often it is drawn in this round: up to the next row, or to the end.
       const uint32_t later = lane == 31 ? 0 : chosen_lanes >> (lane + 1);
       const int end = later != 0 ? lane + __ffs(later) : 32 - __clz(drawn_lanes);
       weights[0] = sorted ? static_cast<float>(end - lane) : 1.0f;
     }
     if (chosen) {
-      if (p.rows_read != nullptr) atomicOr(&shared.read_mask[row >> 5], 1u << (row & 31));
+      if (p.rows_read != nullptr) atomicOr(&shared.read_mask[key >> 5], 1u << (key & 31));
       shared.order[warp][__popc(chosen_lanes & ((1u << lane) - 1u))] = static_cast<uint8_t>(lane);
     }
     __syncwarp();
-    const int source = lane < num_rows ? shared.order[warp][lane] : 0;
-    row = __shfl_sync(0xffffffffu, row, source);
+    const int source = shared.order[warp][min(lane, num_rows - 1)];
+    const int row = __shfl_sync(0xffffffffu, key, source);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) weights[h] = __shfl_sync(0xffffffffu, weights[h], source);
     accumulate_rows<T, HEAD_DIM, HEADS>(acc, values, row, weights, num_rows, p.aligned, lane);
@@ -556,27 +713,27 @@ __device__ __forceinline__ void add(float4& sum, float4 value) {
 }
 
 // The block's share of the estimate, to o_accum, for HEADS heads of every stream. The warps' sums meet in the buffer,
-// [warp][HEADS][HEAD_DIM]: the scores there are no longer needed, those of the next heads of the stream lie further on.
+// [warp][slot][HEADS][HEAD_DIM]: the scores there are no longer needed, those of the next heads of the stream lie
+// further on.
 template <typename T, int HEAD_DIM, int HEADS>
-__device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared& shared, const BlockScores& scores,
-                                         const SelectRole& role, const Block& block, SoftmaxState state, int head_base,
-                                         int warp, int lane) {
-  constexpr int kLanes = HEAD_DIM / 4;
+__device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared& shared, const BlockPlan& block_plan,
+                                         const BlockScores& scores, const SelectRole& role, const Block& block,
+                                         SoftmaxState state, int head_base, int warp, int lane) {
+  constexpr int kLanes = HEAD_DIM / 4, kSlots = GatherShape<HEAD_DIM>::kRows;
   float acc[HEADS][8] = {};
   if (role.active) {
-    draw_and_gather<T, HEAD_DIM, HEADS>(acc, p, shared, scores, role, block, state, head_base, warp, lane);
+    draw_and_gather<T, HEAD_DIM, HEADS>(acc, p, shared, block_plan, scores, role, block, state, head_base, warp, lane);
   }
   select_barrier();  // all are done with these heads' scores
   float4* const partial = reinterpret_cast<float4*>(scores.planes);
+  // Lanes that read different rows at a time have sums of their own.
+  const int slot = lane / GatherShape<HEAD_DIM>::kChunks, chunk = lane % GatherShape<HEAD_DIM>::kChunks;
+  if (slot < kSlots) {
 #pragma unroll
-  for (int h = 0; h < HEADS; ++h) {
-    float sums[8];
-#pragma unroll
-    for (int d = 0; d < 8; ++d) sums[d] = reduce_rows<HEAD_DIM>(acc[h][d]);
-    if (lane < GatherShape<HEAD_DIM>::kChunks) {
-      float4* out = partial + (warp * HEADS + h) * kLanes + lane * 2;
-      out[0] = {sums[0], sums[1], sums[2], sums[3]};
-      out[1] = {sums[4], sums[5], sums[6], sums[7]};
+    for (int h = 0; h < HEADS; ++h) {
+      float4* out = partial + ((warp * kSlots + slot) * HEADS + h) * kLanes + chunk * 2;
+      out[0] = {acc[h][0], acc[h][1], acc[h][2], acc[h][3]};
+      out[1] = {acc[h][4], acc[h][5], acc[h][6], acc[h][7]};
     }
   }
   select_barrier();
@@ -589,66 +746,61 @@ __device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared
   for (int item = threadIdx.x; item < num_heads * kLanes; item += kSelectThreads) {
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
     if (role.grouped) {
-#pragma unroll
-      for (int w = 0; w < kSelectWarps; ++w) add(sum, partial[w * HEADS * kLanes + item]);
+#pragma unroll 8
+      for (int w = 0; w < kSelectWarps * kSlots; ++w) add(sum, partial[w * HEADS * kLanes + item]);
     } else {
       const int h = item / kLanes;
-      for (int part = 0; part < role.num_parts; ++part) {
-        add(sum, partial[(h * role.num_parts + part) * kLanes + item % kLanes]);
+      for (int w = 0; w < role.num_parts * kSlots; ++w) {
+        add(sum, partial[(h * role.num_parts * kSlots + w) * kLanes + item % kLanes]);
       }
-      const SegmentPlan plan = plan_segments(block.num_blocks, 1, p.num_samples, p.budget == Budget::kUniform);
-      const float scale = segment_factor(shared.segment_lse[h], shared.row_lse[h]) / static_cast<float>(plan.draws);
+      const float scale = segment_factor(block_plan.segment_lse[h], block_plan.row_lse[h]) /
+                          static_cast<float>(block_plan.stream[h].draws.num_draws);
       sum.x *= scale, sum.y *= scale, sum.z *= scale, sum.w *= scale;
     }
     out[item] = sum;
   }
 }
 
-// Adds up the blocks of a (batch row, KV head), in block order, and writes the output.
+// Adds up the blocks of a (batch row, KV head), in block order, and writes the output. Bit h of `defined`: head h has a
+// finite log-sum-exp; a NaN or an infinite score leaves the output undefined.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void combine_blocks(const DecodeParams& p, const PersistentShared& shared,
-                                               const Block& block, float4* partial) {
+__device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* partial, int batch_index, int kv_head,
+                                               int num_blocks, uint32_t defined) {
   constexpr int kLanes = HEAD_DIM / 4;
-  const int64_t group = p.group_index(block.batch_index, block.kv_head);
+  const int64_t group = p.group_index(batch_index, kv_head);
   const int items = p.gqa_group_size * kLanes, slots = max(1, kSelectThreads / items);
-  const float* blocks = p.o_accum + p.stats_offset(group) * HEAD_DIM;
-  const auto write = [&](int item, float4 sum) {
-    const int h = item / kLanes;
-    if (!is_finite(shared.row_lse[h])) {  // a NaN or an infinite score: undefined
-      const float nan = __int_as_float(0x7fffffff);
-      sum = {nan, nan, nan, nan};
-    }
-    T* out = static_cast<T*>(p.out) +
-             (static_cast<int64_t>(block.batch_index) * p.num_qo_heads + block.kv_head * p.gqa_group_size) * HEAD_DIM;
-    *reinterpret_cast<uint2*>(out + item * 4) = {Half<T>::pack(sum.x, sum.y), Half<T>::pack(sum.z, sum.w)};
-  };
-  const auto sum_blocks = [&](int item, int first, int step) {
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-    for (int b = first; b < block.num_blocks; b += step) {
-      add(sum, __ldcg(reinterpret_cast<const float4*>(blocks) + static_cast<int64_t>(b) * items + item));
-    }
-    return sum;
-  };
+  const float4* blocks = reinterpret_cast<const float4*>(p.o_accum + p.stats_offset(group) * HEAD_DIM);
+  T* const out = static_cast<T*>(p.out) +
+                 (static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * p.gqa_group_size) * HEAD_DIM;
   const int thread = threadIdx.x, slot = thread / items;
-  if (slots == 1) {
-    for (int item = thread; item < items; item += kSelectThreads) write(item, sum_blocks(item, 0, 1));
-  } else if (slot < slots) {
-    partial[thread] = sum_blocks(thread % items, slot, slots);
-  }
-  select_barrier();
-  if (slots > 1 && thread < items) {
-    float4 sum = partial[thread];
-    for (int s = 1; s < slots; ++s) add(sum, partial[s * items + thread]);
-    write(thread, sum);
+#pragma unroll 1
+  for (int base = 0; base < items; base += kSelectThreads) {
+    const int item = slots == 1 ? base + thread : thread % items;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (item < items && slot < slots + base) {
+#pragma unroll 8
+      for (int b = slots == 1 ? 0 : slot; b < num_blocks; b += slots) add(sum, __ldcg(blocks + b * items + item));
+    }
+    if (slots > 1) {
+      partial[thread] = sum;
+      select_barrier();
+      if (thread >= items) break;
+#pragma unroll 1
+      for (int s = 1; s < slots; ++s) add(sum, partial[s * items + thread]);
+    }
+    if (item < items) {
+      const float nan = __int_as_float(0x7fffffff);
+      if ((defined >> (item / kLanes) & 1) == 0) sum = {nan, nan, nan, nan};
+      *reinterpret_cast<uint2*>(out + item * 4) = {Half<T>::pack(sum.x, sum.y), Half<T>::pack(sum.z, sum.w)};
+    }
   }
   if (p.rows_read != nullptr && thread < 32) {
     int rows = 0;
-    for (int b = thread; b < block.num_blocks; b += 32) rows += __ldcg(p.tile_rows + p.stream_offset(group, 0) + b);
+#pragma unroll 1
+    for (int b = thread; b < num_blocks; b += 32) rows += __ldcg(p.tile_rows + p.stream_offset(group, 0) + b);
     rows = __reduce_add_sync(0xffffffffu, rows);
     if (thread == 0) p.rows_read[group] = rows;
   }
-  select_barrier();  // row_lse is the next block's from here on
 }
 
 template <typename T, int HEAD_DIM>
@@ -656,74 +808,84 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
   PersistentShared& shared = *memory.shared;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const SelectRole role(p, warp);
-  BlockQueue queue(p, lane);
-  Block block;
-  for (int n = 0; queue.find(blockIdx.x + static_cast<int64_t>(n) * gridDim.x, block); ++n) {
+  for (int n = 0;; ++n) {
     const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    const int64_t group = p.group_index(block.batch_index, block.kv_head);
-    mbarrier_wait(&shared.full[buffer], use & 1);
-
-    const SoftmaxState state = merge_warp_states(shared.warp_state[buffer], p.persistent.num_score_warps, lane);
-    if (role.active && role.part == 0 && lane >= role.first_head && lane < role.first_head + role.num_heads) {
-      store_relaxed(p.block_state + (group * p.max_blocks + block.index) * role.group_size + lane, bits_of(state));
-    }
+    mbarrier_wait(&shared.started[buffer], use & 1);
+    const Block& block = shared.block[buffer];
+    const BlockPlan& plan = shared.plan[buffer];
+    if (block.num_blocks == 0) break;
     if (p.rows_read != nullptr && threadIdx.x < kMaxBlockKv / 32) shared.read_mask[threadIdx.x] = 0;
     const BlockScores scores(p, memory, buffer, role, block);
-    if (role.active) {
-      exponentiate(scores, role, state, lane);
-      if (role.part == 0) plan_stream(p, shared, role, block, lane);
-    }
-    select_barrier();  // the plans are there
-
+    mbarrier_wait(&shared.published[buffer], use & 1);
+    const SoftmaxState state = shared.state[buffer][lane & 7];  // lane h: head h
+    if (role.active) exponentiate(scores, role, state);
+    mbarrier_wait(&shared.lse_known[buffer], use & 1);
     uint32_t weight = 0;
-    if (role.active) weight = weigh(scores, role, state, shared.segment_lse, lane);
+    if (role.active) weight = weigh(scores, role, state, plan.segment_lse, lane);
     if (lane == 0) shared.part_weight[warp] = weight;
-    select_barrier();  // so are the weights
+    mbarrier_wait(&shared.planned[buffer], use & 1);
+    select_barrier();  // all weights are there
 
     if (role.grouped) {
       for (int head = 0; head < role.group_size; head += kGatherHeads) {
-        estimate<T, HEAD_DIM, kGatherHeads>(p, shared, scores, role, block, state, head, warp, lane);
+        estimate<T, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
       }
     } else {
-      estimate<T, HEAD_DIM, 1>(p, shared, scores, role, block, state, 0, warp, lane);
+      estimate<T, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
     }
     if (p.rows_read != nullptr && warp == 0) {
       int rows = 0;
       for (int word = lane; word < kMaxBlockKv / 32; word += 32) rows += __popc(shared.read_mask[word]);
       rows = __reduce_add_sync(0xffffffffu, rows);
+      const int64_t group = p.group_index(block.batch_index, block.kv_head);
       if (lane == 0) p.tile_rows[p.stream_offset(group, 0) + block.index] = rows;
     }
 
-    __threadfence();
     select_barrier();
     if (threadIdx.x == 0) {
-      // The counter starts at -1.
-      shared.is_last = atomicAdd(&p.tickets[group], 1u) + 2 == static_cast<uint32_t>(block.num_blocks);
-      __threadfence();
+      // Releases what the CTA has written, acquires what others have. The counter starts at -1.
+      shared.is_last = add_acq_rel(&p.tickets[p.group_index(block.batch_index, block.kv_head)], 1) + 2 ==
+                       static_cast<uint32_t>(block.num_blocks);
     }
     select_barrier();
-    if (shared.is_last) combine_blocks<T, HEAD_DIM>(p, shared, block, reinterpret_cast<float4*>(scores.planes));
+    // The buffer and the plan go back before the blocks are added up, which takes longer than it should hold up
+    // scoring.
+    const bool is_final = shared.is_final[buffer];
+    const int batch_index = block.batch_index, kv_head = block.kv_head, num_blocks = block.num_blocks;
+    uint32_t defined = 0;
+    for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.empty[buffer]);
+    if (lane == 0) mbarrier_arrive(&shared.released[buffer]);
+    if (shared.is_last) combine_blocks<T, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
+    if (is_final) break;
   }
 }
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(kMaxPersistentThreads, 1)
+__global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) * 32, 1)
     persistent_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const PersistentMemory memory(p, shared_bytes);
   if (threadIdx.x == 0) {
     for (int buffer = 0; buffer < p.persistent.num_buffers; ++buffer) {
-      mbarrier_init(&memory.shared->full[buffer], p.persistent.num_score_warps);
-      mbarrier_init(&memory.shared->empty[buffer], kSelectWarps);
+      mbarrier_init(&memory.shared->started[buffer], 1);
+      mbarrier_init(&memory.shared->scored[buffer], p.persistent.num_score_warps);
+      mbarrier_init(&memory.shared->published[buffer], 1);
+      mbarrier_init(&memory.shared->lse_known[buffer], 1);
+      mbarrier_init(&memory.shared->planned[buffer], 1);
+      mbarrier_init(&memory.shared->released[buffer], kSelectWarps);
     }
   }
   __syncthreads();
-  if (threadIdx.x < kSelectThreads) {
-    select_blocks<T, HEAD_DIM>(p, memory);
+  const int warp = threadIdx.x >> 5;
+  if (warp < kPlanWarp) {
+    select_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
+  } else if (warp == kPlanWarp) {
+    plan_blocks(p, PersistentMemory(p, shared_bytes));
+  } else if (warp == kStateWarp) {
+    publish_states(p, PersistentMemory(p, shared_bytes));
   } else {
-    score_blocks<T, HEAD_DIM>(p, memory);
+    score_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   }
 }
 

@@ -40,10 +40,10 @@ __device__ __forceinline__ float tile_share(const DecodeParams& p, int64_t group
   return share / static_cast<float>(last - first);
 }
 
-__device__ __forceinline__ uint64_t inclusive_scan(uint64_t value) {
+__device__ __forceinline__ uint32_t inclusive_scan(uint32_t value) {
   const int lane = threadIdx.x & 31;
   for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint64_t below = __shfl_up_sync(0xffffffffu, value, offset);
+    const uint32_t below = __shfl_up_sync(0xffffffffu, value, offset);
     if (lane >= offset) value += below;
   }
   return value;
@@ -86,12 +86,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     const int segment = item / num_streams, stream = item % num_streams;
     const int first = segment * plan.tiles_per_segment, last = min(first + plan.tiles_per_segment, row.num_tiles);
     const int64_t offset = p.stream_offset(group, stream);
-    uint64_t total = 0;
+    uint32_t total = 0;
     for (int base = first; base < last; base += 32) {
       const int tile = base + lane;
-      const uint64_t mass =
+      const uint32_t mass =
           tile < last ? tile_mass_of(tile_share(p, group, stream, tile, segment_lse + segment * group_size)) : 0;
-      const uint64_t end = inclusive_scan(mass);
+      const uint32_t end = inclusive_scan(mass);
       if (tile < last) {
         p.tile_start[offset + tile] = total + end - mass;
         p.tile_mass[offset + tile] = mass;

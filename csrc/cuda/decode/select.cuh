@@ -41,14 +41,14 @@ __device__ __forceinline__ uint32_t accumulate_weights(const uint32_t (&weights)
 }
 
 // Counts the draws [first, last) that fall into the tile. Integer atomics: the counts do not depend on their order.
-__device__ __forceinline__ void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint64_t tile_start,
-                                          uint64_t tile_mass, uint32_t weight_sum, int num_rows, SelectShared& shared,
+__device__ __forceinline__ void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint32_t tile_start,
+                                          uint32_t tile_mass, uint32_t weight_sum, int num_rows, SelectShared& shared,
                                           int lane) {
+  const auto positions = TilePositions::make(draws.unit(), tile_start, tile_mass);
   for (uint32_t m = first + lane; m < last; m += 32) {
-    const uint64_t threshold = draws.threshold(m);
-    if (threshold < tile_start || threshold - tile_start >= tile_mass) continue;
-    const uint32_t position = position_in_tile(threshold - tile_start, tile_mass, weight_sum);
-    atomicAdd(&shared.counts[row_at(shared.cumulative, num_rows, position)], 1u);
+    const Threshold threshold = draws.threshold(m);
+    if (!positions.contains(threshold)) continue;
+    atomicAdd(&shared.counts[row_at(shared.cumulative, num_rows, positions.position(threshold, weight_sum))], 1u);
   }
   __syncwarp();
 }

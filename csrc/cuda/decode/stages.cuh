@@ -22,16 +22,17 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 
 template <typename T, int HEAD_DIM>
 void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
-  constexpr int kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
-  const int shared_bytes = persistent_shared_bytes(p, sizeof(PersistentShared), kSlotBytes);
+  constexpr int kRingBytes = kScoreSlots * 2 * sizeof(typename TileShared<HEAD_DIM>::Slot);
+  const int shared_bytes = persistent_shared_bytes(p, sizeof(PersistentShared), kRingBytes);
   const auto kernel = persistent_kernel<T, HEAD_DIM>;
   allow_shared_memory(kernel, shared_bytes);
+
   check(cudaMemsetAsync(p.tickets, 0xff, p.sync_bytes, stream), "cudaMemsetAsync");
   DecodeParams argument = p;
   void* arguments[] = {&argument};
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(p.persistent.num_ctas),
-                                    dim3(kSelectThreads + 32 * p.persistent.num_score_warps), arguments, shared_bytes,
-                                    stream),
+                                    dim3((kFirstScoreWarp + p.persistent.num_score_warps) * 32), arguments,
+                                    shared_bytes, stream),
         "persistent_kernel");
 }
 

@@ -44,17 +44,30 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(row * TileShared<HEAD_DIM>::kRowPitch * 2 + permuted * 16);
 }
 
-// Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read.
+// Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read. Rows that are not
+// aligned to 16 bytes are copied element by element, and the copy has ended when this returns.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void load_slot(uint32_t slot, const StridedKvView<T>& view, int64_t first, int64_t limit,
                                           bool aligned, uint64_t policy, int lane) {
   constexpr int kChunks = HEAD_DIM / 8;
+  if (!aligned) {
+#pragma unroll 1
+    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
+      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+      uint16_t value = 0;
+      if (first + row < limit) value = reinterpret_cast<const uint16_t*>(view.row(first + row))[column];
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(slot + chunk_offset<HEAD_DIM>(row, column / 8) + column % 8 * 2),
+                   "h"(value)
+                   : "memory");
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
     const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
     const bool valid = first + row < limit;
     const T* source = view.row(valid ? first + row : 0) + chunk * 8;
-    copy_8_to_shared(slot + chunk_offset<HEAD_DIM>(row, chunk), source, valid, aligned, policy);
+    cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), source, valid, policy);
   }
 }
 
