@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/float8.h"
 #include "core/mixture.h"
 #include "core/philox.h"
 #include "core/samplers.h"
@@ -114,6 +115,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan_segments", &plan, py::arg("num_tiles"), py::arg("num_samples"), py::arg("uniform"),
         "(tiles_per_segment, num_segments, draws)");
   m.def("default_min_sampled_len", &default_min_sampled_len, py::arg("num_samples"), py::arg("gqa_group_size"));
+
+  // float8.h
+  m.def("float_of_e4m3", py::vectorize(float_of_e4m3));
 
   // softmax_state.h and mixture.h; a state is (max, sum)
   m.def("merge", &merge_states);
