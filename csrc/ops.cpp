@@ -5,11 +5,12 @@ STABLE_TORCH_LIBRARY(santa, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, SymInt num_samples=256, "
       "int sampler=3, int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, "
-      "SymInt? min_sampled_len=None) -> (Tensor out, Tensor lse)");
+      "SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)");
   m.def(
       "decode_rows_read(Tensor q, Tensor k, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, "
       "SymInt num_samples=256, int sampler=3, int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, "
-      "Tensor? row_seeds=None, SymInt? min_sampled_len=None) -> (Tensor out, Tensor lse, Tensor rows_read)");
+      "Tensor? row_seeds=None, SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None) "
+      "-> (Tensor out, Tensor lse, Tensor rows_read)");
   // For tests: the draws of one segment, given the integer CDF. tile_mass int64 [rows, tiles], row_weights int32
   // [rows, tiles, tile_kv], row_seeds int64 [rows] -> counts int32 [rows, tiles, tile_kv].
   m.def(

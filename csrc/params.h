@@ -9,7 +9,8 @@
 
 namespace santa {
 
-enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
+enum class Dtype : int { kBFloat16, kFloat16, kFloat32, kFloat8E4M3 };
+
 // How the persistent CUDA kernel is set up; decided per device, from its shared memory and multiprocessors.
 struct PersistentPlan {
   int64_t max_kv_len;  // the longest row it takes; -1: none
@@ -33,6 +34,8 @@ struct DecodeParams {
   const int32_t* kv_lens;    // [batch], or null: every row has max_kv_len keys
   const int32_t* kv_starts;  // [batch], or null: every row starts at position 0
   const int64_t* row_seeds;  // [batch], or null: 0 for every row
+  const float* k_scale;      // [num_kv_heads] through its stride, or null: 1. Float8 K alone: key = k * k_scale
+  const float* v_scale;      // the same for V
 
   // Outputs.
   void* out;           // [batch, num_qo_heads, head_dim], contiguous, q's dtype
@@ -42,8 +45,10 @@ struct DecodeParams {
   int64_t stride_q_batch, stride_q_head;
   int64_t stride_k_batch, stride_k_token, stride_k_head;
   int64_t stride_v_batch, stride_v_token, stride_v_head;
+  int stride_k_scale, stride_v_scale;  // 0: one scale for the tensor, 1: one per KV head
 
-  Dtype dtype;
+  Dtype dtype;             // of q and out
+  Dtype k_dtype, v_dtype;  // dtype or kFloat8E4M3; V is float8 only if K is
   int batch;
   int num_qo_heads;
   int num_kv_heads;
@@ -92,6 +97,14 @@ struct DecodeParams {
     return num_samples > 0 && min_sampled_len <= persistent.max_kv_len && !(lengths_known() && any_staged());
   }
   bool any_exact() const { return num_samples == 0 || max_kv_len == 0 || !lengths_known(); }
+
+  // The scales of a float8 cache multiply sums instead of elements: scores once, outputs once.
+  SANTA_HD float score_scale(int kv_head) const {
+    return k_scale == nullptr ? scale_log2 : scale_log2 * k_scale[kv_head * stride_k_scale];
+  }
+  SANTA_HD float output_scale(int kv_head) const {
+    return v_scale == nullptr ? 1.0f : v_scale[kv_head * stride_v_scale];
+  }
 
   SANTA_HD int64_t group_index(int batch_index, int kv_head) const {
     return static_cast<int64_t>(batch_index) * num_kv_heads + kv_head;

@@ -10,7 +10,17 @@ _library.load()
 
 from santa import integrations  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
+from santa.float8 import quantize_kv  # noqa: E402
 from santa.ops import Budget, KvLayout, Sampler, decode, default_min_sampled_len  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "KvLayout", "Sampler", "SantaConfig", "decode", "default_min_sampled_len", "integrations"]
+__all__ = [
+    "Budget",
+    "KvLayout",
+    "Sampler",
+    "SantaConfig",
+    "decode",
+    "default_min_sampled_len",
+    "integrations",
+    "quantize_kv",
+]

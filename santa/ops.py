@@ -108,6 +108,8 @@ def decode(
     seed: int = 0,
     row_seeds: Tensor | None = None,
     min_sampled_len: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_rows_read: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """One decode step of attention, with the value stage sampled (SANTA, arXiv 2605.01910, section 3).
@@ -119,7 +121,8 @@ def decode(
         q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96,
             128, 192, 256; num_qo_heads is a multiple of num_kv_heads.
         k, v: [batch, max_kv_len, num_kv_heads, head_dim] for NHD, [batch, num_kv_heads, max_kv_len, head_dim] for HND;
-            q's dtype and device; any strides with a contiguous last dimension.
+            q's dtype and device; any strides with a contiguous last dimension. k, or both, can be float8_e4m3fn (on
+            the CPU only so far); `quantize_kv` makes them so.
         kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
             the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would
             stop the stream, such a row reads nothing and comes out as NaN.
@@ -134,6 +137,8 @@ def decode(
             any device, and fresh at each step of a growing row.
         row_seeds: int64 [batch]: a random stream for each request. None: 0 for every row.
         min_sampled_len: rows with fewer keys take the exact path. None: `default_min_sampled_len`; 0: always sample.
+        k_scale, v_scale: what a float8 k or v is to be multiplied with: float32, on q's device, [] or [1] for the whole
+            tensor or [num_kv_heads], contiguous. None: 1. Only for a k or v that is float8_e4m3fn.
         return_rows_read: also return the number of V rows read.
 
     Returns:
@@ -153,6 +158,8 @@ def decode(
     _check_tensor("kv_lens", kv_lens, optional=True)
     _check_tensor("kv_starts", kv_starts, optional=True)
     _check_tensor("row_seeds", row_seeds, optional=True)
+    _check_tensor("k_scale", k_scale, optional=True)
+    _check_tensor("v_scale", v_scale, optional=True)
     _check_int64("num_samples", num_samples)
     _check_int64("seed", seed)
     if min_sampled_len is not None:
@@ -175,6 +182,8 @@ def decode(
         seed=seed,
         row_seeds=row_seeds,
         min_sampled_len=min_sampled_len,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -203,9 +212,13 @@ def _decode_fake(
     kv_lens: Tensor | None = None,
     kv_starts: Tensor | None = None,
     row_seeds: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check_same_device(q, k=k, v=v, kv_lens=kv_lens, kv_starts=kv_starts, row_seeds=row_seeds)
+    _check_same_device(
+        q, k=k, v=v, kv_lens=kv_lens, kv_starts=kv_starts, row_seeds=row_seeds, k_scale=k_scale, v_scale=v_scale
+    )
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -226,9 +239,11 @@ class _InferenceOnly(torch.autograd.Function):
     """Lets the forward pass of tensors that require gradients run, and says so when one is asked for."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, options: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, op: Any, options: dict[str, Any], k_scale: Tensor | None, v_scale: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = _call(op, *tensors, **options)
+            outputs = _call(op, *tensors, k_scale=k_scale, v_scale=v_scale, **options)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -241,11 +256,15 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def _autograd_kernel(op: Any) -> Any:
-    def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-            return _InferenceOnly.apply(op, options, *tensors)
+    def kernel(
+        *tensors: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        # Every tensor that could ask for a gradient; autograd sees those that are positional alone.
+        differentiable = (k_scale, v_scale, *tensors)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
+            return _InferenceOnly.apply(op, options, *differentiable)
         with torch._C._AutoDispatchBelowAutograd():
-            return _call(op, *tensors, **options)
+            return _call(op, *tensors, k_scale=k_scale, v_scale=v_scale, **options)
 
     return kernel
 

@@ -22,6 +22,8 @@ def exact(
     kv_starts: Tensor | None = None,
     kv_layout: str = "NHD",
     sm_scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact decode attention. Shapes as in `santa.decode`; returns out [batch, num_qo_heads, head_dim] and lse
     [batch, num_qo_heads], both float64. Only the valid range of each row is touched."""
@@ -36,6 +38,8 @@ def exact(
             kv_len=None if kv_lens is None else int(kv_lens[b]),
             kv_layout=kv_layout,
             sm_scale=sm_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         outs.append(torch.einsum("gmn,gnd->gmd", p, values).flatten(0, 1))
         lses.append(lse.flatten())
@@ -51,8 +55,11 @@ def probabilities(
     kv_len: int | None = None,
     kv_layout: str = "NHD",
     sm_scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of one batch row: q [num_qo_heads, head_dim], k and v without the batch dimension.
+    """Softmax of one batch row: q [num_qo_heads, head_dim], k and v without the batch dimension. k_scale and v_scale,
+    [], [1] or [num_kv_heads], multiply keys and values.
 
     Returns p [num_kv_heads, gqa_group_size, kv_len], values [num_kv_heads, kv_len, head_dim] and lse [num_kv_heads,
     gqa_group_size], float64.
@@ -60,13 +67,18 @@ def probabilities(
     if kv_layout == "NHD":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     stop = k.shape[1] if kv_len is None else kv_start + kv_len
-    keys, values = k[:, kv_start:stop].double(), v[:, kv_start:stop].double()
+    keys, values = _scaled(k[:, kv_start:stop], k_scale), _scaled(v[:, kv_start:stop], v_scale)
     queries = q.double().unflatten(0, (keys.shape[0], -1))
     scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
     scores = torch.einsum("gmd,gnd->gmn", queries, keys) * scale
     lse = torch.logsumexp(scores, dim=-1)
     # kv_len 0: no keys, lse -inf, p empty.
     return torch.exp(scores - lse.unsqueeze(-1)), values, lse
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x [num_kv_heads, kv_len, head_dim] times its scale, float64."""
+    return x.double() if scale is None else x.double() * scale.double().reshape(-1, 1, 1)
 
 
 def systematic_counts(p: Tensor, num_samples: int, u: float) -> Tensor:

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/float8.h"
 #include "core/mixture.h"
 #include "core/philox.h"
 #include "core/samplers.h"
@@ -145,6 +146,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   // workspace.h
   m.def("max_num_blocks", py::vectorize(max_num_blocks));
+
+  // float8.h
+  m.def("float_of_e4m3", py::vectorize(float_of_e4m3));
 
   // softmax_state.h and mixture.h; a state is (max, sum)
   m.def("merge", &merge_states);

@@ -13,6 +13,7 @@ from fractions import Fraction
 import build_test_module
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,20 @@ streams = st.builds(core.RandomStream, int64s, int64s, kv_lens, st.integers(0, 2
 
 def make_draws(sampler, stream, num_draws, total, segment=0):
     return core.Draws(sampler=sampler, stream=stream, segment=segment, num_draws=num_draws, total=total)
+
+
+# float8 -----------------------------------------------------------------------------------------------
+
+
+def test_float8_is_torchs():
+    """All 256 codes of float8_e4m3fn: the same bits as torch gives, -0 and subnormals included; NaN stays NaN."""
+    codes = np.arange(256, dtype=np.uint8)
+    ours = torch.from_numpy(core.float_of_e4m3(codes))
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
+    numbers = ~expected.isnan()
+    assert torch.equal((~numbers).nonzero().flatten(), torch.tensor([0x7F, 0xFF]))
+    assert torch.equal(ours[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+    assert ours[~numbers].isnan().all()
 
 
 # Random numbers ---------------------------------------------------------------------------------------

@@ -174,17 +174,15 @@ def tensor_cases() -> list[Case]:
             for dim, shape in enumerate([(3, 300, 2, 64), (2, 299, 2, 64), (2, 300, 1, 64), (2, 300, 2, 96)])
         ),
     ]
-    for name in ("k", "v"):
+    for name, float8 in (("k", ", or float8_e4m3fn"), ("v", "")):
         cases += [
-            Case(
-                f"{name} bfloat16",
-                of(name, 2, 300, 2, 64, dtype=torch.bfloat16),
-                rf"santa: {name} is bfloat16; it needs to be float16, q's dtype",
-            ),
-            Case(
-                f"{name} uint8",
-                of(name, 2, 300, 2, 64, dtype=torch.uint8),
-                rf"santa: {name} is uint8; it needs to be float16, q's dtype",
+            *(
+                Case(
+                    f"{name} {str(dtype)[6:]}",
+                    of(name, 2, 300, 2, 64, dtype=dtype),
+                    rf"santa: {name} is {str(dtype)[6:]}; it needs to be float16, q's dtype{float8}",
+                )
+                for dtype in (torch.bfloat16, torch.uint8, torch.float8_e5m2)
             ),
             Case(
                 f"{name} rank 3",
@@ -384,7 +382,11 @@ TENSOR = r"a torch\.Tensor"
 OPTIONAL_TENSOR = r"a torch\.Tensor or None"
 WRONG_TYPES = [
     *((name, value, TENSOR) for name in ("q", "k", "v") for value in (None, 1.0, [1.0], "x")),
-    *((name, value, OPTIONAL_TENSOR) for name in ("kv_lens", "kv_starts", "row_seeds") for value in (3, [3, 3], "x")),
+    *(
+        (name, value, OPTIONAL_TENSOR)
+        for name in ("kv_lens", "kv_starts", "row_seeds", "k_scale", "v_scale")
+        for value in (3, [3, 3], "x")
+    ),
     *(
         (name, value, r"an int.*")
         for name in ("num_samples", "seed", "min_sampled_len")

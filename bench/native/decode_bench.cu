@@ -93,7 +93,7 @@ int main(int argc, char** argv) {
     p.stride_k_token = p.stride_v_token = kHeadDim;  // HND
     p.stride_k_head = p.stride_v_head = static_cast<int64_t>(kv_len) * kHeadDim;
     p.stride_k_batch = p.stride_v_batch = p.stride_k_head * kNumKvHeads;
-    p.dtype = santa::Dtype::kBFloat16;
+    p.dtype = p.k_dtype = p.v_dtype = santa::Dtype::kBFloat16;
     p.batch = batch, p.num_qo_heads = kNumKvHeads * kGroupSize, p.num_kv_heads = kNumKvHeads;
     p.gqa_group_size = kGroupSize, p.head_dim = kHeadDim, p.max_kv_len = kv_len, p.aligned = true;
     p.scale_log2 = 1.4426950f / std::sqrt(static_cast<float>(kHeadDim));

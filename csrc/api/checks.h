@@ -115,6 +115,39 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
   if (value < low || value > high) fail(name, " is ", value, "; it needs to be in [", low, ", ", high, "]");
 }
 
+// k and v are in q's dtype, or in float8_e4m3fn: k alone, or both. Not v alone: all keys are read and few values, so
+// keys are what it pays to shrink first.
+inline void check_cache_dtypes(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const ScalarType dtype = q.scalar_type(), float8 = ScalarType::Float8_e4m3fn;
+  const bool float8_keys = k.scalar_type() == float8;
+  if (!float8_keys) check_dtype("k", k, dtype, ", q's dtype, or float8_e4m3fn");
+  if (v.scalar_type() == dtype || (float8_keys && v.scalar_type() == float8)) return;
+  if (v.scalar_type() == float8) {
+    fail("v is float8_e4m3fn while k is ", name_of(dtype), "; it needs to be ", name_of(dtype),
+         " too, or k to be float8_e4m3fn");
+  }
+  check_dtype("v", v, dtype, float8_keys ? ", q's dtype, or float8_e4m3fn" : ", q's dtype");
+}
+
+// Optional scales of a float8 cache: one number, or one per KV head.
+inline void check_scale(const char* name, const Tensor& scale, const char* cache_name, const Tensor& cache,
+                        const Tensor& q, int64_t num_kv_heads) {
+  if (cache.scalar_type() != ScalarType::Float8_e4m3fn) {
+    fail(name, " is given while ", cache_name, " is ", name_of(cache.scalar_type()), "; it needs ", cache_name,
+         " to be float8_e4m3fn, or to be None");
+  }
+  check_dtype(name, scale, ScalarType::Float, "");
+  const bool per_tensor = scale.dim() == 0 || (scale.dim() == 1 && scale.size(0) == 1);
+  if (!per_tensor && !(scale.dim() == 1 && scale.size(0) == num_kv_heads)) {
+    fail(name, " has shape ", shape_of(scale), "; it needs to be [] or [1] (one for the tensor) or [", num_kv_heads,
+         "] (one per KV head)");
+  }
+  check_same_device(name, scale, q);
+  if (!per_tensor && scale.stride(0) != 1) {
+    fail(name, " has stride ", scale.stride(0), "; it needs to be contiguous");
+  }
+}
+
 // Optional per-row tensors: [batch], contiguous, on q's device.
 inline void check_per_row(const char* name, const Tensor& tensor, const Tensor& q, ScalarType dtype) {
   check_dtype(name, tensor, dtype, "");

@@ -54,6 +54,8 @@ struct DecodeArguments {
   int64_t seed;
   const std::optional<Tensor>& row_seeds;
   std::optional<int64_t> min_sampled_len;
+  const std::optional<Tensor>& k_scale;
+  const std::optional<Tensor>& v_scale;
 };
 
 inline void check_decode(const DecodeArguments& a) {
@@ -70,10 +72,12 @@ inline void check_decode(const DecodeArguments& a) {
   if (!half && !(a.q.is_cpu() && dtype == ScalarType::Float)) {
     fail("q is ", name_of(dtype), "; it needs to be bfloat16 or float16", a.q.is_cpu() ? " or float32" : " on CUDA");
   }
-  check_dtype("k", a.k, dtype, ", q's dtype");
-  check_dtype("v", a.v, dtype, ", q's dtype");
+  check_cache_dtypes(a.q, a.k, a.v);
   check_same_device("k", a.k, a.q);
   check_same_device("v", a.v, a.q);
+  if (a.q.is_cuda() && a.k.scalar_type() == ScalarType::Float8_e4m3fn) {
+    fail("k is float8_e4m3fn on CUDA; float8 caches are on the CPU only so far, it needs to be ", name_of(dtype));
+  }
 
   const int64_t batch = a.q.size(0), head_dim = a.q.size(2);
   if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
@@ -100,6 +104,8 @@ inline void check_decode(const DecodeArguments& a) {
   if (a.kv_lens) check_per_row("kv_lens", *a.kv_lens, a.q, ScalarType::Int);
   if (a.kv_starts) check_per_row("kv_starts", *a.kv_starts, a.q, ScalarType::Int);
   if (a.row_seeds) check_per_row("row_seeds", *a.row_seeds, a.q, ScalarType::Long);
+  if (a.k_scale) check_scale("k_scale", *a.k_scale, "k", a.k, a.q, num_kv_heads);
+  if (a.v_scale) check_scale("v_scale", *a.v_scale, "v", a.v, a.q, num_kv_heads);
   check_range("num_samples", a.num_samples, 0, kMaxNumSamples);
   check_range("sampler", a.sampler, 0, 3);
   check_range("budget", a.budget, 0, 1);
@@ -108,6 +114,20 @@ inline void check_decode(const DecodeArguments& a) {
   }
   if (a.min_sampled_len && *a.min_sampled_len < 0) {
     fail("min_sampled_len is ", *a.min_sampled_len, "; it needs to be at least 0");
+  }
+}
+
+// Of a dtype that the checks let through.
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return Dtype::kFloat8E4M3;
+    default:
+      return Dtype::kFloat32;
   }
 }
 
@@ -150,6 +170,10 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   p.kv_lens = a.kv_lens ? a.kv_lens->const_data_ptr<int32_t>() : nullptr;
   p.kv_starts = a.kv_starts ? a.kv_starts->const_data_ptr<int32_t>() : nullptr;
   p.row_seeds = a.row_seeds ? a.row_seeds->const_data_ptr<int64_t>() : nullptr;
+  p.k_scale = a.k_scale ? a.k_scale->const_data_ptr<float>() : nullptr;
+  p.v_scale = a.v_scale ? a.v_scale->const_data_ptr<float>() : nullptr;
+  p.stride_k_scale = a.k_scale && a.k_scale->numel() > 1 ? 1 : 0;
+  p.stride_v_scale = a.v_scale && a.v_scale->numel() > 1 ? 1 : 0;
   p.out = outputs.out.mutable_data_ptr();
   p.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
   p.rows_read = want_rows_read ? static_cast<int32_t*>(outputs.rows_read->mutable_data_ptr()) : nullptr;
@@ -158,9 +182,7 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(token_axis), p.stride_k_head = a.k.stride(head_axis);
   p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(token_axis), p.stride_v_head = a.v.stride(head_axis);
 
-  p.dtype = dtype == ScalarType::BFloat16 ? Dtype::kBFloat16
-            : dtype == ScalarType::Half   ? Dtype::kFloat16
-                                          : Dtype::kFloat32;
+  p.dtype = dtype_of(a.q), p.k_dtype = dtype_of(a.k), p.v_dtype = dtype_of(a.v);
   p.batch = static_cast<int>(batch);
   p.num_qo_heads = static_cast<int>(num_qo_heads);
   p.num_kv_heads = static_cast<int>(num_kv_heads);
@@ -196,9 +218,10 @@ template <typename Backend>
 std::tuple<Tensor, Tensor> decode_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> kv_lens,
                                      std::optional<Tensor> kv_starts, int64_t num_samples, int64_t sampler,
                                      int64_t budget, int64_t kv_layout, std::optional<double> sm_scale, int64_t seed,
-                                     std::optional<Tensor> row_seeds, std::optional<int64_t> min_sampled_len) {
+                                     std::optional<Tensor> row_seeds, std::optional<int64_t> min_sampled_len,
+                                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const DecodeOutputs outputs = decode<Backend>({q, k, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
-                                                 sm_scale, seed, row_seeds, min_sampled_len},
+                                                 sm_scale, seed, row_seeds, min_sampled_len, k_scale, v_scale},
                                                 /*want_rows_read=*/false);
   return {outputs.out, outputs.lse};
 }
@@ -209,9 +232,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_rows_read_op(Tensor q, Tensor k, Tenso
                                                        int64_t sampler, int64_t budget, int64_t kv_layout,
                                                        std::optional<double> sm_scale, int64_t seed,
                                                        std::optional<Tensor> row_seeds,
-                                                       std::optional<int64_t> min_sampled_len) {
+                                                       std::optional<int64_t> min_sampled_len,
+                                                       std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const DecodeOutputs outputs = decode<Backend>({q, k, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
-                                                 sm_scale, seed, row_seeds, min_sampled_len},
+                                                 sm_scale, seed, row_seeds, min_sampled_len, k_scale, v_scale},
                                                 /*want_rows_read=*/true);
   return {outputs.out, outputs.lse, *outputs.rows_read};
 }

@@ -33,26 +33,26 @@ TileIndex tile_index_of(const DecodeParams& p, int64_t item) {
           static_cast<int>(item % p.max_tiles)};
 }
 
-int element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+int element_size(Dtype dtype) { return dtype == Dtype::kFloat8E4M3 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Rows of K or V as bytes, whatever the dtype.
-StridedKvView<char> byte_view(const DecodeParams& p, const void* data, int batch_index, int kv_head, int64_t kv_start,
-                              int64_t stride_batch, int64_t stride_token, int64_t stride_head) {
-  const int64_t size = element_size(p.dtype);
-  return make_strided_view<char>(data, batch_index, kv_head, kv_start, stride_batch * size, stride_token * size,
+StridedKvView<char> byte_view(const void* data, Dtype dtype, TileIndex at, int64_t kv_start, int64_t stride_batch,
+                              int64_t stride_token, int64_t stride_head) {
+  const int64_t size = element_size(dtype);
+  return make_strided_view<char>(data, at.batch_index, at.kv_head, kv_start, stride_batch * size, stride_token * size,
                                  stride_head * size);
 }
 
 StridedKvView<char> k_view(const DecodeParams& p, TileIndex at, int64_t kv_start) {
-  return byte_view(p, p.k, at.batch_index, at.kv_head, kv_start, p.stride_k_batch, p.stride_k_token, p.stride_k_head);
+  return byte_view(p.k, p.k_dtype, at, kv_start, p.stride_k_batch, p.stride_k_token, p.stride_k_head);
 }
 
 StridedKvView<char> v_view(const DecodeParams& p, TileIndex at, int64_t kv_start) {
-  return byte_view(p, p.v, at.batch_index, at.kv_head, kv_start, p.stride_v_batch, p.stride_v_token, p.stride_v_head);
+  return byte_view(p.v, p.v_dtype, at, kv_start, p.stride_v_batch, p.stride_v_token, p.stride_v_head);
 }
 
-void widen_rows(const DecodeParams& p, const StridedKvView<char>& view, int64_t first, int count, float* block) {
-  for (int n = 0; n < count; ++n) widen(view.row(first + n), p.dtype, block + n * p.head_dim, p.head_dim);
+void widen_rows(const StridedKvView<char>& view, Dtype dtype, int64_t first, int count, int head_dim, float* block) {
+  for (int n = 0; n < count; ++n) widen(view.row(first + n), dtype, block + n * head_dim, head_dim);
 }
 
 void store(const DecodeParams& p, int64_t offset, float value) {
@@ -89,10 +89,11 @@ void score_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
     scores = local.data();
   }
   const auto keys = k_view(p, at, row.kv_start);
+  const float score_scale = p.score_scale(at.kv_head);
   for (int n = 0; n < count; n += kBlockKv) {
     const int block_keys = std::min(kBlockKv, count - n);
-    widen_rows(p, keys, first + n, block_keys, block.data());
-    score_block(q.data(), group_size, block.data(), block_keys, head_dim, p.scale_log2, scores + n, tile_kv);
+    widen_rows(keys, p.k_dtype, first + n, block_keys, head_dim, block.data());
+    score_block(q.data(), group_size, block.data(), block_keys, head_dim, score_scale, scores + n, tile_kv);
   }
 
   std::vector<float> weights(static_cast<size_t>(group_size) * tile_kv);
@@ -108,7 +109,7 @@ void score_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
   const auto values = v_view(p, at, row.kv_start);
   for (int n = 0; n < count; n += kBlockKv) {
     const int block_keys = std::min(kBlockKv, count - n);
-    widen_rows(p, values, first + n, block_keys, block.data());
+    widen_rows(values, p.v_dtype, first + n, block_keys, head_dim, block.data());
     accumulate_block(weights.data() + n, tile_kv, group_size, block.data(), block_keys, head_dim, o_accum);
   }
 }
@@ -231,7 +232,7 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
       if (counts[n] == 0) continue;
       ++tile_rows;
       read[n / 32] |= 1u << (n % 32);
-      widen(values.row(first + n), p.dtype, value.data(), head_dim);
+      widen(values.row(first + n), p.v_dtype, value.data(), head_dim);
       if (grouped) {
         // Horvitz-Thompson: p_{h,n} / P(n is drawn).
         const uint32_t weight = cumulative[n] - (n > 0 ? cumulative[n - 1] : 0);
@@ -277,8 +278,9 @@ void combine_head(const DecodeParams& p, int batch_index, int qo_head, const Row
     const float weight = row.sampled ? 1.0f : exp2_below(p.tile_max[stats], lse);
     for (int d = 0; d < head_dim; ++d) acc[d] += weight * p.o_accum[stats * head_dim + d];
   }
+  const float scale = p.output_scale(qo_head / group_size);
   // Not finite: a NaN or an infinite score, for which softmax is undefined.
-  for (int d = 0; d < head_dim; ++d) store(p, out + d, is_finite(lse) ? acc[d] : NAN);
+  for (int d = 0; d < head_dim; ++d) store(p, out + d, is_finite(lse) ? acc[d] * scale : NAN);
   p.lse[out / head_dim] = lse * kLn2;
   if (p.rows_read != nullptr && h == 0) {
     const uint32_t* mask = p.read_mask + p.mask_offset(group);

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/float8.h"
+
 // Function multiversioning keeps the wheel portable: one build holds baseline, AVX2 and AVX-512 code.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SANTA_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -43,6 +45,11 @@ SANTA_MULTIVERSION void widen_float16(const uint16_t* src, float* dst, int64_t c
   }
 }
 
+SANTA_MULTIVERSION void widen_float8(const uint8_t* src, float* dst, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) dst[i] = float_of_e4m3(src[i]);
+}
+
 }  // namespace
 
 void widen(const void* src, Dtype dtype, float* dst, int64_t count) {
@@ -53,6 +60,9 @@ void widen(const void* src, Dtype dtype, float* dst, int64_t count) {
       return widen_float16(static_cast<const uint16_t*>(src), dst, count);
     case Dtype::kFloat32:
       std::memcpy(dst, src, count * sizeof(float));
+      return;
+    case Dtype::kFloat8E4M3:
+      return widen_float8(static_cast<const uint8_t*>(src), dst, count);
   }
 }
 

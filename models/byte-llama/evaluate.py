@@ -14,7 +14,9 @@ arithmetic; ``--prefill`` measures it that way.
 compares sampled with exact decode attention on the same prompts. Each batch of prompts is prefilled once,
 and every setting, exact attention (S = 0) included, then decodes the question line and the answer from that
 KV cache. All rows are sampled, short contexts too. The prompts of a batch have equal lengths and thus share
-their random numbers; batches do not.
+their random numbers; batches do not. ``--kv-dtype fp8-k`` lets decode attention, exact and sampled, see the keys
+rounded to float8_e4m3, ``fp8`` keys and values; everything is then compared with exact attention over the model's
+own KV cache.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import tasks
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 
 SAMPLERS = ("grouped", "systematic", "stratified", "multinomial")
+KV_DTYPES = ("model", "fp8-k", "fp8")
 
 QUESTION_LEN = max(len(tasks.question(word + b"-0000")) for word in tasks.WORDS)
 """Bytes of the longest question, up to its answer: decoding that many covers the question of every prompt."""
@@ -82,8 +87,10 @@ class SampledResult:
     right_bytes: int
     rows_read: float
     """V rows read over V rows there were, in all decode steps, layers and KV heads."""
+    kv_dtype: str = "model"
+    """What decode attention read, one of KV_DTYPES."""
     exact: SampledResult | None = None
-    """The same prompts with exact attention; ``None`` in the result that is exact itself."""
+    """The same prompts with exact attention over the model's KV cache; ``None`` in that result itself."""
 
     @property
     def accuracy(self) -> float:
@@ -214,6 +221,30 @@ def retrieval_accuracy(
     return _count(outputs, expected)
 
 
+@contextmanager
+def _kv_dtype(kv_dtype: str) -> Iterator[None]:
+    """Inside, `santa.decode` gets keys ("fp8-k") or keys and values ("fp8") in float8_e4m3fn, a scale per KV head.
+
+    The model's own cache stays as it is, and is rounded anew in each step. The scale is that of all rows of the batch
+    so far: in a cache that is kept in float8 it would stay that of the prefill.
+    """
+    if kv_dtype == "model":
+        yield
+        return
+    import santa
+
+    decode = santa.decode
+
+    def decode_float8(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        k, options["k_scale"] = santa.quantize_kv(k, kv_layout=options["kv_layout"])
+        if kv_dtype == "fp8":
+            v, options["v_scale"] = santa.quantize_kv(v, kv_layout=options["kv_layout"])
+        return decode(q, k, v, **options)
+
+    with mock.patch.object(santa, "decode", decode_float8):
+        yield
+
+
 @torch.inference_mode()
 def sampled_accuracy(
     model: PreTrainedModel,
@@ -227,6 +258,7 @@ def sampled_accuracy(
     batch_size: int = 16,
     depth: float | None = None,
     decoded_prompt_bytes: int = QUESTION_LEN,
+    kv_dtype: str = "model",
     progress: bool = False,
 ) -> list[SampledResult]:
     """Answer the same questions with exact attention and with each of ``settings``.
@@ -238,20 +270,26 @@ def sampled_accuracy(
             batch and no other ``seed`` shares.
         decoded_prompt_bytes: default: the whole question line. It is harder than 1: the question is looked at by
             sampled attention too, and what that gets wrong stays in the KV cache the answer is decoded from.
+        kv_dtype: one of KV_DTYPES: what decode attention reads. The prefill, whose attention is dense, and exact
+            attention, which the others are compared with, read the model's own KV cache.
         progress: show a progress bar.
 
     Returns:
-        The result of exact attention (``num_samples`` 0, through the same operator), then one per setting.
+        The result of exact attention (``num_samples`` 0, through the same operator), then, unless ``kv_dtype`` is
+        "model", that of exact attention over the rounded cache, then one per setting.
     """
     from santa import SantaConfig
     from santa.integrations.transformers import attach, record_rows_read
 
     _check_decoded(decoded_prompt_bytes, context_len)
-    settings = [SantaConfig(num_samples=0), *settings]
-    right: list[list[Tensor]] = [[] for _ in settings]
-    rows_read = [0.0] * len(settings)
+    exact = SantaConfig(num_samples=0)
+    runs = [(exact, "model"), *((setting, kv_dtype) for setting in settings)]
+    if kv_dtype != "model":
+        runs.insert(1, (exact, kv_dtype))
+    right: list[list[Tensor]] = [[] for _ in runs]
+    rows_read = [0.0] * len(runs)
     prefilled = context_len - tasks.ANSWER_LEN - decoded_prompt_bytes
-    total = math.ceil(num_prompts / batch_size) * (1 + len(settings))
+    total = math.ceil(num_prompts / batch_size) * (1 + len(runs))
     with tqdm(total=total, desc=f"context {context_len}", unit="run", disable=not progress, leave=False) as bar:
         batches = _batches(context_len, num_prompts, seed, text, num_pairs, batch_size, depth, model.device)
         for index, (prompts, answers) in enumerate(batches):
@@ -259,9 +297,9 @@ def sampled_accuracy(
             bar.update()
             # Layer i draws from stream seed + i.
             stream = (seed << 32) + index * model.config.num_hidden_layers
-            for number, setting in enumerate(settings):
+            for number, (setting, dtype) in enumerate(runs):
                 attach(model, replace(setting, seed=stream))
-                with record_rows_read(model) as record:
+                with _kv_dtype(dtype), record_rows_read(model) as record:
                     outputs = _decode_answers(model, cache, prompts[:, prefilled:])
                 # The next setting decodes from the prefilled positions again. Negative: the number to remove.
                 cache.crop(prefilled - cache.get_seq_length())
@@ -269,7 +307,7 @@ def sampled_accuracy(
                 rows_read[number] += record.share() * len(prompts) / num_prompts
                 bar.update()
     results: list[SampledResult] = []
-    for setting, batches_right, share in zip(settings, right, rows_read, strict=True):
+    for (setting, dtype), batches_right, share in zip(runs, right, rows_read, strict=True):
         bytes_right = torch.cat(batches_right).cpu()
         results.append(
             SampledResult(
@@ -278,6 +316,7 @@ def sampled_accuracy(
                 bytes_right.all(dim=1),
                 int(bytes_right.sum()),
                 share,
+                dtype,
                 results[0] if results else None,
             )
         )
@@ -377,12 +416,14 @@ def _measure_sampled(model: PreTrainedModel, text: np.ndarray, args: argparse.Na
             batch_size=args.batch,
             depth=args.depth,
             decoded_prompt_bytes=args.decoded_prompt_bytes,
+            kv_dtype=args.kv_dtype,
             progress=True,
         )
         for result in results:
             records.append(
                 dict(
                     context=context,
+                    kv_dtype=result.kv_dtype,
                     sampler=result.sampler,
                     num_samples=result.num_samples,
                     right=int(result.right.sum()),
@@ -396,11 +437,13 @@ def _measure_sampled(model: PreTrainedModel, text: np.ndarray, args: argparse.Na
             versus = f"{100 * result.difference:+.2f} ± {100 * result.standard_error:.2f}" if result.exact else ""
             right = f"{records[-1]['right']}/{args.prompts}"
             lines.append(
-                f"| {context:7,d} | {result.sampler:11s} | {result.num_samples:5d} | {right:>13s} | {versus:>19s} "
-                f"| {result.byte_accuracy:12.2%} | {result.rows_read:11.2%} |"
+                f"| {context:7,d} | {result.kv_dtype:8s} | {result.sampler:11s} | {result.num_samples:5d} "
+                f"| {right:>13s} | {versus:>19s} | {result.byte_accuracy:12.2%} | {result.rows_read:11.2%} |"
             )
-    print("| context | sampler     |     S | answers right | minus exact, points | answer bytes | V rows read |")
-    print("|--------:|-------------|------:|--------------:|--------------------:|-------------:|------------:|")
+    print("| context | KV cache | sampler     |     S | answers right ", end="")
+    print("| minus exact, points | answer bytes | V rows read |")
+    print("|--------:|----------|-------------|------:|--------------:", end="")
+    print("|--------------------:|-------------:|------------:|")
     print("\n".join(lines))
     decoded = f"the last {args.decoded_prompt_bytes} bytes of each decoded"
     print(f"{args.prompts} prompts per context, {decoded}; {time.perf_counter() - start:.1f} s", flush=True)
@@ -436,6 +479,12 @@ def main() -> None:
     sampled.add_argument("--samples", type=int, nargs="+", default=[16, 64, 256], help="draws per query head, S")
     sampled.add_argument("--budget", choices=("proportional", "uniform"), default="proportional")
     sampled.add_argument("--layers", type=int, nargs="+", help="layers that sample, the others are exact; default: all")
+    sampled.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default="model",
+        help="what decode attention reads: the model's KV cache, keys rounded to float8, or keys and values",
+    )
     args = parser.parse_args()
 
     is_santa = args.attn == "santa"
@@ -454,7 +503,9 @@ def main() -> None:
     records = (_measure_sampled if is_santa else _measure_dense)(model, text, args)
     if args.json:
         options = ["attn", "prompts", "pairs", "depth", "batch", "seed"]
-        options += ["samplers", "samples", "budget", "layers", "decoded_prompt_bytes"] if is_santa else ["prefill"]
+        options += (
+            ["samplers", "samples", "budget", "layers", "decoded_prompt_bytes", "kv_dtype"] if is_santa else ["prefill"]
+        )
         head = dict(device=device, dtype=name, torch=torch.__version__, transformers=transformers.__version__)
         head |= {option: getattr(args, option) for option in options}
         args.json.write_text(json.dumps({**head, "results": records}, indent=1) + "\n")

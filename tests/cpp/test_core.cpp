@@ -1,5 +1,6 @@
 // csrc/core without Python and without Torch. Exits with 0 if every check holds; each failure prints what
 // failed.
+#include "core/float8.h"
 #include "core/kv_view.h"
 #include "core/mixture.h"
 #include "core/philox.h"
@@ -252,6 +253,32 @@ void test_softmax_state() {
         "NaN does not get lost in merge");
 }
 
+// Every code against the format's definition: (-1)^sign 2^(exponent - 7) 1.mantissa, subnormal below 2^-6, one NaN.
+void test_float8() {
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = (code >> 3) & 15, mantissa = code & 7;
+    const float actual = float_of_e4m3(static_cast<uint8_t>(code));
+    const bool nan = (code & 0x7f) == 0x7f;
+    const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                          : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    const float expected = code < 128 ? magnitude : -magnitude;
+    const bool same = actual == expected && std::signbit(actual) == (code >= 128);
+    check(nan ? std::isnan(actual) : same, "float_of_e4m3(", code, ") is ", actual);
+  }
+}
+
+// The scales of a float8 cache, and what stands in for them.
+void test_scales() {
+  const float scales[] = {0.5f, 4.0f};
+  DecodeParams p{};
+  p.scale_log2 = 3.0f;
+  check(p.score_scale(1) == 3.0f && p.output_scale(1) == 1.0f, "no scales count as 1");
+  p.k_scale = p.v_scale = scales;
+  check(p.score_scale(1) == 1.5f && p.output_scale(1) == 0.5f, "stride 0 is one scale for all heads");
+  p.stride_k_scale = p.stride_v_scale = 1;
+  check(p.score_scale(1) == 12.0f && p.output_scale(1) == 4.0f, "stride 1 is a scale per head");
+}
+
 // Two views of one [batch 2, token 5, head 3, dim 4] buffer of which row (b, n, h) holds 100 b + 10 n + h.
 void test_kv_view() {
   std::vector<int> buffer(2 * 5 * 3 * 4);
@@ -278,6 +305,8 @@ int main() {
   test_plans();
   test_softmax_state();
   test_kv_view();
+  test_float8();
+  test_scales();
   if (failures > 0) std::cerr << failures << " checks failed\n";
   return failures > 0 ? 1 : 0;
 }
