@@ -3,7 +3,7 @@
     torch SDPA            scaled_dot_product_attention(enable_gqa=True)
     FlashInfer            BatchDecodeWithPagedKVCacheWrapper, tensor cores, pages of 16 keys in its NHD layout, in order
     FlashInfer fp8        the same with K and V in float8_e4m3fn
-    FlashAttention-3      torch.ops._vllm_fa3_C.fwd of vLLM 0.20.2, one query, automatic number of splits
+    FlashAttention-3      torch.ops._vllm_fa3_C.fwd of vLLM 0.20.2, pages of 16 keys, automatic number of splits
 
 What depends on lengths alone (FlashInfer's plan, FlashAttention's scheduler metadata) is prepared outside the timing,
 as a serving system does once for all layers. Copies into pages are made before the timing as well.
@@ -139,34 +139,47 @@ class FlashAttention3(Competitor):
     def calls(self, problem: Problem) -> list[Call]:
         if problem.dtype not in (torch.bfloat16, torch.float16):
             raise Unsupported(f"it takes no {problem.dtype}")
-        # Unmasked, and the numbers of splits left to its heuristic.
+        # As vLLM calls it: variable lengths, pages, unmasked, the numbers of splits left to its heuristic.
+        lens = problem.row_lens
+        pages = [-(-length // PAGE_SIZE) for length in lens]
+        first = 0
+        table = torch.zeros(problem.batch, max(pages), dtype=torch.int32, device="cuda")
+        for row, count in enumerate(pages):
+            table[row, :count] = torch.arange(first, first + count, dtype=torch.int32)
+            first += count
+        queries = torch.arange(problem.batch + 1, dtype=torch.int32, device="cuda")
+        used = torch.tensor(lens, dtype=torch.int32, device="cuda")
         common = {"is_causal": False, "window_size_left": -1, "window_size_right": -1, "num_splits": 0, "sm_margin": 0}
-        metadata = None
-        if problem.kv_lens is not None:
-            metadata = call_with_nones(
-                self.scheduler_metadata,
-                **common,
-                batch_size=problem.batch,
-                max_seqlen_q=1,
-                max_seqlen_k=problem.kv_len,
-                max_seqlen_k_new=0,
-                num_heads=problem.num_qo_heads,
-                num_heads_k=problem.num_kv_heads,
-                headdim=problem.head_dim,
-                headdim_v=problem.head_dim,
-                qkv_dtype=problem.dtype,
-                seqused_k=problem.kv_lens,
-                has_softcap=False,
-            )
+        metadata = call_with_nones(
+            self.scheduler_metadata,
+            **common,
+            batch_size=problem.batch,
+            max_seqlen_q=1,
+            max_seqlen_k=max(lens),
+            max_seqlen_k_new=0,
+            num_heads=problem.num_qo_heads,
+            num_heads_k=problem.num_kv_heads,
+            headdim=problem.head_dim,
+            headdim_v=problem.head_dim,
+            qkv_dtype=problem.dtype,
+            seqused_k=used,
+            cu_seqlens_q=queries,
+            page_size=PAGE_SIZE,
+            has_softcap=False,
+        )
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             outputs = call_with_nones(
                 self.fwd,
                 **common,
-                q=q.unsqueeze(1),
-                k=as_nhd(k, problem.layout),
-                v=as_nhd(v, problem.layout),
-                seqused_k=problem.kv_lens,
+                q=q,
+                k=k,
+                v=v,
+                cu_seqlens_q=queries,
+                seqused_k=used,
+                max_seqlen_q=1,
+                max_seqlen_k=max(lens),
+                page_table=table,
                 softmax_scale=problem.head_dim**-0.5,
                 softcap=0.0,
                 is_rotary_interleaved=True,
@@ -174,9 +187,10 @@ class FlashAttention3(Competitor):
                 cp_world_size=1,
                 cp_rank=0,
             )
-            return outputs[0].squeeze(1)
+            return outputs[0]
 
-        return [lambda s=s: call(*s) for s in problem.sets]
+        sets = [(q, *(to_pages(x, problem.layout, lens) for x in kv)) for q, *kv in problem.sets]
+        return [lambda s=s: call(*s) for s in sets]
 
 
 FACTORIES: dict[str, Callable[[Path | None], Competitor]] = {

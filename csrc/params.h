@@ -140,7 +140,8 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
   if (!valid) length = 0;
   const bool sampled = p.num_samples > 0 && length > 0 && length >= p.min_sampled_len;
   const bool persistent = sampled && length <= p.persistent.max_kv_len;
-  const int block_kv = block_kv_of(length), tile_kv = persistent ? block_kv : tile_kv_of(length);
+  const int block_kv = block_kv_of(length);
+  const int tile_kv = persistent ? block_kv : sampled ? tile_kv_of(length) : exact_tile_kv_of(length);
   return {start,
           static_cast<int>(length),
           valid,
@@ -148,7 +149,7 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
           persistent,
           tile_kv,
           ceil_div_int(static_cast<int>(length), tile_kv),
-          persistent ? 1 : block_kv / tile_kv};
+          sampled ? block_kv / tile_kv : 1};
 }
 
 }  // namespace santa

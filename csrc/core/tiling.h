@@ -19,6 +19,14 @@ SANTA_HD int tile_kv_of(int64_t kv_len) {
   return kMaxTileKv;
 }
 
+// Keys per tile of a row that takes the exact path: no scores have to be kept, so tiles are larger. Never smaller than
+// tile_kv_of.
+SANTA_HD int exact_tile_kv_of(int64_t kv_len) {
+  if (kv_len <= 1024) return 128;
+  if (kv_len <= 8192) return 256;
+  return kv_len <= 32768 ? 512 : 1024;
+}
+
 SANTA_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The same for operands whose sum stays below 2^32: a 64-bit division takes a GPU a hundred instructions.

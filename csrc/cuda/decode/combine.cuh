@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
   if (slot < slots) {
-#pragma unroll 4
+#pragma unroll 8
     for (int tile = slot; tile < row.num_tiles; tile += slots) {
       if (row.sampled && tile_rows[tile] == 0) continue;
       const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;

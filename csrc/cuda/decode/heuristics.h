@@ -45,7 +45,8 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
     plan.num_buffers = buffers;
     const int row_blocks = static_cast<int>(ceil_div(longest, block_kv_of(longest)));
     const int whole_rows = device.num_sms / row_blocks * row_blocks;
-    const int64_t most_blocks = static_cast<int64_t>(p.batch) * p.num_kv_heads * std::max(16, row_blocks);
+    const int64_t most_blocks =
+        static_cast<int64_t>(p.batch) * p.num_kv_heads * (p.lengths_known() ? row_blocks : std::max(16, row_blocks));
     plan.blocks_per_row = p.lengths_known() ? row_blocks : 0;
     plan.num_ctas =
         static_cast<int>(std::min<int64_t>(whole_rows >= least_ctas ? whole_rows : device.num_sms, most_blocks));

@@ -183,7 +183,7 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
       next_q = query_of<T>(p, next_block);
       if (kQueryAhead) next_query.load(next_q, p.stride_q_head, p.gqa_group_size, p.aligned, lane);
     }
-    if (is_first_thread) memory.shared->found[(n + 1) & 1] = next_block;
+    if (is_first_thread) memory.shared->found[(n + 1) & 1] = has_next ? next_block : Block{};
     const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
     if (n >= p.persistent.num_buffers) mbarrier_wait(&memory.shared->released[buffer], (use - 1) & 1);
     if (is_first_thread && (n >= 0 || !has_next)) {
