@@ -49,13 +49,14 @@ struct BlockPlan {
 };
 
 struct PersistentShared {
-  // Barriers, one per buffer and hand-over.
+  // Barriers, one per buffer and hand-over. Whoever has written arrives, every lane, and whoever reads waits, even
+  // where a chain of other barriers would do: racecheck follows no chains.
   uint64_t started[kMaxBuffers];    // block and is_final are there
   uint64_t scored[kMaxBuffers];     // scores and warp_state are
   uint64_t published[kMaxBuffers];  // state is
   uint64_t lse_known[kMaxBuffers];
   uint64_t planned[kMaxBuffers];
-  uint64_t released[kMaxBuffers];  // the select warps are done with the buffer and all that goes with it
+  uint64_t released[kMaxBuffers];  // all other roles are done with the buffer and what goes with it
 
   Block found[2];              // blocks that score warp 0 has found, in turn
   Block block[kMaxBuffers];    // with num_blocks 0: there is none
@@ -255,8 +256,7 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
         for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
         if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = {warp_max, sum[j]};
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&memory.shared->scored[buffer]);
+      mbarrier_arrive(&memory.shared->scored[buffer]);
     }
     keys = next_keys;
     num_keys = next_num_keys;
@@ -310,12 +310,13 @@ __device__ __forceinline__ void publish_states(const DecodeParams& p, const Pers
         p.block_state +
         (p.group_index(block.batch_index, block.kv_head) * p.max_blocks + block.index) * p.gqa_group_size + lane;
 
+    if (use > 0) mbarrier_wait(&shared.released[buffer], (use - 1) & 1);
     mbarrier_wait(&shared.scored[buffer], use & 1);
     const SoftmaxState state = merge_warp_states(shared.warp_state[buffer], p.persistent.num_score_warps, lane);
     if (lane < p.gqa_group_size) store_relaxed(address, bits_of(state));
     if (lane < kHeadBlock) shared.state[buffer][lane] = state;
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.published[buffer]);
+    mbarrier_arrive(&shared.published[buffer]);
+    mbarrier_arrive(&shared.released[buffer]);
     if (is_final) break;
   }
 }
@@ -351,7 +352,9 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
                                            block.kv_len, grouped ? block.kv_head : block.kv_head * group_size + head);
     const uint64_t random_bits = random.bits(segment, 0);
 
+    if (use > 0) mbarrier_wait(&shared.released[buffer], (use - 1) & 1);
     mbarrier_wait(&shared.published[buffer], use & 1);
+
     // First pass: the maximum.
     float max = -INFINITY;
 #pragma unroll 1
@@ -386,7 +389,7 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
                                               : empty_softmax_state();
     };
     const auto in_segment = [&](int b) { return b >= segment_first && b < segment_last; };
-#pragma unroll 1
+#pragma unroll 2
     for (int round = 0; round * step < block.num_blocks; ++round) {
       const SoftmaxState state = state_at(round);
       const float part = state.sum * exp2_approx(state.max - below);
@@ -403,14 +406,13 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
       plan.row_lse[head] = row_lse;
       plan.segment_lse[head] = segment_lse;
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.lse_known[buffer]);
+    mbarrier_arrive(&shared.lse_known[buffer]);
 
     // Third pass: level 1 of the CDF. A stream's columns of lanes agree on it.
     const float per_sum =
         is_finite(segment_lse) ? 1.0f / (segment_sum * static_cast<float>(grouped ? group_size : 1)) : 0.0f;
     uint32_t total = 0, start = 0, mass = 0;
-#pragma unroll 1
+#pragma unroll 2
     for (int round = 0; round * step < block.num_blocks; ++round) {
       const SoftmaxState state = state_at(round);
       const float part = round < kStatesKept ? state.sum : state.sum * exp2_approx(state.max - below);
@@ -443,8 +445,8 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
                            static_cast<float>(num_draws) * (static_cast<float>(mass) / static_cast<float>(total)),
                            draws};
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.planned[buffer]);
+    mbarrier_arrive(&shared.planned[buffer]);
+    mbarrier_arrive(&shared.released[buffer]);
     if (place == 0 && has_head && block.index == 0) {
       p.lse[static_cast<int64_t>(block.batch_index) * p.num_qo_heads + block.kv_head * group_size + head] =
           row_lse * kLn2;
@@ -534,6 +536,7 @@ __device__ __forceinline__ void exponentiate(const BlockScores& scores, const Se
         for (int i = 0; i < kLaneKeys; ++i) {
           values[i] = {exp2_approx(values[i].x - below_x), exp2_approx(values[i].y - below_y)};
         }
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i) {
           if (i < count) plane[key_place(first + i)] = values[i];
@@ -547,6 +550,7 @@ __device__ __forceinline__ void exponentiate(const BlockScores& scores, const Se
       for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[2 * key_place(min(first + i, last))];
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) values[i] = exp2_approx(values[i] - below_h);
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) {
         if (i < count) plane[2 * key_place(first + i)] = values[i];
@@ -569,7 +573,7 @@ __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const Selec
   for_each_round(scores, role, [&](int first, int count, int last) {
     float shares[kLaneKeys] = {};
     if (role.grouped) {
-#pragma unroll 1
+#pragma unroll 2
       for (int pair = 0; 2 * pair < role.group_size; ++pair) {
         const float f_x = __shfl_sync(0xffffffffu, factor, 2 * pair);
         const float f_y = __shfl_sync(0xffffffffu, factor, 2 * pair + 1);
@@ -595,6 +599,7 @@ __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const Selec
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) sums[i] = lane_sum += i < count ? row_weight_of(shares[i]) : 0;
     const uint32_t inclusive = warp_inclusive_scan(lane_sum, lane), before = running + inclusive - lane_sum;
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
       if (i < count) scores.sum(first + i) = before + sums[i];
@@ -616,15 +621,19 @@ __device__ __forceinline__ int find_row(const BlockScores& scores, const SelectR
     part = beyond ? j + 1 : part;
     below = beyond ? end : below;
   }
-  // The same number of steps in all lanes: how many keys have running sums up to the position.
+  // How many keys have running sums up to the position, by quarters: the same few steps in all lanes.
   const int first = part * scores.part_keys, last = min(first + scores.part_keys, scores.num_keys) - 1;
   const uint32_t target = position - below;
   int row = first;
 #pragma unroll 1
-  for (int step = 1 << (31 - __clz(scores.part_keys)); step > 0; step >>= 1) {
+  for (int step = 1 << ((31 - __clz(scores.part_keys - 1)) & ~1); step > 0; step >>= 2) {
     const int probe = row + step - 1;
-    const uint32_t sum = scores.sum(min(probe, last));
-    row = probe <= last && sum <= target ? row + step : row;
+    const uint32_t sums[3] = {scores.sum(min(probe, last)), scores.sum(min(probe + step, last)),
+                              scores.sum(min(probe + 2 * step, last))};
+    int quarters = 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) quarters += probe + i * step <= last && sums[i] <= target ? 1 : 0;
+    row += quarters * step;
   }
   row = min(row, last);
   const uint32_t before = scores.sum(max(row - 1, first));
@@ -816,9 +825,11 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     if (block.num_blocks == 0) break;
     if (p.rows_read != nullptr && threadIdx.x < kMaxBlockKv / 32) shared.read_mask[threadIdx.x] = 0;
     const BlockScores scores(p, memory, buffer, role, block);
+    mbarrier_wait(&shared.scored[buffer], use & 1);
     mbarrier_wait(&shared.published[buffer], use & 1);
     const SoftmaxState state = shared.state[buffer][lane & 7];  // lane h: head h
     if (role.active) exponentiate(scores, role, state);
+    __syncwarp();
     mbarrier_wait(&shared.lse_known[buffer], use & 1);
     uint32_t weight = 0;
     if (role.active) weight = weigh(scores, role, state, plan.segment_lse, lane);
@@ -854,8 +865,7 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     const int batch_index = block.batch_index, kv_head = block.kv_head, num_blocks = block.num_blocks;
     uint32_t defined = 0;
     for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.released[buffer]);
+    mbarrier_arrive(&shared.released[buffer]);
     if (shared.is_last) combine_blocks<T, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
     if (is_final) break;
   }
@@ -869,11 +879,11 @@ __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) 
   if (threadIdx.x == 0) {
     for (int buffer = 0; buffer < p.persistent.num_buffers; ++buffer) {
       mbarrier_init(&memory.shared->started[buffer], 1);
-      mbarrier_init(&memory.shared->scored[buffer], p.persistent.num_score_warps);
-      mbarrier_init(&memory.shared->published[buffer], 1);
-      mbarrier_init(&memory.shared->lse_known[buffer], 1);
-      mbarrier_init(&memory.shared->planned[buffer], 1);
-      mbarrier_init(&memory.shared->released[buffer], kSelectWarps);
+      mbarrier_init(&memory.shared->scored[buffer], p.persistent.num_score_warps * 32);
+      mbarrier_init(&memory.shared->published[buffer], 32);
+      mbarrier_init(&memory.shared->lse_known[buffer], 32);
+      mbarrier_init(&memory.shared->planned[buffer], 32);
+      mbarrier_init(&memory.shared->released[buffer], kFirstScoreWarp * 32);
     }
   }
   __syncthreads();
