@@ -53,6 +53,8 @@ def _results(
     for row in rows:
         figure = row.get(key) if over is None else row.get(key, {}).get(over)
         reason = row.get("note") or (f"{over} has no figure" if over else f"no {key}")
+        if key == "share" and figure is not None and figure > 1:  # a limit that is exceeded is none
+            figure, reason = None, f"K stream took longer than santa (share {figure:.2f}): no limit to compare with"
         found.append(Result(target, shape, row["what"], required, figure, reason))
     return found or [Result(target, shape, "santa", required, None)]
 

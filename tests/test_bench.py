@@ -53,6 +53,16 @@ def test_ratios_are_to_the_fastest_16_bit_kernel_and_to_each() -> None:
     assert row["ratios"] == {"torch SDPA": 2.0, "FlashInfer": 1.8, "FlashInfer fp8": 1.5}
 
 
+def test_a_limit_that_is_exceeded_meets_no_target() -> None:
+    """A K stream slower than the kernel that reads K and more is a failed measurement, not a success."""
+    rows = [
+        {"suite": "table", "shape": "4x32768", "kind": "santa", "what": "santa grouped S=128", "budget": "proportional"}
+    ]
+    rows[0] |= {"num_samples": 128, "share": 1.05, "speedup": 1.9, "ratios": {}}
+    shares = [r for r in targets.evaluate(rows) if r.target == "share of limit" and r.what == "santa grouped S=128"]
+    assert len(shares) == 1 and not shares[0].met and shares[0].figure is None and "1.05" in shares[0].reason
+
+
 def test_share_is_of_the_stream_that_reads_the_same_bytes() -> None:
     rows = case("fp8", "1x32768", {"K stream, K in 8 bits": ("stream", 9.0)}, k_bytes=100)
     rows += case("fp8", "1x32768", MEASURED | {"santa grouped S=128, K fp8": ("santa", 12.0)})
