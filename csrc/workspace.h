@@ -10,7 +10,7 @@ namespace santa {
 // Upper bound of the blocks of a row: see block_kv_of.
 inline int max_num_blocks(int64_t max_kv_len) {
   const int64_t long_row = ceil_div(max_kv_len, kMaxBlockKv);
-  return long_row > 16 ? static_cast<int>(long_row) : 16;
+  return long_row > kShortRowBlocks ? static_cast<int>(long_row) : kShortRowBlocks;
 }
 
 // Carves aligned arrays out of one allocation; with a null base it only measures.

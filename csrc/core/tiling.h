@@ -49,6 +49,7 @@ inline int max_num_tiles(int64_t max_kv_len) {
 // costs a partial result) to 2,048 (its scores have to fit). A multiple of the row's tile.
 constexpr int kMinBlockKv = 512;
 constexpr int kMaxBlockKv = 2048;
+constexpr int kShortRowBlocks = 16;  // the most that a row has as long as its blocks are below kMaxBlockKv
 
 SANTA_HD int block_kv_of(int64_t kv_len) {
   if (kv_len > 16 * (kMaxBlockKv - kMaxTileKv)) return kMaxBlockKv;

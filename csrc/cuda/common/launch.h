@@ -10,6 +10,7 @@ namespace santa::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
+    (void)cudaGetLastError();  // reported here: the next, innocent call must not find it
     throw std::runtime_error(std::string("santa on CUDA: ") + what + " failed: " + cudaGetErrorString(status));
   }
 }

@@ -29,7 +29,9 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
 
   // Two buffers let selection overlap with scoring, a third lets it wait for slower CTAs; one is enough to be right.
   for (int buffers = 3; buffers >= 1; --buffers) {
-    // A row's blocks have to fit the buffers of all CTAs at once: see BlockQueue.
+    // A row's blocks have to fit the buffers of all CTAs at once, or they would wait for each other for ever: see
+    // BlockQueue. Short rows have up to 16 blocks, however few keys.
+    if (buffers * least_ctas < kShortRowBlocks) continue;
     const int64_t limit = static_cast<int64_t>(buffers) * least_ctas * kMaxBlockKv;
     const int64_t longest = std::min<int64_t>(p.max_kv_len, limit);
     // The sums of 4 heads, 8 numbers of each from every lane, take the place of 2 planes.
@@ -45,8 +47,8 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
     plan.num_buffers = buffers;
     const int row_blocks = static_cast<int>(ceil_div(longest, block_kv_of(longest)));
     const int whole_rows = device.num_sms / row_blocks * row_blocks;
-    const int64_t most_blocks =
-        static_cast<int64_t>(p.batch) * p.num_kv_heads * (p.lengths_known() ? row_blocks : std::max(16, row_blocks));
+    const int64_t most_blocks = static_cast<int64_t>(p.batch) * p.num_kv_heads *
+                                (p.lengths_known() ? row_blocks : std::max(kShortRowBlocks, row_blocks));
     plan.blocks_per_row = p.lengths_known() ? row_blocks : 0;
     plan.num_ctas =
         static_cast<int>(std::min<int64_t>(whole_rows >= least_ctas ? whole_rows : device.num_sms, most_blocks));

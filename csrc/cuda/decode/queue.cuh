@@ -21,7 +21,7 @@ struct Block {
 //
 // The blocks of a (batch row, KV head) are consecutive, or those of a row are. So if neither is more than num_buffers *
 // grid, no CTA waits for a block that cannot be scored before the wait ends: the block before it in its CTA belongs to
-// work that is finished.
+// work that is finished. heuristics.h sees to it (tests/cpp/test_heuristics.cpp), for short rows of small blocks too.
 class BlockQueue {
  public:
   __device__ BlockQueue(const DecodeParams& p, int lane)

@@ -30,10 +30,17 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
   check(cudaMemsetAsync(p.tickets, 0xff, p.sync_bytes, stream), "cudaMemsetAsync");
   DecodeParams argument = p;
   void* arguments[] = {&argument};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(p.persistent.num_ctas),
-                                    dim3((kFirstScoreWarp + p.persistent.num_score_warps) * 32), arguments,
-                                    shared_bytes, stream),
-        "persistent_kernel");
+  const cudaError_t status = cudaLaunchCooperativeKernel(
+      reinterpret_cast<const void*>(kernel), dim3(p.persistent.num_ctas),
+      dim3((kFirstScoreWarp + p.persistent.num_score_warps) * 32), arguments, shared_bytes, stream);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    (void)cudaGetLastError();
+    throw std::runtime_error(
+        "santa on CUDA: sampled rows need a CTA on every multiprocessor of the device at the same time, and this "
+        "context "
+        "has fewer (MPS or a green context); num_samples=0, the exact path, has no such need");
+  }
+  check(status, "persistent_kernel");
 }
 
 template <typename T, int HEAD_DIM>
