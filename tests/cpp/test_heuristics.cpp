@@ -9,8 +9,6 @@ using santa::cuda::DeviceLimits;
 
 namespace {
 
-constexpr int kFixedBytes = 10480, kScoreWarps = 6, kSelectWarps = 8;
-
 int failures = 0;
 
 void check(bool holds, const char* what, const DecodeParams& p, const DeviceLimits& device) {
@@ -20,8 +18,6 @@ void check(bool holds, const char* what, const DecodeParams& p, const DeviceLimi
               device.num_sms, device.shared_bytes, p.head_dim, p.gqa_group_size, static_cast<int>(p.sampler),
               p.max_kv_len);
 }
-
-int ring_bytes(int head_dim) { return 2 * 32 * (head_dim == 96 ? 128 : head_dim) * 2; }
 
 }  // namespace
 
@@ -42,13 +38,11 @@ int main() {
               p.head_dim = head_dim, p.gqa_group_size = group, p.sampler = sampler, p.max_kv_len = max_kv_len;
               p.batch = 3, p.num_kv_heads = 2, p.num_samples = 128;
               if (i % 2 == 1) p.kv_lens = &any_lengths;  // known on the device alone
-              p.persistent =
-                  cuda::plan_persistent(p, device, kFixedBytes, ring_bytes(head_dim), kScoreWarps, kSelectWarps);
+              p.persistent = cuda::plan_persistent(p, device);
               const PersistentPlan& plan = p.persistent;
               if (plan.max_kv_len < 0) continue;
               ++persistent;
-              check(cuda::persistent_shared_bytes(p, kFixedBytes, ring_bytes(head_dim)) <= shared_bytes,
-                    "more shared memory than there is", p, device);
+              check(cuda::persistent_shared_bytes(p) <= shared_bytes, "more shared memory than there is", p, device);
               check(plan.num_ctas >= 1 && plan.num_ctas <= num_sms, "CTAs that cannot all be resident", p, device);
               // A row with more blocks than buffers waits for itself.
               const int64_t longest = plan.max_kv_len < max_kv_len ? plan.max_kv_len : max_kv_len;

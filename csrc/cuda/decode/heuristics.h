@@ -1,4 +1,4 @@
-// How the persistent kernel is set up on a device.
+// The shape of the persistent kernel, and how it is set up on a device.
 #pragma once
 
 #include <algorithm>
@@ -8,20 +8,34 @@
 
 namespace santa::cuda {
 
+constexpr int kSelectWarps = 8;
+constexpr int kMaxScoreWarps = 6;
+constexpr int kStepKeys = 32;   // that a score warp takes at a time: two matrix products' worth, for the latencies
+constexpr int kScoreSlots = 2;  // of a score warp's ring
+constexpr int kPersistentSharedBytes = 10496;  // PersistentShared, rounded up; persistent.cuh checks it
+
+// At 256 elements per row a ring takes 32 KB. Four are what 227 KB hold beside two grouped buffers, and what was
+// measured.
+constexpr int max_score_warps(int head_dim) { return head_dim > 192 ? 4 : kMaxScoreWarps; }
+
+// Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the swizzle of
+// their chunks (chunk_offset) stays inside the row.
+constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
+
+constexpr int ring_bytes(int head_dim) { return kScoreSlots * kStepKeys * slot_row_pitch(head_dim) * 2; }
+
 struct DeviceLimits {
   int num_sms;
   int shared_bytes;  // of one CTA, at most
 };
 
-// `fixed_bytes` are those of PersistentShared, `ring_bytes` those of a score warp's ring. The row's path may depend on
-// the device, but on nothing of the batch: a longer cache changes the size of the buffers only while all rows are
-// short.
-inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits& device, int fixed_bytes,
-                                      int ring_bytes, int max_score_warps, int select_warps) {
+// The row's path may depend on the device, but on nothing of the batch: a longer cache changes the size of the buffers
+// only while all rows are short.
+inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits& device) {
   PersistentPlan plan{};
   plan.max_kv_len = -1;
   if (p.num_samples == 0 || p.gqa_group_size > 8 || p.max_kv_len == 0) return plan;
-  const auto round_up = [](int64_t bytes) { return static_cast<int>((bytes + 127) / 128 * 128); };
+  const auto round_up = [](int bytes) { return (bytes + 127) / 128 * 128; };
 
   // If few multiprocessors are lost by it, the number of CTAs is a multiple of the blocks of a row's KV head, so that
   // those are scored at the same time: a CTA that has to wait for blocks of the next round holds up all others.
@@ -35,13 +49,13 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
     const int64_t limit = static_cast<int64_t>(buffers) * least_ctas * kMaxBlockKv;
     const int64_t longest = std::min<int64_t>(p.max_kv_len, limit);
     // The sums of 4 heads, 8 numbers of each from every lane, take the place of 2 planes.
-    const int partial_bytes = select_warps * 32 * 4 * 8 * 4, pairs = (p.gqa_group_size + 1) / 2;
+    const int partial_bytes = kSelectWarps * 32 * 4 * 8 * 4, pairs = (p.gqa_group_size + 1) / 2;
     plan.plane_pitch = block_kv_of(longest) + 8;
     if (pairs > 2) plan.plane_pitch = std::max(plan.plane_pitch, partial_bytes / 16 + 8);
     plan.buffer_bytes = round_up(std::max(pairs * plan.plane_pitch * 8, partial_bytes));
     const int cumulative_bytes = p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0;
-    const int room = device.shared_bytes - round_up(fixed_bytes) - buffers * plan.buffer_bytes - cumulative_bytes;
-    plan.num_score_warps = std::min(max_score_warps, room / ring_bytes);
+    const int room = device.shared_bytes - kPersistentSharedBytes - buffers * plan.buffer_bytes - cumulative_bytes;
+    plan.num_score_warps = std::min(max_score_warps(p.head_dim), room / ring_bytes(p.head_dim));
     if (plan.num_score_warps < (buffers > 1 ? 4 : 1)) continue;
     plan.max_kv_len = limit;
     plan.num_buffers = buffers;
@@ -57,10 +71,10 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
   return plan;
 }
 
-inline int persistent_shared_bytes(const DecodeParams& p, int fixed_bytes, int ring_bytes) {
+inline int persistent_shared_bytes(const DecodeParams& p) {
   const PersistentPlan& plan = p.persistent;
-  return (fixed_bytes + 127) / 128 * 128 + plan.num_buffers * plan.buffer_bytes +
-         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + plan.num_score_warps * ring_bytes;
+  return kPersistentSharedBytes + plan.num_buffers * plan.buffer_bytes +
+         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + plan.num_score_warps * ring_bytes(p.head_dim);
 }
 
 }  // namespace santa::cuda

@@ -3,7 +3,6 @@
 #include "cuda/common/launch.h"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/heuristics.h"
-#include "cuda/decode/persistent.cuh"
 #include "cuda/decode/plan.cuh"
 
 namespace santa::cuda {
@@ -49,9 +48,7 @@ void configure_decode(DecodeParams& p, int device_index) {
         "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
         "cudaDeviceGetAttribute");
-  const int row_pitch = p.head_dim == 96 ? 128 : p.head_dim;  // as in TileShared
-  p.persistent = plan_persistent(p, device, sizeof(PersistentShared), kScoreSlots * kStepKeys * row_pitch * 2,
-                                 max_score_warps(p.head_dim), kSelectWarps);
+  p.persistent = plan_persistent(p, device);
 }
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {

@@ -15,21 +15,17 @@
 
 #include "core/mixture.h"
 #include "cuda/decode/gather.cuh"
+#include "cuda/decode/heuristics.h"
 #include "cuda/decode/queue.cuh"
 #include "cuda/decode/tile.cuh"
 
 namespace santa::cuda {
 
-constexpr int kSelectWarps = 8;
 constexpr int kSelectThreads = kSelectWarps * 32;
 constexpr int kPlanWarp = kSelectWarps;
 constexpr int kStateWarp = kPlanWarp + 1;
 constexpr int kFirstScoreWarp = kStateWarp + 1;
-constexpr int kMaxScoreWarps = 6;
-// Rows of 256 elements take more registers than 16 warps leave.
-constexpr int max_score_warps(int head_dim) { return head_dim > 192 ? 4 : kMaxScoreWarps; }
-constexpr int kStepKeys = 2 * kSlotRows;  // that a score warp takes at a time: two slots' worth, for the latencies
-constexpr int kScoreSlots = 2;            // of a score warp's ring
+static_assert(kStepKeys == 2 * kSlotRows, "a step is two matrix products");
 constexpr int kMaxBuffers = 3;
 constexpr int kStatesKept = 8;        // rounds of the plan warp
 constexpr uint64_t kPending = ~0ull;  // block_state not there yet: as floats two NaNs, which no state is
@@ -85,7 +81,8 @@ struct PersistentMemory {
 
   __device__ PersistentMemory(const DecodeParams& p, unsigned char* bytes) {
     shared = reinterpret_cast<PersistentShared*>(bytes);
-    buffers = bytes + (sizeof(PersistentShared) + 127) / 128 * 128;
+    static_assert(sizeof(PersistentShared) <= kPersistentSharedBytes, "heuristics.h has to know of it");
+    buffers = bytes + kPersistentSharedBytes;
     unsigned char* end = buffers + p.persistent.num_buffers * p.persistent.buffer_bytes;
     cumulative = reinterpret_cast<uint32_t*>(end);
     rings = end + (p.sampler == Sampler::kGrouped ? p.persistent.plane_pitch * 4 : 0);

@@ -22,8 +22,7 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 
 template <typename T, int HEAD_DIM>
 void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
-  constexpr int kRingBytes = kScoreSlots * 2 * sizeof(typename TileShared<HEAD_DIM>::Slot);
-  const int shared_bytes = persistent_shared_bytes(p, sizeof(PersistentShared), kRingBytes);
+  const int shared_bytes = persistent_shared_bytes(p);
   const auto kernel = persistent_kernel<T, HEAD_DIM>;
   allow_shared_memory(kernel, shared_bytes);
 

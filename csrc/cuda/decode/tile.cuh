@@ -11,6 +11,7 @@
 #include "core/kv_view.h"
 #include "core/softmax_state.h"
 #include "cuda/common/row_load.cuh"
+#include "cuda/decode/heuristics.h"
 #include "params.h"
 
 namespace santa::cuda {
@@ -23,8 +24,7 @@ constexpr int kRingSlots = 3;
 
 template <int HEAD_DIM>
 struct TileShared {
-  // Rows of 96 elements are stored with the pitch of 128, so that the swizzle below stays inside the row.
-  static constexpr int kRowPitch = HEAD_DIM == 96 ? 128 : HEAD_DIM;
+  static constexpr int kRowPitch = slot_row_pitch(HEAD_DIM);
 
   struct alignas(16) Slot {
     uint16_t rows[kSlotRows][kRowPitch];
