@@ -57,7 +57,7 @@ SANITIZED := tests/test_invariance.py tests/test_hostile.py tests/test_exact.py 
 
 sanitize: $(INSTALL) ## run GPU tests under each tool of compute-sanitizer
 	@for tool in memcheck racecheck synccheck initcheck; do echo "== $$tool"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 SANTA_CLEAR_WORKSPACE=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	  $(BIN)/python -m pytest -m gpu -q $(SANITIZED) || exit 1; done
 
 core-test: ## run the C++ tests of csrc/core, which need no torch

@@ -83,11 +83,13 @@ struct DecodeParams {
   uint32_t* read_mask;     // [tiles, kMaskWords]: V rows read by any stream; null unless rows_read is asked for
   float* o_accum;          // [tiles, gqa_group_size, head_dim]; undefined where the stream's tile_rows is 0
 
-  // Workspace of the persistent kernel, whose tiles are blocks of a row. All bytes are 0xff when it starts.
+  // Workspace of the persistent kernel, whose tiles are blocks of a row. What CTAs tell each other by is in no known
+  // state when the kernel starts: a block's state is there once its two words agree under the seal, a number that no
+  // other call of the process has, and as the kernel ends no words agree, for the replay of a CUDA graph.
   int max_blocks;
-  int64_t sync_bytes;     // of the two arrays
-  uint32_t* tickets;      // [1]: blocks of the (batch row, KV head) that are finished, less one
-  uint64_t* block_state;  // [max_blocks, gqa_group_size]: max and sum as two floats; all ones: not there yet
+  uint64_t seal;
+  uint64_t* block_state;  // [max_blocks, gqa_group_size, 2]: max and sum as two floats; the same bits ^ seal
+  uint32_t* finished;     // [1]: blocks of the (batch row, KV head) that are; zero before any state is there
 
   // Which kinds of row the host has to expect. Lengths are on the device; all that is known here is their bound and, if
   // neither lengths nor starts are given, that every row has max_kv_len.

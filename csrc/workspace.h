@@ -44,10 +44,8 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
   const int64_t tiles = groups * p.max_tiles, stats = tiles * p.gqa_group_size;
   workspace.take(p.o_accum, stats * p.head_dim);
   if (p.any_persistent()) {
-    const int64_t before = workspace.used();
-    workspace.take(p.tickets, groups);
-    workspace.take(p.block_state, groups * p.max_blocks * p.gqa_group_size);
-    p.sync_bytes = workspace.used() - before;
+    workspace.take(p.block_state, groups * p.max_blocks * p.gqa_group_size * 2);
+    workspace.take(p.finished, groups);
   }
   if (p.num_samples > 0 && (p.rows_read != nullptr || p.any_staged())) {
     workspace.take(p.tile_rows, tiles * p.num_streams());

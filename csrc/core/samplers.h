@@ -44,6 +44,15 @@ SANTA_HD Threshold random_point(uint64_t bits, uint32_t total) {
   return {mul_high(bits, total), static_cast<float>((bits * total) >> 40) * 5.9604645e-8f};
 }
 
+// Where a few units in the last place don't matter.
+SANTA_HD float approximate_quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // The draws of one segment and stream.
 //
 // Threshold m of a sorted sampler lies at (m total + r) / R, r a random point of [0, total). Comparing it with an
@@ -76,8 +85,9 @@ struct Draws {
   SANTA_HD uint32_t count_below(uint32_t position) const {
     if (position >= total) return num_draws;
     const uint64_t scaled = static_cast<uint64_t>(position) * num_draws;
-    const float guess =
-        (static_cast<float>(scaled) - static_cast<float>(shared_offset.scaled)) / static_cast<float>(total) + 1.0f;
+    const float guess = approximate_quotient(static_cast<float>(scaled) - static_cast<float>(shared_offset.scaled),
+                                             static_cast<float>(total)) +
+                        1.0f;
     uint32_t m = guess > 0.0f ? static_cast<uint32_t>(fminf(guess, 2147483520.0f)) : 0;
     if (m > num_draws) m = num_draws;
     while (m > 0 && threshold(m - 1).scaled >= scaled) --m;

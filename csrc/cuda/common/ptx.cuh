@@ -90,14 +90,14 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   } while (done == 0);
 }
 
-// Eight bytes that other CTAs see whole.
-__device__ __forceinline__ void store_relaxed(uint64_t* address, uint64_t value) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+// Two words for other CTAs, each of which they see whole.
+__device__ __forceinline__ void store_relaxed(uint64_t* address, ulonglong2 value) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(value.x), "l"(value.y) : "memory");
 }
 
-__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* address) {
-  uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+__device__ __forceinline__ ulonglong2 load_relaxed(const uint64_t* address) {
+  ulonglong2 value;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(value.x), "=l"(value.y) : "l"(address) : "memory");
   return value;
 }
 

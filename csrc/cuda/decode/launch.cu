@@ -1,5 +1,9 @@
 #include "cuda/decode/launch.h"
 
+#include <atomic>
+#include <cstdint>
+#include <random>
+
 #include "cuda/common/launch.h"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/heuristics.h"
@@ -40,9 +44,22 @@ void dispatch_head_dim(const DecodeParams& p, cudaStream_t stream) {
   }
 }
 
+// A number that no other call of this process gets, and that memory from elsewhere holds with a probability of 2^-64:
+// a counter that starts at random, through a permutation of the 64-bit numbers (splitmix64). Not 0, under which memory
+// full of zeros would be sealed.
+uint64_t next_seal() {
+  static std::atomic<uint64_t> counter{std::random_device{}() * 0x100000001ull};
+  uint64_t seal = counter.fetch_add(0x9E3779B97F4A7C15ull, std::memory_order_relaxed);
+  seal = (seal ^ (seal >> 30)) * 0xBF58476D1CE4E5B9ull;
+  seal = (seal ^ (seal >> 27)) * 0x94D049BB133111EBull;
+  seal ^= seal >> 31;
+  return seal != 0 ? seal : 1;
+}
+
 }  // namespace
 
 void configure_decode(DecodeParams& p, int device_index) {
+  p.seal = next_seal();
   DeviceLimits device{};
   check(cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, device_index),
         "cudaDeviceGetAttribute");

@@ -3,7 +3,8 @@
 //
 //   score warps   stream the keys of a block through rings of shared-memory slots that run on across blocks, and leave
 //                 scores and softmax states in one of the buffers;
-//   a state warp  merges their states and publishes the block's, for other CTAs and for the two roles below;
+//   a state warp  finds the blocks for all, merges the score warps' states and publishes the block's, for other CTAs
+//                 and for the two roles below;
 //   a plan warp   waits for the states of all blocks of the row and finds the block's place in level 1 of the CDF;
 //   select warps  weigh the block's rows (level 2), draw, read rows of V, and write the block's share of the estimate.
 //                 The CTA that finishes the last block of a (batch row, KV head) adds the shares up, in block order.
@@ -27,8 +28,7 @@ constexpr int kStateWarp = kPlanWarp + 1;
 constexpr int kFirstScoreWarp = kStateWarp + 1;
 static_assert(kStepKeys == 2 * kSlotRows, "a step is two matrix products");
 constexpr int kMaxBuffers = 3;
-constexpr int kStatesKept = 8;        // rounds of the plan warp
-constexpr uint64_t kPending = ~0ull;  // block_state not there yet: as floats two NaNs, which no state is
+constexpr int kStatesKept = 8;  // rounds of the plan warp
 
 // Level 1 of the CDF, as far as one block and stream need it.
 struct StreamPlan {
@@ -44,19 +44,28 @@ struct BlockPlan {
   StreamPlan stream[kHeadBlock];
 };
 
+// What the score warps have to know of a block.
+struct BlockKeys {
+  const void* keys;   // the first one
+  const void* query;  // the first head
+  int num_keys;       // 0: there is no block
+};
+
 struct PersistentShared {
   // Barriers, one per buffer and hand-over. Whoever has written arrives, every lane, and whoever reads waits, even
   // where a chain of other barriers would do: racecheck follows no chains.
-  uint64_t started[kMaxBuffers];    // block and is_final are there
-  uint64_t scored[kMaxBuffers];     // scores and warp_state are
-  uint64_t published[kMaxBuffers];  // state is
+  uint64_t started[kMaxBuffers];       // block is there
+  uint64_t looked_ahead[kMaxBuffers];  // next and is_final are
+  uint64_t scored[kMaxBuffers];        // scores and warp_state are
+  uint64_t published[kMaxBuffers];     // state is
   uint64_t lse_known[kMaxBuffers];
   uint64_t planned[kMaxBuffers];
-  uint64_t released[kMaxBuffers];  // all other roles are done with the buffer and what goes with it
+  uint64_t row_published[kMaxBuffers];  // what other CTAs did before they published the row's states has been done
+  uint64_t released[kMaxBuffers];       // all other roles are done with the buffer and what goes with it
 
-  Block found[2];              // blocks that score warp 0 has found, in turn
-  Block block[kMaxBuffers];    // with num_blocks 0: there is none
-  bool is_final[kMaxBuffers];  // no block comes after it
+  Block block[kMaxBuffers];     // with num_blocks 0: there is none
+  BlockKeys next[kMaxBuffers];  // of the block after it
+  bool is_final[kMaxBuffers];   // no block comes after it
   SoftmaxState warp_state[kMaxBuffers][kMaxScoreWarps][kHeadBlock];
   SoftmaxState state[kMaxBuffers][kHeadBlock];  // of the block
   BlockPlan plan[kMaxBuffers];
@@ -96,6 +105,7 @@ struct PersistentMemory {
 // bank conflicts.
 __device__ __forceinline__ int key_place(int key) { return key ^ ((key >> 3) & 15); }
 
+__device__ __forceinline__ void cta_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 __device__ __forceinline__ void select_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 static_assert(kSelectThreads == 256, "select_barrier has the number");
 
@@ -105,6 +115,13 @@ __device__ __forceinline__ float finite_max(float max) { return max == -INFINITY
 __device__ __forceinline__ int first_power_of_2(int n) { return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8; }
 
 // ---- score warps
+
+// The lane, unknown to the compiler: what is computed from it is not kept for later, for want of registers.
+__device__ __forceinline__ int fresh_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 
 // First key of a block.
 template <typename T>
@@ -151,6 +168,11 @@ __device__ __forceinline__ const T* query_of(const DecodeParams& p, const Block&
          static_cast<int64_t>(block.kv_head) * p.gqa_group_size * p.stride_q_head;
 }
 
+template <typename T>
+__device__ __forceinline__ BlockKeys block_keys_of(const DecodeParams& p, const Block& block) {
+  return {keys_of<T>(p, block), query_of<T>(p, block), block.num_keys()};
+}
+
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void score_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   const int warp = (threadIdx.x >> 5) - kFirstScoreWarp, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -160,50 +182,58 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
   uint32_t slot = shared_address(memory.rings) + warp * kScoreSlots * kSlotBytes, other_slot = slot + kSlotBytes;
   constexpr bool kQueryAhead = HEAD_DIM <= 128;  // beyond, there are no registers for the next block's query
 
-  BlockQueue queue(p, lane);
+  // The first keys are on their way before anything else. Blocks to come are found by the state warp: that takes most
+  // of a microsecond, and few loads would be in flight meanwhile.
   const T* keys = nullptr;
   int num_keys = 0;
   QueryFragments<T, HEAD_DIM> query;
-
-  // Round n scores block n of this CTA and starts on the keys of the next; round -1 does the latter alone.
-  bool has_next = true;
-  const bool is_first_thread = threadIdx.x == kFirstScoreWarp * 32;
-  for (int n = -1; has_next; ++n) {
-    Block next_block{};
-    const T* next_q = nullptr;
-    const T* next_keys = nullptr;
-    int next_num_keys = 0;
-    QueryFragments<T, HEAD_DIM> next_query;
-    has_next = queue.find(blockIdx.x + (n + 1) * gridDim.x, next_block);
-    if (has_next) {
-      next_keys = keys_of<T>(p, next_block);
-      next_num_keys = next_block.num_keys();
-      next_q = query_of<T>(p, next_block);
-      if (kQueryAhead) next_query.load(next_q, p.stride_q_head, p.gqa_group_size, p.aligned, lane);
+  {
+    Block block{};
+    if (BlockQueue(p, lane).find(blockIdx.x, block)) {
+      const BlockKeys first = block_keys_of<T>(p, block);
+      keys = static_cast<const T*>(first.keys);
+      num_keys = first.num_keys;
+      const int key = warp * kStepKeys;
+      load_step<T, HEAD_DIM>(slot, keys + key * p.stride_k_token, p.stride_k_token, num_keys - key, p.aligned,
+                             fresh_lane());
+      query.load(static_cast<const T*>(first.query), p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane());
     }
-    if (is_first_thread) memory.shared->found[(n + 1) & 1] = has_next ? next_block : Block{};
+    cp_async_commit();
+  }
+  cta_barrier();
+
+  // Round n scores block n of this CTA and starts on the keys of the next.
+  for (int n = 0; num_keys > 0; ++n) {
     const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
     if (n >= p.persistent.num_buffers) mbarrier_wait(&memory.shared->released[buffer], (use - 1) & 1);
-    if (is_first_thread && (n >= 0 || !has_next)) {
-      // A CTA without any block says so in the place of its first.
-      memory.shared->block[max(buffer, 0)] = memory.shared->found[max(n, 0) & 1];
-      memory.shared->is_final[max(buffer, 0)] = !has_next;
-      mbarrier_arrive(&memory.shared->started[max(buffer, 0)]);
-    }
-    float2* plane = reinterpret_cast<float2*>(memory.buffer(p, max(buffer, 0))) + t * p.persistent.plane_pitch;
+    BlockKeys next{};
+    QueryFragments<T, HEAD_DIM> next_query;
+    float2* plane = reinterpret_cast<float2*>(memory.buffer(p, buffer)) + t * p.persistent.plane_pitch;
     float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 
-    const int num_steps = n < 0 ? 1 : ceil_div_int(num_keys, kStepKeys * p.persistent.num_score_warps);
+    const int num_steps = ceil_div_int(num_keys, kStepKeys * p.persistent.num_score_warps);
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
       cp_async_wait<0>();
       __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
       const bool wraps = step + 1 == num_steps;
-      if (!wraps || has_next) {
-        const int ahead = wraps ? 0 : step + 1;
+      const T* rows = keys;
+      int num_rows = num_keys, ahead = step + 1;
+      if (wraps) {
+        mbarrier_wait(&memory.shared->looked_ahead[buffer], use & 1);
+        next = memory.shared->next[buffer];
+        rows = static_cast<const T*>(next.keys);
+        num_rows = next.num_keys;
+        ahead = 0;
+        if (kQueryAhead && num_rows > 0) {
+          next_query.load(static_cast<const T*>(next.query), p.stride_q_head, p.gqa_group_size, p.aligned,
+                          fresh_lane());
+        }
+      }
+      if (num_rows > 0) {
         const int first = (ahead * p.persistent.num_score_warps + warp) * kStepKeys;
-        load_step<T, HEAD_DIM>(other_slot, (wraps ? next_keys : keys) + first * p.stride_k_token, p.stride_k_token,
-                               (wraps ? next_num_keys : num_keys) - first, p.aligned, lane);
+        load_step<T, HEAD_DIM>(other_slot, rows + first * p.stride_k_token, p.stride_k_token, num_rows - first,
+                               p.aligned, lane);
       }
       cp_async_commit();
 
@@ -245,24 +275,20 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
       other_slot = scored_slot;
     }
 
-    if (n >= 0) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float warp_max = max_over_keys(running_max[j]);
-        sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
-        for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
-        if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = {warp_max, sum[j]};
-      }
-      mbarrier_arrive(&memory.shared->scored[buffer]);
+    for (int j = 0; j < 2; ++j) {
+      const float warp_max = max_over_keys(running_max[j]);
+      sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
+      for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
+      if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = {warp_max, sum[j]};
     }
-    keys = next_keys;
-    num_keys = next_num_keys;
+    mbarrier_arrive(&memory.shared->scored[buffer]);
+    keys = static_cast<const T*>(next.keys);
+    num_keys = next.num_keys;
     if (kQueryAhead) {
       query = next_query;
-    } else if (has_next) {
-      int fresh_lane;  // so that no address is kept from before the loop, for want of registers
-      asm volatile("mov.u32 %0, %%laneid;" : "=r"(fresh_lane));
-      query.load(next_q, p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane);
+    } else if (num_keys > 0) {
+      query.load(static_cast<const T*>(next.query), p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane());
     }
   }
   cp_async_wait<0>();
@@ -290,35 +316,57 @@ __device__ __forceinline__ SoftmaxState merge_warp_states(const SoftmaxState (*s
 __device__ __forceinline__ uint64_t bits_of(SoftmaxState state) {
   return static_cast<uint64_t>(__float_as_uint(state.sum)) << 32 | __float_as_uint(state.max);
 }
+__device__ __forceinline__ ulonglong2 sealed(uint64_t bits, uint64_t seal) { return {bits, bits ^ seal}; }
 __device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
   return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
 }
 
+template <typename T>
 __device__ __forceinline__ void publish_states(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
   const int lane = threadIdx.x & 31;
-  for (int n = 0;; ++n) {
+  BlockQueue queue(p, lane);
+  Block block{};
+  bool has_block = queue.find(blockIdx.x, block);
+  if (!has_block && lane == 0) {  // a CTA without any block says so in the place of its first
+    shared.block[0] = Block{};
+    mbarrier_arrive(&shared.started[0]);
+  }
+  for (int n = 0; has_block; ++n) {
     const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    mbarrier_wait(&shared.started[buffer], use & 1);
-    const Block& block = shared.block[buffer];
-    if (block.num_blocks == 0) break;
-    const bool is_final = shared.is_final[buffer];
-    uint64_t* const address =
-        p.block_state +
-        (p.group_index(block.batch_index, block.kv_head) * p.max_blocks + block.index) * p.gqa_group_size + lane;
-
     if (use > 0) mbarrier_wait(&shared.released[buffer], (use - 1) & 1);
+    if (lane == 0) {
+      shared.block[buffer] = block;
+      mbarrier_arrive(&shared.started[buffer]);
+    }
+    const int64_t group = p.group_index(block.batch_index, block.kv_head);
+    uint64_t* const address = p.block_state + ((group * p.max_blocks + block.index) * p.gqa_group_size + lane) * 2;
+    if (block.index == 0) {  // nobody counts before having seen the states, this block's among them
+      if (lane == 0) p.finished[group] = 0;
+      __syncwarp();
+      __threadfence();
+    }
+
+    block = Block{};
+    has_block = queue.find(blockIdx.x + (n + 1) * gridDim.x, block);
+    if (lane == 0) {
+      shared.next[buffer] = has_block ? block_keys_of<T>(p, block) : BlockKeys{};
+      shared.is_final[buffer] = !has_block;
+      mbarrier_arrive(&shared.looked_ahead[buffer]);
+    }
+
     mbarrier_wait(&shared.scored[buffer], use & 1);
     const SoftmaxState state = merge_warp_states(shared.warp_state[buffer], p.persistent.num_score_warps, lane);
-    if (lane < p.gqa_group_size) store_relaxed(address, bits_of(state));
+    if (lane < p.gqa_group_size) store_relaxed(address, sealed(bits_of(state), p.seal));
     if (lane < kHeadBlock) shared.state[buffer][lane] = state;
     mbarrier_arrive(&shared.published[buffer]);
     mbarrier_arrive(&shared.released[buffer]);
-    if (is_final) break;
   }
 }
 
 // ---- plan warp
+
+__device__ __forceinline__ bool is_sealed(ulonglong2 words, uint64_t seal) { return (words.x ^ words.y) == seal; }
 
 // Lanes hold heads (fastest, `width` of them) and blocks of the row, in rounds of 32 / width blocks.
 __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const PersistentMemory& memory) {
@@ -334,10 +382,9 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
     mbarrier_wait(&shared.started[buffer], use & 1);
     const Block block = shared.block[buffer];
     if (block.num_blocks == 0) break;
-    const bool is_final = shared.is_final[buffer];
     BlockPlan& plan = shared.plan[buffer];
     const int64_t group = p.group_index(block.batch_index, block.kv_head);
-    const uint64_t* const states = p.block_state + group * p.max_blocks * group_size;
+    const uint64_t* const states = p.block_state + group * p.max_blocks * group_size * 2;
 
     // Known before the block is scored.
     const SegmentPlan segments = plan_segments(block.num_blocks, 1, p.num_samples, p.budget == Budget::kUniform);
@@ -350,27 +397,30 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
     const uint64_t random_bits = random.bits(segment, 0);
 
     if (use > 0) mbarrier_wait(&shared.released[buffer], (use - 1) & 1);
+    mbarrier_wait(&shared.looked_ahead[buffer], use & 1);
+    const bool is_final = shared.is_final[buffer];
     mbarrier_wait(&shared.published[buffer], use & 1);
 
     // First pass: the maximum.
     float max = -INFINITY;
 #pragma unroll 1
     for (int base = 0; base * step < block.num_blocks; base += 4) {
-      uint64_t bits[4];  // loads in flight
+      ulonglong2 words[4];  // loads in flight
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int b = (base + i) * step + place;
-        bits[i] = bits_of(empty_softmax_state());
-        if (has_head && b < block.num_blocks) bits[i] = load_relaxed(states + b * group_size + head);
+        words[i] = sealed(bits_of(empty_softmax_state()), p.seal);
+        if (has_head && b < block.num_blocks) words[i] = load_relaxed(states + (b * group_size + head) * 2);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if ((base + i) * step >= block.num_blocks) break;
         const int b = (base + i) * step + place;
 #pragma unroll 1
-        while (bits[i] == kPending) bits[i] = load_relaxed(states + b * group_size + head);
-        max = fmaxf(max, state_of(bits[i]).max);
-        if (base + i < kStatesKept) shared.states_kept[base + i][lane] = state_of(bits[i]);
+        while (!is_sealed(words[i], p.seal)) words[i] = load_relaxed(states + (b * group_size + head) * 2);
+        const SoftmaxState state = state_of(words[i].x);
+        max = fmaxf(max, state.max);
+        if (base + i < kStatesKept) shared.states_kept[base + i][lane] = state;
       }
     }
     __syncwarp();
@@ -382,7 +432,7 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
     const auto state_at = [&](int round) {
       if (round < kStatesKept) return shared.states_kept[round][lane];
       const int b = round * step + place;
-      return has_head && b < block.num_blocks ? state_of(load_relaxed(states + b * group_size + head))
+      return has_head && b < block.num_blocks ? state_of(load_relaxed(states + (b * group_size + head) * 2).x)
                                               : empty_softmax_state();
     };
     const auto in_segment = [&](int b) { return b >= segment_first && b < segment_last; };
@@ -407,7 +457,7 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
 
     // Third pass: level 1 of the CDF. A stream's columns of lanes agree on it.
     const float per_sum =
-        is_finite(segment_lse) ? 1.0f / (segment_sum * static_cast<float>(grouped ? group_size : 1)) : 0.0f;
+        is_finite(segment_lse) ? __fdividef(1.0f, segment_sum * static_cast<float>(grouped ? group_size : 1)) : 0.0f;
     uint32_t total = 0, start = 0, mass = 0;
 #pragma unroll 2
     for (int round = 0; round * step < block.num_blocks; ++round) {
@@ -439,10 +489,12 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
     const uint32_t last_draw = __shfl_down_sync(kAll, bound, width);
     if (place == 0 && (grouped ? head == 0 : has_head)) {
       plan.stream[head] = {TilePositions::make(draws.unit(), start, mass), bound, last_draw,
-                           static_cast<float>(num_draws) * (static_cast<float>(mass) / static_cast<float>(total)),
+                           static_cast<float>(num_draws) * approximate_quotient(mass, total),
                            draws};
     }
     mbarrier_arrive(&shared.planned[buffer]);
+    __threadfence();  // here, where nobody waits for it
+    mbarrier_arrive(&shared.row_published[buffer]);
     mbarrier_arrive(&shared.released[buffer]);
     if (place == 0 && has_head && block.index == 0) {
       p.lse[static_cast<int64_t>(block.batch_index) * p.num_qo_heads + block.kv_head * group_size + head] =
@@ -809,6 +861,15 @@ __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* pa
   }
 }
 
+// All blocks are finished, so all CTAs have seen the states.
+__device__ __forceinline__ void forget_states(const DecodeParams& p, int batch_index, int kv_head, int num_blocks) {
+  uint64_t* const states = p.block_state + p.group_index(batch_index, kv_head) * p.max_blocks * p.gqa_group_size * 2;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < num_blocks * p.gqa_group_size; i += kSelectThreads) {
+    store_relaxed(states + i * 2, {0, 0});
+  }
+}
+
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void select_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
@@ -822,6 +883,7 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     if (block.num_blocks == 0) break;
     if (p.rows_read != nullptr && threadIdx.x < kMaxBlockKv / 32) shared.read_mask[threadIdx.x] = 0;
     const BlockScores scores(p, memory, buffer, role, block);
+    mbarrier_wait(&shared.looked_ahead[buffer], use & 1);
     mbarrier_wait(&shared.scored[buffer], use & 1);
     mbarrier_wait(&shared.published[buffer], use & 1);
     const SoftmaxState state = shared.state[buffer][lane & 7];  // lane h: head h
@@ -851,8 +913,9 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
 
     select_barrier();
     if (threadIdx.x == 0) {
-      // Releases what the CTA has written, acquires what others have. The counter starts at -1.
-      shared.is_last = add_acq_rel(&p.tickets[p.group_index(block.batch_index, block.kv_head)], 1) + 2 ==
+      mbarrier_wait(&shared.row_published[buffer], use & 1);
+      // Releases what the CTA has written, acquires what others have.
+      shared.is_last = add_acq_rel(&p.finished[p.group_index(block.batch_index, block.kv_head)], 1) + 1 ==
                        static_cast<uint32_t>(block.num_blocks);
     }
     select_barrier();
@@ -863,7 +926,10 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     uint32_t defined = 0;
     for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
     mbarrier_arrive(&shared.released[buffer]);
-    if (shared.is_last) combine_blocks<T, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
+    if (shared.is_last) {
+      combine_blocks<T, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
+      forget_states(p, batch_index, kv_head, num_blocks);
+    }
     if (is_final) break;
   }
 }
@@ -872,25 +938,27 @@ template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) * 32, 1)
     persistent_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  const PersistentMemory memory(p, shared_bytes);
-  if (threadIdx.x == 0) {
-    for (int buffer = 0; buffer < p.persistent.num_buffers; ++buffer) {
-      mbarrier_init(&memory.shared->started[buffer], 1);
-      mbarrier_init(&memory.shared->scored[buffer], p.persistent.num_score_warps * 32);
-      mbarrier_init(&memory.shared->published[buffer], 32);
-      mbarrier_init(&memory.shared->lse_known[buffer], 32);
-      mbarrier_init(&memory.shared->planned[buffer], 32);
-      mbarrier_init(&memory.shared->released[buffer], kFirstScoreWarp * 32);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  if (warp < kFirstScoreWarp) {  // score warps meet them there once their first loads are under way
+    if (warp == kStateWarp && lane < p.persistent.num_buffers) {
+      PersistentShared* const shared = PersistentMemory(p, shared_bytes).shared;
+      mbarrier_init(&shared->started[lane], 1);
+      mbarrier_init(&shared->looked_ahead[lane], 1);
+      mbarrier_init(&shared->scored[lane], p.persistent.num_score_warps * 32);
+      mbarrier_init(&shared->published[lane], 32);
+      mbarrier_init(&shared->lse_known[lane], 32);
+      mbarrier_init(&shared->planned[lane], 32);
+      mbarrier_init(&shared->row_published[lane], 32);
+      mbarrier_init(&shared->released[lane], kFirstScoreWarp * 32);
     }
+    cta_barrier();
   }
-  __syncthreads();
-  const int warp = threadIdx.x >> 5;
   if (warp < kPlanWarp) {
     select_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   } else if (warp == kPlanWarp) {
     plan_blocks(p, PersistentMemory(p, shared_bytes));
   } else if (warp == kStateWarp) {
-    publish_states(p, PersistentMemory(p, shared_bytes));
+    publish_states<T>(p, PersistentMemory(p, shared_bytes));
   } else {
     score_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   }

@@ -1,6 +1,8 @@
 // Definitions of the templated launchers; included by the instantiations alone.
 #pragma once
 
+#include <cstdlib>
+
 #include "cuda/common/launch.h"
 #include "cuda/decode/gather.cuh"
 #include "cuda/decode/heuristics.h"
@@ -26,7 +28,12 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
   const auto kernel = persistent_kernel<T, HEAD_DIM>;
   allow_shared_memory(kernel, shared_bytes);
 
-  check(cudaMemsetAsync(p.tickets, 0xff, p.sync_bytes, stream), "cudaMemsetAsync");
+  // For a tool that takes reading memory before it is written for a mistake: see DecodeParams::seal.
+  static const bool clear = std::getenv("SANTA_CLEAR_WORKSPACE") != nullptr;
+  if (clear) {
+    const std::size_t states = static_cast<std::size_t>(p.batch) * p.num_kv_heads * p.max_blocks * p.gqa_group_size;
+    check(cudaMemsetAsync(p.block_state, 0, states * 2 * sizeof(uint64_t), stream), "cudaMemsetAsync");
+  }
   DecodeParams argument = p;
   void* arguments[] = {&argument};
   const cudaError_t status = cudaLaunchCooperativeKernel(
