@@ -14,6 +14,7 @@
 #pragma once
 
 #include "core/mixture.h"
+#include "cuda/decode/float8_keys.cuh"
 #include "cuda/decode/gather.cuh"
 #include "cuda/decode/heuristics.h"
 #include "cuda/decode/queue.cuh"
@@ -25,7 +26,8 @@ constexpr int kSelectThreads = kSelectWarps * 32;
 constexpr int kPlanWarp = kSelectWarps;
 constexpr int kStateWarp = kPlanWarp + 1;
 constexpr int kFirstScoreWarp = kStateWarp + 1;
-static_assert(kStepKeys == 2 * kSlotRows, "a step is two matrix products");
+static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % kStepCodedKeys == 0,
+              "a step is pairs of matrix products, and ends inside the block");
 constexpr int kMaxBuffers = 3;
 constexpr int kStatesKept = 8;        // rounds of the plan warp
 constexpr uint64_t kPending = ~0ull;  // block_state not there yet: as floats two NaNs, which no state is
@@ -106,39 +108,75 @@ __device__ __forceinline__ int first_power_of_2(int n) { return n <= 1 ? 1 : n <
 
 // ---- score warps
 
+// What a score warp takes at a time.
+template <typename K, int HEAD_DIM>
+struct StepShape {
+  static constexpr int kKeys = step_keys(sizeof(K));
+  static constexpr uint32_t kBytes = step_bytes(HEAD_DIM, sizeof(K));
+};
+
 // First key of a block.
-template <typename T>
-__device__ __forceinline__ const T* keys_of(const DecodeParams& p, const Block& block) {
-  return make_strided_view<T>(p.k, block.batch_index, block.kv_head,
+template <typename K>
+__device__ __forceinline__ const K* keys_of(const DecodeParams& p, const Block& block) {
+  return make_strided_view<K>(p.k, block.batch_index, block.kv_head,
                               block.kv_start + static_cast<int64_t>(block.index) * block.block_kv, p.stride_k_batch,
                               p.stride_k_token, p.stride_k_head)
       .base;
 }
 
-// Starts the copy of kStepKeys rows, of which the first num_rows are there; zeros for the others, which are not read.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_step(uint32_t slot, const T* rows, int64_t stride, int num_rows, bool aligned,
+// Starts the copy of a step's rows, of which the first num_rows are there; zeros for the others, which are not read.
+template <typename K, int HEAD_DIM>
+__device__ __forceinline__ void load_step(uint32_t slot, const K* rows, int64_t stride, int num_rows, bool aligned,
                                           int lane) {
-  constexpr int kChunks = HEAD_DIM / 8, kCopies = kStepKeys * kChunks / 32;
+  constexpr int kKeys = StepShape<K, HEAD_DIM>::kKeys, kChunkElements = 16 / sizeof(K);
+  constexpr int kChunks = HEAD_DIM / kChunkElements, kCopies = kKeys * kChunks / 32;
+  const auto offset_of = [](int row, int chunk) {
+    if constexpr (std::is_same_v<K, Float8>) {
+      return code_offset<HEAD_DIM>(row, chunk);
+    } else {
+      return chunk_offset<HEAD_DIM>(row, chunk);
+    }
+  };
   const uint64_t policy = evict_first_policy();
   if (!aligned) {
-    const StridedKvView<T> view = {rows, stride};
+    if constexpr (std::is_same_v<K, Float8>) {
+#pragma unroll 1
+      for (int item = lane; item < kKeys * HEAD_DIM; item += 32) {
+        const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+        store_shared_1(slot + offset_of(row, column / 16) + column % 16,
+                       row < num_rows ? rows[row * stride + column].code : 0);
+      }
+      return;
+    }
+    const StridedKvView<K> view = {rows, stride};
     constexpr uint32_t kHalfBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
     for (int half = 0; half < 2; ++half) {
-      load_slot<T, HEAD_DIM>(slot + half * kHalfBytes, view, half * kSlotRows, num_rows, false, policy, lane);
+      load_slot<K, HEAD_DIM>(slot + half * kHalfBytes, view, half * kSlotRows, num_rows, false, policy, lane);
     }
-  } else if (num_rows >= kStepKeys) {
+  } else if (std::is_same_v<K, Float8> && num_rows >= kKeys) {
+    // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on.
+    constexpr int kPeriod = kChunks % 3 == 0 ? 3 : 1, kPeriodRows = 32 * kPeriod / kChunks;
+#pragma unroll
+    for (int u = 0; u < kPeriod; ++u) {
+      const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      const K* source = rows + row * stride + chunk * kChunkElements;
+#pragma unroll
+      for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) {
+        cp_async_16(slot + offset_of(row + i * kPeriodRows, chunk), source, true, policy);
+      }
+    }
+  } else if (num_rows >= kKeys) {
 #pragma unroll(HEAD_DIM > 192 ? 2 : 8)
     for (int i = 0; i < kCopies; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-      cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), rows + row * stride + chunk * 8, true, policy);
+      cp_async_16(slot + offset_of(row, chunk), rows + row * stride + chunk * kChunkElements, true, policy);
     }
   } else {
 #pragma unroll 2
     for (int i = 0; i < kCopies; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
       const bool valid = row < num_rows;
-      cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), rows + (valid ? row : 0) * stride + chunk * 8, valid,
+      cp_async_16(slot + offset_of(row, chunk), rows + (valid ? row : 0) * stride + chunk * kChunkElements, valid,
                   policy);
     }
   }
@@ -151,19 +189,36 @@ __device__ __forceinline__ const T* query_of(const DecodeParams& p, const Block&
          static_cast<int64_t>(block.kv_head) * p.gqa_group_size * p.stride_q_head;
 }
 
-template <typename T, int HEAD_DIM>
+// Raw scores of the 16 keys of a step that begin at `rows`.
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void score_keys(float (&scores)[4], uint32_t rows, const QueryFragments<T, HEAD_DIM>& query,
+                                           int lane) {
+  if constexpr (std::is_same_v<K, Float8>) {
+    score_codes<T, HEAD_DIM>(scores, rows, query, lane);
+  } else {
+    score_slot<T, HEAD_DIM>(scores, rows, query, lane);
+  }
+}
+
+template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void score_blocks(const DecodeParams& p, const PersistentMemory& memory) {
+  constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  constexpr int kKeys = StepShape<K, HEAD_DIM>::kKeys;
   const int warp = (threadIdx.x >> 5) - kFirstScoreWarp, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  constexpr uint32_t kHalfBytes = sizeof(typename TileShared<HEAD_DIM>::Slot), kSlotBytes = 2 * kHalfBytes;
+  constexpr uint32_t kSlotBytes = StepShape<K, HEAD_DIM>::kBytes, kHalfBytes = kSlotBytes / (kKeys / 16);
   // Two slots: one in flight while the other is scored. More were slower: what is in flight beyond need makes every
   // load wait longer, those of the select warps among them.
   uint32_t slot = shared_address(memory.rings) + warp * kScoreSlots * kSlotBytes, other_slot = slot + kSlotBytes;
   constexpr bool kQueryAhead = HEAD_DIM <= 128;  // beyond, there are no registers for the next block's query
 
   BlockQueue queue(p, lane);
-  const T* keys = nullptr;
+  const K* keys = nullptr;
   int num_keys = 0;
   QueryFragments<T, HEAD_DIM> query;
+  // Which steps of the block: part, part + num_score_warps, ... Larger steps are fewer, so those of all blocks are
+  // dealt in turn; the part alone, not the warp, decides which keys are summed together.
+  int part = warp;
+  float score_scale = p.scale_log2;
 
   // Round n scores block n of this CTA and starts on the keys of the next; round -1 does the latter alone.
   bool has_next = true;
@@ -171,14 +226,16 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
   for (int n = -1; has_next; ++n) {
     Block next_block{};
     const T* next_q = nullptr;
-    const T* next_keys = nullptr;
+    const K* next_keys = nullptr;
     int next_num_keys = 0;
     QueryFragments<T, HEAD_DIM> next_query;
+    float next_score_scale = p.scale_log2;
     has_next = queue.find(blockIdx.x + (n + 1) * gridDim.x, next_block);
     if (has_next) {
-      next_keys = keys_of<T>(p, next_block);
+      next_keys = keys_of<K>(p, next_block);
       next_num_keys = next_block.num_keys();
       next_q = query_of<T>(p, next_block);
+      next_score_scale = score_scale_of<K>(p, next_block.kv_head);
       if (kQueryAhead) next_query.load(next_q, p.stride_q_head, p.gqa_group_size, p.aligned, lane);
     }
     if (is_first_thread) memory.shared->found[(n + 1) & 1] = has_next ? next_block : Block{};
@@ -193,7 +250,18 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
     float2* plane = reinterpret_cast<float2*>(memory.buffer(p, max(buffer, 0))) + t * p.persistent.plane_pitch;
     float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 
-    const int num_steps = n < 0 ? 1 : ceil_div_int(num_keys, kStepKeys * p.persistent.num_score_warps);
+    int next_part = part;
+    float head_scale[2];  // of heads 2 t and 2 t + 1
+    if (kFloat8 && n >= 0) {
+      const int turned = (part - ceil_div_int(num_keys, kKeys)) % p.persistent.num_score_warps;
+      next_part = turned < 0 ? turned + p.persistent.num_score_warps : turned;
+      const float query_scale = to_float16(query);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        head_scale[j] = score_scale / kHalvesScale * __shfl_sync(0xffffffffu, query_scale, (2 * t + j) * 4);
+      }
+    }
+    const int num_steps = n < 0 ? 1 : ceil_div_int(num_keys, kKeys * p.persistent.num_score_warps);
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
       cp_async_wait<0>();
@@ -201,43 +269,48 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
       const bool wraps = step + 1 == num_steps;
       if (!wraps || has_next) {
         const int ahead = wraps ? 0 : step + 1;
-        const int first = (ahead * p.persistent.num_score_warps + warp) * kStepKeys;
-        load_step<T, HEAD_DIM>(other_slot, (wraps ? next_keys : keys) + first * p.stride_k_token, p.stride_k_token,
+        const int first = (ahead * p.persistent.num_score_warps + (wraps ? next_part : part)) * kKeys;
+        load_step<K, HEAD_DIM>(other_slot, (wraps ? next_keys : keys) + first * p.stride_k_token, p.stride_k_token,
                                (wraps ? next_num_keys : num_keys) - first, p.aligned, lane);
       }
       cp_async_commit();
 
-      const int first = (step * p.persistent.num_score_warps + warp) * kStepKeys;
+      const int first = (step * p.persistent.num_score_warps + part) * kKeys;
       if (first < num_keys) {
-        float scores[2][4];  // [half][key g, heads 2 t and 2 t + 1; key g + 8, the same heads]
-        score_slot<T, HEAD_DIM>(scores[0], slot, query, lane);
-        if (HEAD_DIM > 192) __syncwarp();  // the loads of both halves at a time take more registers than there are
-        score_slot<T, HEAD_DIM>(scores[1], slot + kHalfBytes, query, lane);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float scale = p.scale_log2;
-          scores[0][i] *= scale, scores[1][i] *= scale;
-        }
-        if (first + kStepKeys > num_keys) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            if (first + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
-          }
-        }
-        if (2 * t < p.gqa_group_size) {
+        for (int group = 0; group < kKeys / 32; ++group) {
+          const uint32_t rows = slot + group * (kSlotBytes / (kKeys / 32));
+          const int key = first + group * 32;
+          float scores[2][4];  // [half][key g, heads 2 t and 2 t + 1; key g + 8, the same heads]
+          score_keys<T, K, HEAD_DIM>(scores[0], rows, query, lane);
+          if (HEAD_DIM > 192) __syncwarp();  // the loads of both halves at a time take more registers than there are
+          score_keys<T, K, HEAD_DIM>(scores[1], rows + kHalfBytes, query, lane);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            plane[key_place(first + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+            const float scale = kFloat8 ? head_scale[i & 1] : p.scale_log2;
+            scores[0][i] *= scale, scores[1][i] *= scale;
           }
-        }
+          if (key + 32 > num_keys) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
-          const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
-          sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
-                   ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
-                    (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
-          running_max[j] = new_max;
+            for (int i = 0; i < 8; ++i) {
+              if (key + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
+            }
+          }
+          if (2 * t < p.gqa_group_size) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              plane[key_place(key + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
+            const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
+            sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
+                     ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
+                      (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
+            running_max[j] = new_max;
+          }
         }
       }
       const uint32_t scored_slot = slot;
@@ -251,12 +324,14 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
         const float warp_max = max_over_keys(running_max[j]);
         sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
         for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
-        if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = {warp_max, sum[j]};
+        if (g == 0) memory.shared->warp_state[buffer][part][2 * t + j] = {warp_max, sum[j]};
       }
       mbarrier_arrive(&memory.shared->scored[buffer]);
     }
     keys = next_keys;
     num_keys = next_num_keys;
+    part = next_part;
+    score_scale = next_score_scale;
     if (kQueryAhead) {
       query = next_query;
     } else if (has_next) {
@@ -638,9 +713,50 @@ __device__ __forceinline__ int find_row(const BlockScores& scores, const SelectR
   return row;
 }
 
+// The values of a block. Beside float8 keys they are T or float8, which is not known before.
+template <typename V>
+__device__ __forceinline__ StridedKvView<V> value_view(const DecodeParams& p, const Block& block) {
+  return make_strided_view<V>(p.v, block.batch_index, block.kv_head,
+                              block.kv_start + static_cast<int64_t>(block.index) * block.block_kv, p.stride_v_batch,
+                              p.stride_v_token, p.stride_v_head);
+}
+
+template <typename T, typename K>
+struct BlockValues {
+  StridedKvView<T> view;
+
+  __device__ BlockValues(const DecodeParams& p, const Block& block) : view(value_view<T>(p, block)) {}
+
+  template <typename Function>
+  __device__ __forceinline__ void visit(const Function& function) const {
+    function(view);
+  }
+};
+
+template <typename T>
+struct BlockValues<T, Float8> {
+  const void* base;
+  int64_t stride_token;
+  bool coded;
+
+  __device__ BlockValues(const DecodeParams& p, const Block& block)
+      : stride_token(p.stride_v_token), coded(p.v_dtype == Dtype::kFloat8E4M3) {
+    base = coded ? static_cast<const void*>(value_view<Float8>(p, block).base) : value_view<T>(p, block).base;
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ void visit(const Function& function) const {
+    if (coded) {
+      function(StridedKvView<Float8>{static_cast<const Float8*>(base), stride_token});
+    } else {
+      function(StridedKvView<T>{static_cast<const T*>(base), stride_token});
+    }
+  }
+};
+
 // Draws the warp's share of the block's draws, reads the rows, and adds them up for HEADS heads of the stream from
 // head_base on.
-template <typename T, int HEAD_DIM, int HEADS>
+template <typename T, typename K, int HEAD_DIM, int HEADS>
 __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const DecodeParams& p, PersistentShared& shared,
                                                 const BlockPlan& block_plan, const BlockScores& scores,
                                                 const SelectRole& role, const Block& block, SoftmaxState state,
@@ -673,10 +789,8 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
     const uint32_t position = drawn ? plan.positions.position(threshold, weight_sum) : 0;
     uint32_t weight;
     const int key = find_row(scores, role, part_end, position, weight);
-    const auto values = make_strided_view<T>(p.v, block.batch_index, block.kv_head,
-                                             block.kv_start + static_cast<int64_t>(block.index) * block.block_kv,
-                                             p.stride_v_batch, p.stride_v_token, p.stride_v_head);
-    if (drawn) prefetch_row<T, HEAD_DIM>(values.row(key));
+    const BlockValues<T, K> values(p, block);
+    if (drawn) values.visit([&](const auto& view) { prefetch_row<HEAD_DIM>(view.row(key)); });
     const int previous = __shfl_up_sync(0xffffffffu, drawn ? key : -1, 1);
     const bool repeats = sorted && lane > 0 && key == previous;
     const bool chosen = drawn && !repeats && (lane > 0 || lead == 0);
@@ -709,7 +823,8 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
     const int row = __shfl_sync(0xffffffffu, key, source);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) weights[h] = __shfl_sync(0xffffffffu, weights[h], source);
-    accumulate_rows<T, HEAD_DIM, HEADS>(acc, values, row, weights, num_rows, p.aligned, lane);
+    values.visit(
+        [&](const auto& view) { accumulate_rows<HEAD_DIM>(acc, view, row, weights, num_rows, p.aligned, lane); });
     __syncwarp();
   }
 }
@@ -718,17 +833,22 @@ __device__ __forceinline__ void add(float4& sum, float4 value) {
   sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
 }
 
+__device__ __forceinline__ void scale(float4& sum, float factor) {
+  sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
+}
+
 // The block's share of the estimate, to o_accum, for HEADS heads of every stream. The warps' sums meet in the buffer,
 // [warp][slot][HEADS][HEAD_DIM]: the scores there are no longer needed, those of the next heads of the stream lie
 // further on.
-template <typename T, int HEAD_DIM, int HEADS>
+template <typename T, typename K, int HEAD_DIM, int HEADS>
 __device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared& shared, const BlockPlan& block_plan,
                                          const BlockScores& scores, const SelectRole& role, const Block& block,
                                          SoftmaxState state, int head_base, int warp, int lane) {
   constexpr int kLanes = HEAD_DIM / 4, kSlots = GatherShape<HEAD_DIM>::kRows;
   float acc[HEADS][8] = {};
   if (role.active) {
-    draw_and_gather<T, HEAD_DIM, HEADS>(acc, p, shared, block_plan, scores, role, block, state, head_base, warp, lane);
+    draw_and_gather<T, K, HEAD_DIM, HEADS>(acc, p, shared, block_plan, scores, role, block, state, head_base, warp,
+                                           lane);
   }
   select_barrier();  // all are done with these heads' scores
   float4* const partial = reinterpret_cast<float4*>(scores.planes);
@@ -769,7 +889,7 @@ __device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared
 
 // Adds up the blocks of a (batch row, KV head), in block order, and writes the output. Bit h of `defined`: head h has a
 // finite log-sum-exp; a NaN or an infinite score leaves the output undefined.
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* partial, int batch_index, int kv_head,
                                                int num_blocks, uint32_t defined) {
   constexpr int kLanes = HEAD_DIM / 4;
@@ -796,6 +916,7 @@ __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* pa
     }
     if (item < items) {
       const float nan = __int_as_float(0x7fffffff);
+      if (std::is_same_v<K, Float8>) scale(sum, p.output_scale(kv_head));
       if ((defined >> (item / kLanes) & 1) == 0) sum = {nan, nan, nan, nan};
       *reinterpret_cast<uint2*>(out + item * 4) = {Half<T>::pack(sum.x, sum.y), Half<T>::pack(sum.z, sum.w)};
     }
@@ -809,7 +930,7 @@ __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* pa
   }
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void select_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -836,10 +957,10 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
 
     if (role.grouped) {
       for (int head = 0; head < role.group_size; head += kGatherHeads) {
-        estimate<T, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
+        estimate<T, K, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
       }
     } else {
-      estimate<T, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
+      estimate<T, K, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
     }
     if (p.rows_read != nullptr && warp == 0) {
       int rows = 0;
@@ -863,12 +984,12 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     uint32_t defined = 0;
     for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
     mbarrier_arrive(&shared.released[buffer]);
-    if (shared.is_last) combine_blocks<T, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
+    if (shared.is_last) combine_blocks<T, K, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
     if (is_final) break;
   }
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) * 32, 1)
     persistent_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -886,13 +1007,13 @@ __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) 
   __syncthreads();
   const int warp = threadIdx.x >> 5;
   if (warp < kPlanWarp) {
-    select_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
+    select_blocks<T, K, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   } else if (warp == kPlanWarp) {
     plan_blocks(p, PersistentMemory(p, shared_bytes));
   } else if (warp == kStateWarp) {
     publish_states(p, PersistentMemory(p, shared_bytes));
   } else {
-    score_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
+    score_blocks<T, K, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   }
 }
 
