@@ -121,8 +121,8 @@ def decode(
         q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96,
             128, 192, 256; num_qo_heads is a multiple of num_kv_heads.
         k, v: [batch, max_kv_len, num_kv_heads, head_dim] for NHD, [batch, num_kv_heads, max_kv_len, head_dim] for HND;
-            q's dtype and device; any strides with a contiguous last dimension. k, or both, can be float8_e4m3fn (on
-            the CPU only so far); `quantize_kv` makes them so.
+            q's dtype and device; any strides with a contiguous last dimension. k, or both, can be float8_e4m3fn;
+            `quantize_kv` makes them so.
         kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
             the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would
             stop the stream, such a row reads nothing and comes out as NaN.

@@ -75,9 +75,6 @@ inline void check_decode(const DecodeArguments& a) {
   check_cache_dtypes(a.q, a.k, a.v);
   check_same_device("k", a.k, a.q);
   check_same_device("v", a.v, a.q);
-  if (a.q.is_cuda() && a.k.scalar_type() == ScalarType::Float8_e4m3fn) {
-    fail("k is float8_e4m3fn on CUDA; float8 caches are on the CPU only so far, it needs to be ", name_of(dtype));
-  }
 
   const int64_t batch = a.q.size(0), head_dim = a.q.size(2);
   if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {

@@ -9,6 +9,11 @@
 
 namespace santa {
 
+// An element of a float8 cache, for templates that are told apart by dtype.
+struct Float8 {
+  uint8_t code;
+};
+
 // Without branches, so that loops over it vectorise, and without subnormal float32 numbers, which are slow on some
 // processors and zero where they are flushed.
 SANTA_HD float float_of_e4m3(uint8_t code) {

@@ -14,9 +14,9 @@ int failures = 0;
 void check(bool holds, const char* what, const DecodeParams& p, const DeviceLimits& device) {
   if (holds) return;
   ++failures;
-  std::printf("%s: %d multiprocessors, %d bytes, head_dim %d, group %d, sampler %d, max_kv_len %d\n", what,
+  std::printf("%s: %d multiprocessors, %d bytes, head_dim %d, group %d, sampler %d, max_kv_len %d, k_dtype %d\n", what,
               device.num_sms, device.shared_bytes, p.head_dim, p.gqa_group_size, static_cast<int>(p.sampler),
-              p.max_kv_len);
+              p.max_kv_len, static_cast<int>(p.k_dtype));
 }
 
 }  // namespace
@@ -29,34 +29,37 @@ int main() {
       for (const int head_dim : {64, 96, 128, 192, 256}) {
         for (int group = 1; group <= 8; ++group) {
           for (const Sampler sampler : {Sampler::kGrouped, Sampler::kSystematic}) {
-            int warps = -1;
-            const int32_t any_lengths = 0;
-            for (int i = 0; i < 20; ++i) {
-              const int max_kv_lens[] = {1, 512, 7240, 8192, 16384, 24577, 28672, 32768, 131072, 4 << 20};
-              const int max_kv_len = max_kv_lens[i / 2];
-              DecodeParams p{};
-              p.head_dim = head_dim, p.gqa_group_size = group, p.sampler = sampler, p.max_kv_len = max_kv_len;
-              p.batch = 3, p.num_kv_heads = 2, p.num_samples = 128;
-              if (i % 2 == 1) p.kv_lens = &any_lengths;  // known on the device alone
-              p.persistent = cuda::plan_persistent(p, device);
-              const PersistentPlan& plan = p.persistent;
-              if (plan.max_kv_len < 0) continue;
-              ++persistent;
-              check(cuda::persistent_shared_bytes(p) <= shared_bytes, "more shared memory than there is", p, device);
-              check(plan.num_ctas >= 1 && plan.num_ctas <= num_sms, "CTAs that cannot all be resident", p, device);
-              // A row with more blocks than buffers waits for itself.
-              const int64_t longest = plan.max_kv_len < max_kv_len ? plan.max_kv_len : max_kv_len;
-              for (int64_t kv_len = 1; kv_len <= longest; kv_len += kv_len < 24600 ? 241 : 65521) {
-                check(ceil_div(kv_len, block_kv_of(kv_len)) <= int64_t{plan.num_buffers} * plan.num_ctas,
-                      "a row that waits for itself", p, device);
-                check(block_kv_of(kv_len) + 8 <= plan.plane_pitch, "a block larger than its buffer", p, device);
+            for (const Dtype k_dtype : {Dtype::kBFloat16, Dtype::kFloat8E4M3}) {
+              int warps = -1;
+              const int32_t any_lengths = 0;
+              for (int i = 0; i < 20; ++i) {
+                const int max_kv_lens[] = {1, 512, 7240, 8192, 16384, 24577, 28672, 32768, 131072, 4 << 20};
+                const int max_kv_len = max_kv_lens[i / 2];
+                DecodeParams p{};
+                p.k_dtype = k_dtype, p.head_dim = head_dim, p.gqa_group_size = group, p.sampler = sampler,
+                p.max_kv_len = max_kv_len;
+                p.batch = 3, p.num_kv_heads = 2, p.num_samples = 128;
+                if (i % 2 == 1) p.kv_lens = &any_lengths;  // known on the device alone
+                p.persistent = cuda::plan_persistent(p, device);
+                const PersistentPlan& plan = p.persistent;
+                if (plan.max_kv_len < 0) continue;
+                ++persistent;
+                check(cuda::persistent_shared_bytes(p) <= shared_bytes, "more shared memory than there is", p, device);
+                check(plan.num_ctas >= 1 && plan.num_ctas <= num_sms, "CTAs that cannot all be resident", p, device);
+                // A row with more blocks than buffers waits for itself.
+                const int64_t longest = plan.max_kv_len < max_kv_len ? plan.max_kv_len : max_kv_len;
+                for (int64_t kv_len = 1; kv_len <= longest; kv_len += kv_len < 24600 ? 241 : 65521) {
+                  check(ceil_div(kv_len, block_kv_of(kv_len)) <= int64_t{plan.num_buffers} * plan.num_ctas,
+                        "a row that waits for itself", p, device);
+                  check(block_kv_of(kv_len) + 8 <= plan.plane_pitch, "a block larger than its buffer", p, device);
+                }
+                check(ceil_div(longest, block_kv_of(longest)) <= int64_t{plan.num_buffers} * plan.num_ctas,
+                      "the longest row waits for itself", p, device);
+                if (group > 4) check(2 * plan.plane_pitch * 8 >= 32768, "outputs over scores in use", p, device);
+                // Sums over score warps, and the path, must not depend on the length of the cache.
+                check(warps == -1 || warps == plan.num_score_warps, "score warps depend on max_kv_len", p, device);
+                warps = plan.num_score_warps;
               }
-              check(ceil_div(longest, block_kv_of(longest)) <= int64_t{plan.num_buffers} * plan.num_ctas,
-                    "the longest row waits for itself", p, device);
-              if (group > 4) check(2 * plan.plane_pitch * 8 >= 32768, "outputs over scores in use", p, device);
-              // Sums over score warps, and the path, must not depend on the length of the cache.
-              check(warps == -1 || warps == plan.num_score_warps, "score warps depend on max_kv_len", p, device);
-              warps = plan.num_score_warps;
             }
           }
         }

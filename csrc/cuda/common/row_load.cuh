@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/float8.h"
 #include "cuda/common/ptx.cuh"
 
 namespace santa::cuda {
@@ -18,6 +19,15 @@ __device__ __forceinline__ uint4 load_global_8(const T* source, bool aligned) {
     words[i] = static_cast<uint32_t>(elements[2 * i]) | (static_cast<uint32_t>(elements[2 * i + 1]) << 16);
   }
   return {words[0], words[1], words[2], words[3]};
+}
+
+// Eight codes of float8, likewise.
+__device__ __forceinline__ uint2 load_global_8(const Float8* source, bool aligned) {
+  if (aligned) return __ldg(reinterpret_cast<const uint2*>(source));
+  uint32_t words[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) words[i / 4] |= static_cast<uint32_t>(source[i].code) << (8 * (i % 4));
+  return {words[0], words[1]};
 }
 
 }  // namespace santa::cuda

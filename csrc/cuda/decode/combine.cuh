@@ -78,6 +78,10 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
     // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
     const bool defined = row.valid && (row.kv_len == 0 || is_finite(lse));
     const float nan = __int_as_float(0x7fffffff);
+    if (p.v_scale != nullptr && row.kv_len > 0) {
+      const float scale = p.output_scale(kv_head);
+      acc.x *= scale, acc.y *= scale, acc.z *= scale, acc.w *= scale;
+    }
     if (!defined) acc = {nan, nan, nan, nan};
     const uint2 packed = {Half<T>::pack(acc.x, acc.y), Half<T>::pack(acc.z, acc.w)};
     *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + threadIdx.x * 4) = packed;

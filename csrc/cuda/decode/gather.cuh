@@ -5,6 +5,7 @@
 
 #include "core/kv_view.h"
 #include "core/mixture.h"
+#include "cuda/common/float8.cuh"
 #include "cuda/common/row_load.cuh"
 #include "cuda/decode/select.cuh"
 #include "params.h"
@@ -15,7 +16,7 @@ constexpr int kGatherWarps = 4;
 constexpr int kGatherThreads = kGatherWarps * 32;
 constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per lane
 
-// How a warp reads rows of V: 16 bytes per lane, kRows rows at a time.
+// How a warp reads rows of V: 8 elements per lane, kRows rows at a time.
 template <int HEAD_DIM>
 struct GatherShape {
   static constexpr int kChunks = HEAD_DIM / 8;
@@ -23,27 +24,52 @@ struct GatherShape {
 };
 
 // Starts a row on its way to the L2. The row is inside the tensor, whatever else its lines hold.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void prefetch_row(const T* row) {
+template <int HEAD_DIM, typename V>
+__device__ __forceinline__ void prefetch_row(const V* row) {
 #pragma unroll
-  for (int byte = 0; byte < HEAD_DIM * 2; byte += 128) {
+  for (int byte = 0; byte < HEAD_DIM * static_cast<int>(sizeof(V)); byte += 128) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(row) + byte));
   }
 }
 
+// The 8 elements of a row that a lane reads.
+template <typename V>
+struct ValueChunk {
+  uint4 packed;
+
+  __device__ __forceinline__ void load(const V* row, int chunk, bool aligned) {
+    packed = load_global_8(row + chunk * 8, aligned);
+  }
+  __device__ __forceinline__ float2 pair(int i) const {
+    return Half<V>::unpack(i == 0 ? packed.x : i == 1 ? packed.y : i == 2 ? packed.z : packed.w);
+  }
+};
+
+template <>
+struct ValueChunk<Float8> {
+  uint2 codes;
+
+  __device__ __forceinline__ void load(const Float8* row, int chunk, bool aligned) {
+    codes = load_global_8(row + chunk * 8, aligned);
+  }
+  __device__ __forceinline__ float2 pair(int i) const {
+    const float4 four = floats_of_codes(i < 2 ? codes.x : codes.y);
+    return (i & 1) == 0 ? float2{four.x, four.y} : float2{four.z, four.w};
+  }
+};
+
 // Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
 // num_rows. Accumulators are per lane; `reduce_rows` adds them up.
-template <typename T, int HEAD_DIM, int HEADS>
-__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const StridedKvView<T>& values, int lane_row,
+template <int HEAD_DIM, int HEADS, typename V>
+__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const StridedKvView<V>& values, int lane_row,
                                                 const float (&lane_weight)[HEADS], int num_rows, bool aligned,
                                                 int lane) {
   using Shape = GatherShape<HEAD_DIM>;
   constexpr int kInFlight = HEAD_DIM > 192 ? 2 : 3;
   const int slot = lane / Shape::kChunks, chunk = slot < Shape::kRows ? lane % Shape::kChunks : 0;
-  const auto add = [&](uint4 packed, int source) {
+  const auto add = [&](ValueChunk<V> elements, int source) {
     const bool active = slot < Shape::kRows && source < num_rows;
-    const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
-                             Half<T>::unpack(packed.w)};
+    const float2 pairs[4] = {elements.pair(0), elements.pair(1), elements.pair(2), elements.pair(3)};
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
       const float shared_weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
@@ -59,22 +85,24 @@ __device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const St
   if (aligned) {
 #pragma unroll 1
     for (int i = 0; i < num_rows; i += Shape::kRows * kInFlight) {
-      uint4 packed[kInFlight];
+      ValueChunk<V> elements[kInFlight];
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const int row = __shfl_sync(0xffffffffu, lane_row, min(i + u * Shape::kRows + slot, num_rows - 1));
-        packed[u] = __ldg(reinterpret_cast<const uint4*>(values.row(row) + chunk * 8));
+        elements[u].load(values.row(row), chunk, true);
       }
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
-        if (i + u * Shape::kRows < num_rows) add(packed[u], i + u * Shape::kRows + slot);
+        if (i + u * Shape::kRows < num_rows) add(elements[u], i + u * Shape::kRows + slot);
       }
     }
   } else {
 #pragma unroll 1
     for (int i = 0; i < num_rows; i += Shape::kRows) {
       const int row = __shfl_sync(0xffffffffu, lane_row, min(i + slot, num_rows - 1));
-      add(load_global_8(values.row(row) + chunk * 8, false), i + slot);
+      ValueChunk<V> elements;
+      elements.load(values.row(row), chunk, false);
+      add(elements, i + slot);
     }
   }
 }
@@ -91,7 +119,7 @@ __device__ __forceinline__ float reduce_rows(float value) {
   return sum;
 }
 
-template <typename T, int HEAD_DIM>
+template <typename V, int HEAD_DIM>
 __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ SelectShared all_shared[kGatherWarps];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -163,7 +191,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_
   if (lane == 0) p.tile_rows[offset + tile] = num_selected;
   if (num_selected == 0) return;
 
-  auto values = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
+  auto values = make_strided_view<V>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
                                      p.stride_v_head);
   values.base = values.row(first_key);
   for (int head_base = first_head; head_base < last_head; head_base += kGatherHeads) {
@@ -189,7 +217,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_
           lane_weight[0] = static_cast<float>(shared.counts[lane_row]);
         }
       }
-      accumulate_rows<T, HEAD_DIM>(acc, values, lane_row, lane_weight, num_rows, p.aligned, lane);
+      accumulate_rows<HEAD_DIM>(acc, values, lane_row, lane_weight, num_rows, p.aligned, lane);
     }
 #pragma unroll
     for (int j = 0; j < kGatherHeads; ++j) {

@@ -10,8 +10,9 @@ namespace santa::cuda {
 
 constexpr int kSelectWarps = 8;
 constexpr int kMaxScoreWarps = 6;
-constexpr int kStepKeys = 32;   // that a score warp takes at a time: two matrix products' worth, for the latencies
-constexpr int kScoreSlots = 2;  // of a score warp's ring
+constexpr int kScoreSlots = 2;      // of a score warp's ring
+constexpr int kStepKeys = 32;       // that a score warp takes at a time: two matrix products' worth, for the latencies
+constexpr int kStepCodedKeys = 64;  // the same for keys in 8 bits: as many bytes in flight
 constexpr int kPersistentSharedBytes = 10752;  // PersistentShared, rounded up; persistent.cuh checks it
 
 // At 256 elements per row a ring takes 32 KB. Four are what 227 KB hold beside two grouped buffers, and what was
@@ -22,7 +23,14 @@ constexpr int max_score_warps(int head_dim) { return head_dim > 192 ? 4 : kMaxSc
 // their chunks (chunk_offset) stays inside the row.
 constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
 
-constexpr int ring_bytes(int head_dim) { return kScoreSlots * kStepKeys * slot_row_pitch(head_dim) * 2; }
+// Of keys of 1 or 2 bytes per element. Keys in 8 bits lie without gaps (code_offset).
+constexpr int step_keys(int element_size) { return element_size == 1 ? kStepCodedKeys : kStepKeys; }
+constexpr int step_bytes(int head_dim, int element_size) {
+  return step_keys(element_size) * (element_size == 1 ? head_dim : slot_row_pitch(head_dim) * 2);
+}
+inline int ring_bytes(const DecodeParams& p) {
+  return kScoreSlots * step_bytes(p.head_dim, p.k_dtype == Dtype::kFloat8E4M3 ? 1 : 2);
+}
 
 struct DeviceLimits {
   int num_sms;
@@ -55,7 +63,7 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
     plan.buffer_bytes = round_up(std::max(pairs * plan.plane_pitch * 8, partial_bytes));
     const int cumulative_bytes = p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0;
     const int room = device.shared_bytes - kPersistentSharedBytes - buffers * plan.buffer_bytes - cumulative_bytes;
-    plan.num_score_warps = std::min(max_score_warps(p.head_dim), room / ring_bytes(p.head_dim));
+    plan.num_score_warps = std::min(max_score_warps(p.head_dim), room / ring_bytes(p));
     if (plan.num_score_warps < (buffers > 1 ? 4 : 1)) continue;
     plan.max_kv_len = limit;
     plan.num_buffers = buffers;
@@ -74,7 +82,7 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
 inline int persistent_shared_bytes(const DecodeParams& p) {
   const PersistentPlan& plan = p.persistent;
   return kPersistentSharedBytes + plan.num_buffers * plan.buffer_bytes +
-         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + plan.num_score_warps * ring_bytes(p.head_dim);
+         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + plan.num_score_warps * ring_bytes(p);
 }
 
 }  // namespace santa::cuda

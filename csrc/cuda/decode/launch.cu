@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 
+#include "core/float8.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/heuristics.h"
@@ -12,33 +13,37 @@
 namespace santa::cuda {
 namespace {
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 void launch_stages(const DecodeParams& p, cudaStream_t stream) {
-  if (p.any_persistent()) launch_persistent<T, HEAD_DIM>(p, stream);
+  if (p.any_persistent()) launch_persistent<T, K, HEAD_DIM>(p, stream);
   if (!p.any_exact() && !p.any_staged()) return;
-  if (p.max_tiles > 0) launch_tiles<T, HEAD_DIM>(p, stream);
+  if (p.max_tiles > 0) launch_tiles<T, K, HEAD_DIM>(p, stream);
   if (p.max_tiles > 0 && p.any_staged()) {
     plan_kernel<<<dim3(p.num_kv_heads, p.batch), kPlanThreads, 0, stream>>>(p);
     check_launch("plan_kernel");
-    launch_gather<T, HEAD_DIM>(p, stream);
+    if (p.v_dtype == Dtype::kFloat8E4M3) {
+      launch_gather<Float8, HEAD_DIM>(p, stream);
+    } else {
+      launch_gather<T, HEAD_DIM>(p, stream);
+    }
   }
   combine_kernel<T><<<dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream>>>(p);
   check_launch("combine_kernel");
 }
 
-template <typename T>
+template <typename T, typename K>
 void dispatch_head_dim(const DecodeParams& p, cudaStream_t stream) {
   switch (p.head_dim) {
     case 64:
-      return launch_stages<T, 64>(p, stream);
+      return launch_stages<T, K, 64>(p, stream);
     case 96:
-      return launch_stages<T, 96>(p, stream);
+      return launch_stages<T, K, 96>(p, stream);
     case 128:
-      return launch_stages<T, 128>(p, stream);
+      return launch_stages<T, K, 128>(p, stream);
     case 192:
-      return launch_stages<T, 192>(p, stream);
+      return launch_stages<T, K, 192>(p, stream);
     case 256:
-      return launch_stages<T, 256>(p, stream);
+      return launch_stages<T, K, 256>(p, stream);
     default:
       throw std::runtime_error("santa on CUDA: no kernel for this head_dim");  // the argument check is stricter
   }
@@ -56,6 +61,15 @@ uint64_t next_seal() {
   return seal != 0 ? seal : 1;
 }
 
+template <typename T>
+void dispatch_keys(const DecodeParams& p, cudaStream_t stream) {
+  if (p.k_dtype == Dtype::kFloat8E4M3) {
+    dispatch_head_dim<T, Float8>(p, stream);
+  } else {
+    dispatch_head_dim<T, T>(p, stream);
+  }
+}
+
 }  // namespace
 
 void configure_decode(DecodeParams& p, int device_index) {
@@ -70,9 +84,9 @@ void configure_decode(DecodeParams& p, int device_index) {
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.dtype == Dtype::kBFloat16) {
-    dispatch_head_dim<__nv_bfloat16>(p, stream);
+    dispatch_keys<__nv_bfloat16>(p, stream);
   } else {
-    dispatch_head_dim<__half>(p, stream);
+    dispatch_keys<__half>(p, stream);
   }
 }
 

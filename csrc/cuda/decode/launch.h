@@ -7,12 +7,13 @@
 
 namespace santa::cuda {
 
-// Stages that depend on dtype and head_dim; one explicit instantiation per file in instantiations/.
-template <typename T, int HEAD_DIM>
+// Stages that depend on head_dim and on dtypes: T of q, K of keys, T or Float8, V of values. With keys in Float8 only
+// the last stage is told V, the others look at p.v_dtype. One explicit instantiation per file in instantiations/.
+template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream);
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 void launch_persistent(const DecodeParams& p, cudaStream_t stream);
-template <typename T, int HEAD_DIM>
+template <typename V, int HEAD_DIM>
 void launch_gather(const DecodeParams& p, cudaStream_t stream);
 
 // Fills p.persistent for a device, before the workspace is placed.

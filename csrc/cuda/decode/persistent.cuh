@@ -15,6 +15,7 @@
 #pragma once
 
 #include "core/mixture.h"
+#include "cuda/decode/float8_keys.cuh"
 #include "cuda/decode/gather.cuh"
 #include "cuda/decode/heuristics.h"
 #include "cuda/decode/queue.cuh"
@@ -26,7 +27,8 @@ constexpr int kSelectThreads = kSelectWarps * 32;
 constexpr int kPlanWarp = kSelectWarps;
 constexpr int kStateWarp = kPlanWarp + 1;
 constexpr int kFirstScoreWarp = kStateWarp + 1;
-static_assert(kStepKeys == 2 * kSlotRows, "a step is two matrix products");
+static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % kStepCodedKeys == 0,
+              "a step is pairs of matrix products, and ends inside the block");
 constexpr int kMaxBuffers = 3;
 constexpr int kStatesKept = 8;  // rounds of the plan warp
 
@@ -49,6 +51,7 @@ struct BlockKeys {
   const void* keys;   // the first one
   const void* query;  // the first head
   int num_keys;       // 0: there is no block
+  float score_scale;
 };
 
 struct PersistentShared {
@@ -123,39 +126,75 @@ __device__ __forceinline__ int fresh_lane() {
   return lane;
 }
 
+// What a score warp takes at a time.
+template <typename K, int HEAD_DIM>
+struct StepShape {
+  static constexpr int kKeys = step_keys(sizeof(K));
+  static constexpr uint32_t kBytes = step_bytes(HEAD_DIM, sizeof(K));
+};
+
 // First key of a block.
-template <typename T>
-__device__ __forceinline__ const T* keys_of(const DecodeParams& p, const Block& block) {
-  return make_strided_view<T>(p.k, block.batch_index, block.kv_head,
+template <typename K>
+__device__ __forceinline__ const K* keys_of(const DecodeParams& p, const Block& block) {
+  return make_strided_view<K>(p.k, block.batch_index, block.kv_head,
                               block.kv_start + static_cast<int64_t>(block.index) * block.block_kv, p.stride_k_batch,
                               p.stride_k_token, p.stride_k_head)
       .base;
 }
 
-// Starts the copy of kStepKeys rows, of which the first num_rows are there; zeros for the others, which are not read.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_step(uint32_t slot, const T* rows, int64_t stride, int num_rows, bool aligned,
+// Starts the copy of a step's rows, of which the first num_rows are there; zeros for the others, which are not read.
+template <typename K, int HEAD_DIM>
+__device__ __forceinline__ void load_step(uint32_t slot, const K* rows, int64_t stride, int num_rows, bool aligned,
                                           int lane) {
-  constexpr int kChunks = HEAD_DIM / 8, kCopies = kStepKeys * kChunks / 32;
+  constexpr int kKeys = StepShape<K, HEAD_DIM>::kKeys, kChunkElements = 16 / sizeof(K);
+  constexpr int kChunks = HEAD_DIM / kChunkElements, kCopies = kKeys * kChunks / 32;
+  const auto offset_of = [](int row, int chunk) {
+    if constexpr (std::is_same_v<K, Float8>) {
+      return code_offset<HEAD_DIM>(row, chunk);
+    } else {
+      return chunk_offset<HEAD_DIM>(row, chunk);
+    }
+  };
   const uint64_t policy = evict_first_policy();
   if (!aligned) {
-    const StridedKvView<T> view = {rows, stride};
+    if constexpr (std::is_same_v<K, Float8>) {
+#pragma unroll 1
+      for (int item = lane; item < kKeys * HEAD_DIM; item += 32) {
+        const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+        store_shared_1(slot + offset_of(row, column / 16) + column % 16,
+                       row < num_rows ? rows[row * stride + column].code : 0);
+      }
+      return;
+    }
+    const StridedKvView<K> view = {rows, stride};
     constexpr uint32_t kHalfBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
     for (int half = 0; half < 2; ++half) {
-      load_slot<T, HEAD_DIM>(slot + half * kHalfBytes, view, half * kSlotRows, num_rows, false, policy, lane);
+      load_slot<K, HEAD_DIM>(slot + half * kHalfBytes, view, half * kSlotRows, num_rows, false, policy, lane);
     }
-  } else if (num_rows >= kStepKeys) {
+  } else if (std::is_same_v<K, Float8> && num_rows >= kKeys) {
+    // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on.
+    constexpr int kPeriod = kChunks % 3 == 0 ? 3 : 1, kPeriodRows = 32 * kPeriod / kChunks;
+#pragma unroll
+    for (int u = 0; u < kPeriod; ++u) {
+      const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      const K* source = rows + row * stride + chunk * kChunkElements;
+#pragma unroll
+      for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) {
+        cp_async_16(slot + offset_of(row + i * kPeriodRows, chunk), source, true, policy);
+      }
+    }
+  } else if (num_rows >= kKeys) {
 #pragma unroll(HEAD_DIM > 192 ? 2 : 8)
     for (int i = 0; i < kCopies; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-      cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), rows + row * stride + chunk * 8, true, policy);
+      cp_async_16(slot + offset_of(row, chunk), rows + row * stride + chunk * kChunkElements, true, policy);
     }
   } else {
 #pragma unroll 2
     for (int i = 0; i < kCopies; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
       const bool valid = row < num_rows;
-      cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), rows + (valid ? row : 0) * stride + chunk * 8, valid,
+      cp_async_16(slot + offset_of(row, chunk), rows + (valid ? row : 0) * stride + chunk * kChunkElements, valid,
                   policy);
     }
   }
@@ -168,33 +207,52 @@ __device__ __forceinline__ const T* query_of(const DecodeParams& p, const Block&
          static_cast<int64_t>(block.kv_head) * p.gqa_group_size * p.stride_q_head;
 }
 
-template <typename T>
+template <typename T, typename K>
 __device__ __forceinline__ BlockKeys block_keys_of(const DecodeParams& p, const Block& block) {
-  return {keys_of<T>(p, block), query_of<T>(p, block), block.num_keys()};
+  return {keys_of<K>(p, block), query_of<T>(p, block), block.num_keys(), score_scale_of<K>(p, block.kv_head)};
 }
 
-template <typename T, int HEAD_DIM>
+// Raw scores of the 16 keys of a step that begin at `rows`.
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void score_keys(float (&scores)[4], uint32_t rows, const QueryFragments<T, HEAD_DIM>& query,
+                                           int lane) {
+  if constexpr (std::is_same_v<K, Float8>) {
+    score_codes<T, HEAD_DIM>(scores, rows, query, lane);
+  } else {
+    score_slot<T, HEAD_DIM>(scores, rows, query, lane);
+  }
+}
+
+template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void score_blocks(const DecodeParams& p, const PersistentMemory& memory) {
+  constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  constexpr int kKeys = StepShape<K, HEAD_DIM>::kKeys;
   const int warp = (threadIdx.x >> 5) - kFirstScoreWarp, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  constexpr uint32_t kHalfBytes = sizeof(typename TileShared<HEAD_DIM>::Slot), kSlotBytes = 2 * kHalfBytes;
+  constexpr uint32_t kSlotBytes = StepShape<K, HEAD_DIM>::kBytes, kHalfBytes = kSlotBytes / (kKeys / 16);
   // Two slots: one in flight while the other is scored. More were slower: what is in flight beyond need makes every
   // load wait longer, those of the select warps among them.
   uint32_t slot = shared_address(memory.rings) + warp * kScoreSlots * kSlotBytes, other_slot = slot + kSlotBytes;
   constexpr bool kQueryAhead = HEAD_DIM <= 128;  // beyond, there are no registers for the next block's query
 
+  // Which steps of a block: part, part + num_score_warps, ... The steps of all blocks are dealt in turn, so that no
+  // warp waits at the end of a block; the part alone, not the warp, decides which keys are summed together.
+  int part = warp;
+
   // The first keys are on their way before anything else. Blocks to come are found by the state warp: that takes most
   // of a microsecond, and few loads would be in flight meanwhile.
-  const T* keys = nullptr;
+  const K* keys = nullptr;
   int num_keys = 0;
+  float score_scale = p.scale_log2;
   QueryFragments<T, HEAD_DIM> query;
   {
     Block block{};
     if (BlockQueue(p, lane).find(blockIdx.x, block)) {
-      const BlockKeys first = block_keys_of<T>(p, block);
-      keys = static_cast<const T*>(first.keys);
+      const BlockKeys first = block_keys_of<T, K>(p, block);
+      keys = static_cast<const K*>(first.keys);
       num_keys = first.num_keys;
-      const int key = warp * kStepKeys;
-      load_step<T, HEAD_DIM>(slot, keys + key * p.stride_k_token, p.stride_k_token, num_keys - key, p.aligned,
+      score_scale = first.score_scale;
+      const int key = part * kKeys;
+      load_step<K, HEAD_DIM>(slot, keys + key * p.stride_k_token, p.stride_k_token, num_keys - key, p.aligned,
                              fresh_lane());
       query.load(static_cast<const T*>(first.query), p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane());
     }
@@ -211,63 +269,78 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
     float2* plane = reinterpret_cast<float2*>(memory.buffer(p, buffer)) + t * p.persistent.plane_pitch;
     float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 
-    const int num_steps = ceil_div_int(num_keys, kStepKeys * p.persistent.num_score_warps);
+    const int block_steps = ceil_div_int(num_keys, kKeys), turned = (part - block_steps) % p.persistent.num_score_warps;
+    const int next_part = turned < 0 ? turned + p.persistent.num_score_warps : turned;
+    float head_scale[2];  // of heads 2 t and 2 t + 1
+    if (kFloat8) {
+      const float query_scale = to_float16(query);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        head_scale[j] = score_scale / kHalvesScale * __shfl_sync(0xffffffffu, query_scale, (2 * t + j) * 4);
+      }
+    }
+    // One at least, for the first keys of the next block.
+    const int num_steps = part < block_steps ? ceil_div_int(block_steps - part, p.persistent.num_score_warps) : 1;
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
       cp_async_wait<0>();
       __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
       const bool wraps = step + 1 == num_steps;
-      const T* rows = keys;
-      int num_rows = num_keys, ahead = step + 1;
+      const K* rows = keys;
+      int num_rows = num_keys, first_row = ((step + 1) * p.persistent.num_score_warps + part) * kKeys;
       if (wraps) {
         mbarrier_wait(&memory.shared->looked_ahead[buffer], use & 1);
         next = memory.shared->next[buffer];
-        rows = static_cast<const T*>(next.keys);
+        rows = static_cast<const K*>(next.keys);
         num_rows = next.num_keys;
-        ahead = 0;
+        first_row = next_part * kKeys;
         if (kQueryAhead && num_rows > 0) {
           next_query.load(static_cast<const T*>(next.query), p.stride_q_head, p.gqa_group_size, p.aligned,
                           fresh_lane());
         }
       }
       if (num_rows > 0) {
-        const int first = (ahead * p.persistent.num_score_warps + warp) * kStepKeys;
-        load_step<T, HEAD_DIM>(other_slot, rows + first * p.stride_k_token, p.stride_k_token, num_rows - first,
+        load_step<K, HEAD_DIM>(other_slot, rows + first_row * p.stride_k_token, p.stride_k_token, num_rows - first_row,
                                p.aligned, lane);
       }
       cp_async_commit();
 
-      const int first = (step * p.persistent.num_score_warps + warp) * kStepKeys;
+      const int first = (step * p.persistent.num_score_warps + part) * kKeys;
       if (first < num_keys) {
-        float scores[2][4];  // [half][key g, heads 2 t and 2 t + 1; key g + 8, the same heads]
-        score_slot<T, HEAD_DIM>(scores[0], slot, query, lane);
-        if (HEAD_DIM > 192) __syncwarp();  // the loads of both halves at a time take more registers than there are
-        score_slot<T, HEAD_DIM>(scores[1], slot + kHalfBytes, query, lane);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float scale = p.scale_log2;
-          scores[0][i] *= scale, scores[1][i] *= scale;
-        }
-        if (first + kStepKeys > num_keys) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            if (first + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
-          }
-        }
-        if (2 * t < p.gqa_group_size) {
+        for (int group = 0; group < kKeys / 32; ++group) {
+          const uint32_t rows = slot + group * (kSlotBytes / (kKeys / 32));
+          const int key = first + group * 32;
+          float scores[2][4];  // [half][key g, heads 2 t and 2 t + 1; key g + 8, the same heads]
+          score_keys<T, K, HEAD_DIM>(scores[0], rows, query, lane);
+          if (HEAD_DIM > 192) __syncwarp();  // the loads of both halves at a time take more registers than there are
+          score_keys<T, K, HEAD_DIM>(scores[1], rows + kHalfBytes, query, lane);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            plane[key_place(first + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+            const float scale = kFloat8 ? head_scale[i & 1] : p.scale_log2;
+            scores[0][i] *= scale, scores[1][i] *= scale;
           }
-        }
+          if (key + 32 > num_keys) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
-          const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
-          sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
-                   ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
-                    (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
-          running_max[j] = new_max;
+            for (int i = 0; i < 8; ++i) {
+              if (key + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
+            }
+          }
+          if (2 * t < p.gqa_group_size) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              plane[key_place(key + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
+            const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
+            sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
+                     ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
+                      (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
+            running_max[j] = new_max;
+          }
         }
       }
       const uint32_t scored_slot = slot;
@@ -280,11 +353,13 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
       const float warp_max = max_over_keys(running_max[j]);
       sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
       for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
-      if (g == 0) memory.shared->warp_state[buffer][warp][2 * t + j] = {warp_max, sum[j]};
+      if (g == 0) memory.shared->warp_state[buffer][part][2 * t + j] = {warp_max, sum[j]};
     }
     mbarrier_arrive(&memory.shared->scored[buffer]);
-    keys = static_cast<const T*>(next.keys);
+    keys = static_cast<const K*>(next.keys);
     num_keys = next.num_keys;
+    part = next_part;
+    score_scale = next.score_scale;
     if (kQueryAhead) {
       query = next_query;
     } else if (num_keys > 0) {
@@ -321,7 +396,7 @@ __device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
   return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
 }
 
-template <typename T>
+template <typename T, typename K>
 __device__ __forceinline__ void publish_states(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
   const int lane = threadIdx.x & 31;
@@ -350,7 +425,7 @@ __device__ __forceinline__ void publish_states(const DecodeParams& p, const Pers
     block = Block{};
     has_block = queue.find(blockIdx.x + (n + 1) * gridDim.x, block);
     if (lane == 0) {
-      shared.next[buffer] = has_block ? block_keys_of<T>(p, block) : BlockKeys{};
+      shared.next[buffer] = has_block ? block_keys_of<T, K>(p, block) : BlockKeys{};
       shared.is_final[buffer] = !has_block;
       mbarrier_arrive(&shared.looked_ahead[buffer]);
     }
@@ -489,8 +564,7 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
     const uint32_t last_draw = __shfl_down_sync(kAll, bound, width);
     if (place == 0 && (grouped ? head == 0 : has_head)) {
       plan.stream[head] = {TilePositions::make(draws.unit(), start, mass), bound, last_draw,
-                           static_cast<float>(num_draws) * approximate_quotient(mass, total),
-                           draws};
+                           static_cast<float>(num_draws) * approximate_quotient(mass, total), draws};
     }
     mbarrier_arrive(&shared.planned[buffer]);
     __threadfence();  // here, where nobody waits for it
@@ -690,9 +764,50 @@ __device__ __forceinline__ int find_row(const BlockScores& scores, const SelectR
   return row;
 }
 
+// The values of a block. Beside float8 keys they are T or float8, which is not known before.
+template <typename V>
+__device__ __forceinline__ StridedKvView<V> value_view(const DecodeParams& p, const Block& block) {
+  return make_strided_view<V>(p.v, block.batch_index, block.kv_head,
+                              block.kv_start + static_cast<int64_t>(block.index) * block.block_kv, p.stride_v_batch,
+                              p.stride_v_token, p.stride_v_head);
+}
+
+template <typename T, typename K>
+struct BlockValues {
+  StridedKvView<T> view;
+
+  __device__ BlockValues(const DecodeParams& p, const Block& block) : view(value_view<T>(p, block)) {}
+
+  template <typename Function>
+  __device__ __forceinline__ void visit(const Function& function) const {
+    function(view);
+  }
+};
+
+template <typename T>
+struct BlockValues<T, Float8> {
+  const void* base;
+  int64_t stride_token;
+  bool coded;
+
+  __device__ BlockValues(const DecodeParams& p, const Block& block)
+      : stride_token(p.stride_v_token), coded(p.v_dtype == Dtype::kFloat8E4M3) {
+    base = coded ? static_cast<const void*>(value_view<Float8>(p, block).base) : value_view<T>(p, block).base;
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ void visit(const Function& function) const {
+    if (coded) {
+      function(StridedKvView<Float8>{static_cast<const Float8*>(base), stride_token});
+    } else {
+      function(StridedKvView<T>{static_cast<const T*>(base), stride_token});
+    }
+  }
+};
+
 // Draws the warp's share of the block's draws, reads the rows, and adds them up for HEADS heads of the stream from
 // head_base on.
-template <typename T, int HEAD_DIM, int HEADS>
+template <typename T, typename K, int HEAD_DIM, int HEADS>
 __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const DecodeParams& p, PersistentShared& shared,
                                                 const BlockPlan& block_plan, const BlockScores& scores,
                                                 const SelectRole& role, const Block& block, SoftmaxState state,
@@ -725,10 +840,8 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
     const uint32_t position = drawn ? plan.positions.position(threshold, weight_sum) : 0;
     uint32_t weight;
     const int key = find_row(scores, role, part_end, position, weight);
-    const auto values = make_strided_view<T>(p.v, block.batch_index, block.kv_head,
-                                             block.kv_start + static_cast<int64_t>(block.index) * block.block_kv,
-                                             p.stride_v_batch, p.stride_v_token, p.stride_v_head);
-    if (drawn) prefetch_row<T, HEAD_DIM>(values.row(key));
+    const BlockValues<T, K> values(p, block);
+    if (drawn) values.visit([&](const auto& view) { prefetch_row<HEAD_DIM>(view.row(key)); });
     const int previous = __shfl_up_sync(0xffffffffu, drawn ? key : -1, 1);
     const bool repeats = sorted && lane > 0 && key == previous;
     const bool chosen = drawn && !repeats && (lane > 0 || lead == 0);
@@ -761,7 +874,8 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
     const int row = __shfl_sync(0xffffffffu, key, source);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) weights[h] = __shfl_sync(0xffffffffu, weights[h], source);
-    accumulate_rows<T, HEAD_DIM, HEADS>(acc, values, row, weights, num_rows, p.aligned, lane);
+    values.visit(
+        [&](const auto& view) { accumulate_rows<HEAD_DIM>(acc, view, row, weights, num_rows, p.aligned, lane); });
     __syncwarp();
   }
 }
@@ -770,17 +884,22 @@ __device__ __forceinline__ void add(float4& sum, float4 value) {
   sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
 }
 
+__device__ __forceinline__ void scale(float4& sum, float factor) {
+  sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
+}
+
 // The block's share of the estimate, to o_accum, for HEADS heads of every stream. The warps' sums meet in the buffer,
 // [warp][slot][HEADS][HEAD_DIM]: the scores there are no longer needed, those of the next heads of the stream lie
 // further on.
-template <typename T, int HEAD_DIM, int HEADS>
+template <typename T, typename K, int HEAD_DIM, int HEADS>
 __device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared& shared, const BlockPlan& block_plan,
                                          const BlockScores& scores, const SelectRole& role, const Block& block,
                                          SoftmaxState state, int head_base, int warp, int lane) {
   constexpr int kLanes = HEAD_DIM / 4, kSlots = GatherShape<HEAD_DIM>::kRows;
   float acc[HEADS][8] = {};
   if (role.active) {
-    draw_and_gather<T, HEAD_DIM, HEADS>(acc, p, shared, block_plan, scores, role, block, state, head_base, warp, lane);
+    draw_and_gather<T, K, HEAD_DIM, HEADS>(acc, p, shared, block_plan, scores, role, block, state, head_base, warp,
+                                           lane);
   }
   select_barrier();  // all are done with these heads' scores
   float4* const partial = reinterpret_cast<float4*>(scores.planes);
@@ -821,7 +940,7 @@ __device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared
 
 // Adds up the blocks of a (batch row, KV head), in block order, and writes the output. Bit h of `defined`: head h has a
 // finite log-sum-exp; a NaN or an infinite score leaves the output undefined.
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* partial, int batch_index, int kv_head,
                                                int num_blocks, uint32_t defined) {
   constexpr int kLanes = HEAD_DIM / 4;
@@ -848,6 +967,7 @@ __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* pa
     }
     if (item < items) {
       const float nan = __int_as_float(0x7fffffff);
+      if (std::is_same_v<K, Float8>) scale(sum, p.output_scale(kv_head));
       if ((defined >> (item / kLanes) & 1) == 0) sum = {nan, nan, nan, nan};
       *reinterpret_cast<uint2*>(out + item * 4) = {Half<T>::pack(sum.x, sum.y), Half<T>::pack(sum.z, sum.w)};
     }
@@ -870,7 +990,7 @@ __device__ __forceinline__ void forget_states(const DecodeParams& p, int batch_i
   }
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void select_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -898,10 +1018,10 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
 
     if (role.grouped) {
       for (int head = 0; head < role.group_size; head += kGatherHeads) {
-        estimate<T, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
+        estimate<T, K, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
       }
     } else {
-      estimate<T, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
+      estimate<T, K, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
     }
     if (p.rows_read != nullptr && warp == 0) {
       int rows = 0;
@@ -927,14 +1047,14 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
     mbarrier_arrive(&shared.released[buffer]);
     if (shared.is_last) {
-      combine_blocks<T, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
+      combine_blocks<T, K, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
       forget_states(p, batch_index, kv_head, num_blocks);
     }
     if (is_final) break;
   }
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) * 32, 1)
     persistent_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -954,13 +1074,13 @@ __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) 
     cta_barrier();
   }
   if (warp < kPlanWarp) {
-    select_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
+    select_blocks<T, K, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   } else if (warp == kPlanWarp) {
     plan_blocks(p, PersistentMemory(p, shared_bytes));
   } else if (warp == kStateWarp) {
-    publish_states<T>(p, PersistentMemory(p, shared_bytes));
+    publish_states<T, K>(p, PersistentMemory(p, shared_bytes));
   } else {
-    score_blocks<T, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
+    score_blocks<T, K, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
   }
 }
 

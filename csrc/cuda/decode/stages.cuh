@@ -12,20 +12,20 @@
 
 namespace santa::cuda {
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   const int head_blocks = (p.gqa_group_size + kHeadBlock - 1) / kHeadBlock;
   const dim3 grid(static_cast<unsigned>(p.max_tiles) * p.num_kv_heads * head_blocks, p.batch);
   constexpr int kSharedBytes = sizeof(TileShared<HEAD_DIM>);
-  allow_shared_memory(tile_kernel<T, HEAD_DIM>, kSharedBytes);
-  tile_kernel<T, HEAD_DIM><<<grid, kTileThreads, kSharedBytes, stream>>>(p, head_blocks);
+  allow_shared_memory(tile_kernel<T, K, HEAD_DIM>, kSharedBytes);
+  tile_kernel<T, K, HEAD_DIM><<<grid, kTileThreads, kSharedBytes, stream>>>(p, head_blocks);
   check_launch("tile_kernel");
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
   const int shared_bytes = persistent_shared_bytes(p);
-  const auto kernel = persistent_kernel<T, HEAD_DIM>;
+  const auto kernel = persistent_kernel<T, K, HEAD_DIM>;
   allow_shared_memory(kernel, shared_bytes);
 
   // For a tool that takes reading memory before it is written for a mistake: see DecodeParams::seal.
@@ -49,11 +49,11 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
   check(status, "persistent_kernel");
 }
 
-template <typename T, int HEAD_DIM>
+template <typename V, int HEAD_DIM>
 void launch_gather(const DecodeParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(p.max_tiles) * p.num_kv_heads * p.num_streams();
   const dim3 grid(static_cast<unsigned>(ceil_div(items, kGatherWarps)), p.batch);
-  gather_kernel<T, HEAD_DIM><<<grid, kGatherThreads, 0, stream>>>(p);
+  gather_kernel<V, HEAD_DIM><<<grid, kGatherThreads, 0, stream>>>(p);
   check_launch("gather_kernel");
 }
 

@@ -6,10 +6,16 @@
 // Every warp walks its own keys, 16 at a time, through a ring of shared-memory slots that it fills itself with cp.async
 // and synchronises with nobody. Keys are the M of m16n8k16 and the heads of the group its N: a KV head serves up to 8
 // query heads with one read. For exact rows V^T is the M of a second product and the transposed probabilities its N.
+//
+// Rows in float8 are copied as they are, to the end of their slot. The warp expands them to q's dtype in place before
+// it reads them, and all else is the same.
 #pragma once
+
+#include <type_traits>
 
 #include "core/kv_view.h"
 #include "core/softmax_state.h"
+#include "cuda/common/float8.cuh"
 #include "cuda/common/row_load.cuh"
 #include "cuda/decode/heuristics.h"
 #include "params.h"
@@ -71,6 +77,57 @@ __device__ __forceinline__ void load_slot(uint32_t slot, const StridedKvView<T>&
   }
 }
 
+// Where the codes of float8 rows lie in a slot, one row behind the other: in its second half, or a little less.
+template <int HEAD_DIM>
+struct CodedSlot {
+  static constexpr uint32_t kFirst = sizeof(typename TileShared<HEAD_DIM>::Slot) - kSlotRows * HEAD_DIM;
+};
+
+// load_slot for rows in float8.
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_codes(uint32_t slot, const StridedKvView<Float8>& view, int64_t first,
+                                           int64_t limit, bool aligned, uint64_t policy, int lane) {
+  constexpr int kChunks = HEAD_DIM / 16;
+  if (!aligned) {
+#pragma unroll 1
+    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
+      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+      store_shared_1(slot + CodedSlot<HEAD_DIM>::kFirst + item,
+                     first + row < limit ? view.row(first + row)[column].code : 0);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
+    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+    const bool valid = first + row < limit;
+    cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, view.row(valid ? first + row : 0) + chunk * 16, valid,
+                policy);
+  }
+}
+
+// From what load_codes leaves to what load_slot leaves. The elements of the first 8 rows do not reach the codes, those
+// of the other 8 take their place.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void expand_codes(uint32_t slot, int lane) {
+  constexpr int kChunks = HEAD_DIM / 8, kItems = kSlotRows / 2 * kChunks / 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint2 codes[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      codes[i] = load_shared_8(slot + CodedSlot<HEAD_DIM>::kFirst + ((half * kItems + i) * 32 + lane) * 8);
+    }
+    if (half == 1) __syncwarp();  // all lanes have theirs
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int item = (half * kItems + i) * 32 + lane;
+      store_shared_16(slot + chunk_offset<HEAD_DIM>(item / kChunks, item % kChunks), elements_of_codes<T>(codes[i]));
+    }
+  }
+  __syncwarp();
+}
+
 // q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and
 // two matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
 template <typename T, int HEAD_DIM>
@@ -107,8 +164,14 @@ __device__ __forceinline__ float max_over_keys(float value) {
   return value;
 }
 
+// p.score_scale, which only float8 keys have to look up.
+template <typename K>
+__device__ __forceinline__ float score_scale_of(const DecodeParams& p, int kv_head) {
+  return std::is_same_v<K, Float8> ? p.score_scale(kv_head) : p.scale_log2;
+}
+
 // What a CTA works on.
-template <typename T>
+template <typename K>
 struct TileWork {
   int64_t group;  // batch row x KV head
   int tile;
@@ -116,12 +179,29 @@ struct TileWork {
   int num_heads;      // of this CTA, up to 8
   int64_t first_key;  // of the tile
   int64_t limit;      // end of the tile's valid keys
-  StridedKvView<T> keys, values;
+  float score_scale;  // beside float8 keys
+  StridedKvView<K> keys;
+  StridedKvView<K> values;  // beside float8 keys: of what p.v_dtype says
+
+  __device__ __forceinline__ float scale(const DecodeParams& p) const {
+    return std::is_same_v<K, Float8> ? score_scale : p.scale_log2;
+  }
 };
 
+// Keys of a tile to a slot.
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, const TileWork<K>& work, int64_t first,
+                                          uint64_t policy, int lane) {
+  if constexpr (std::is_same_v<K, Float8>) {
+    load_codes<HEAD_DIM>(slot, work.keys, first, work.limit, p.aligned, policy, lane);
+  } else {
+    load_slot<T, HEAD_DIM>(slot, work.keys, first, work.limit, p.aligned, policy, lane);
+  }
+}
+
 // Sampled rows. Lane state: the softmax of its own keys for its two heads.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork<T>& work, int tile_kv,
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork<K>& work, int tile_kv,
                                            const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                            uint64_t policy) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -132,8 +212,7 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
 
 #pragma unroll
   for (int i = 0; i < kRingSlots - 1; ++i) {
-    if (i < num_slots)
-      load_slot<T, HEAD_DIM>(ring + i * kSlotBytes, work.keys, key_of(i), work.limit, p.aligned, policy, lane);
+    if (i < num_slots) load_keys<T, K, HEAD_DIM>(ring + i * kSlotBytes, p, work, key_of(i), policy, lane);
     cp_async_commit();
   }
 
@@ -149,19 +228,19 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
     const int next = i + kRingSlots - 1;
     const int next_slot = slot == 0 ? kRingSlots - 1 : slot - 1;
     if (next < num_slots) {
-      load_slot<T, HEAD_DIM>(ring + next_slot * kSlotBytes, work.keys, key_of(next), work.limit, p.aligned, policy,
-                             lane);
+      load_keys<T, K, HEAD_DIM>(ring + next_slot * kSlotBytes, p, work, key_of(next), policy, lane);
     }
     cp_async_commit();
 
+    if constexpr (std::is_same_v<K, Float8>) expand_codes<T, HEAD_DIM>(ring + slot * kSlotBytes, lane);
     float scores[4];
     score_slot<T, HEAD_DIM>(scores, ring + slot * kSlotBytes, query, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t key = key_of(i) + g + half * 8;
       const bool valid = key < work.limit;
-      scores[2 * half] = valid ? scores[2 * half] * p.scale_log2 : -INFINITY;
-      scores[2 * half + 1] = valid ? scores[2 * half + 1] * p.scale_log2 : -INFINITY;
+      scores[2 * half] = valid ? scores[2 * half] * work.scale(p) : -INFINITY;
+      scores[2 * half + 1] = valid ? scores[2 * half + 1] * work.scale(p) : -INFINITY;
       float* out = scores_out + key * p.group_pitch + head;
       if (valid && has_second) {
         *reinterpret_cast<float2*>(out) = {scores[2 * half], scores[2 * half + 1]};
@@ -194,8 +273,8 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
 
 // Exact rows. Slots alternate between K and V of the same 16 keys. o[m] holds dimensions 16 m + g and + 8 of heads 2 t
 // and 2 t + 1, relative to the running maximum of each head, which all lanes agree on.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<T>& work, int tile_kv,
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<K>& work, int tile_kv,
                                             const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                             uint64_t policy) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -203,11 +282,21 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   const auto key_of = [&](int i) { return work.first_key + ((i >> 1) * kTileWarps + warp) * kSlotRows; };
   const uint32_t ring = shared_address(&shared.ring[warp][0]);
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
+  constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  const auto is_coded = [&](int i) { return kFloat8 && ((i & 1) == 0 || p.v_dtype == Dtype::kFloat8E4M3); };
   const auto load = [&](int i, int slot) {
     if (i < num_slots) {
-      const StridedKvView<T> view = {(i & 1) ? work.values.base : work.keys.base,
+      const StridedKvView<K> view = {(i & 1) ? work.values.base : work.keys.base,
                                      (i & 1) ? work.values.stride_token : work.keys.stride_token};
-      load_slot<T, HEAD_DIM>(ring + slot * kSlotBytes, view, key_of(i), work.limit, p.aligned, policy, lane);
+      if constexpr (kFloat8) {
+        if (is_coded(i)) {
+          load_codes<HEAD_DIM>(ring + slot * kSlotBytes, view, key_of(i), work.limit, p.aligned, policy, lane);
+        }
+      }
+      if (!is_coded(i)) {
+        const StridedKvView<T> elements = {reinterpret_cast<const T*>(view.base), view.stride_token};
+        load_slot<T, HEAD_DIM>(ring + slot * kSlotBytes, elements, key_of(i), work.limit, p.aligned, policy, lane);
+      }
     }
     cp_async_commit();
   };
@@ -225,6 +314,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
     load(i + kRingSlots - 1, slot == 0 ? kRingSlots - 1 : slot - 1);
     const uint32_t address = ring + slot * kSlotBytes;
     slot = slot + 1 == kRingSlots ? 0 : slot + 1;
+    if (is_coded(i)) expand_codes<T, HEAD_DIM>(address, lane);
 
     if ((i & 1) == 0) {
       float scores[4];
@@ -236,8 +326,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
       for (int j = 0; j < 2; ++j) {
         float& low = scores[j];
         float& high = scores[2 + j];
-        low = key_of(i) + g < work.limit ? low * p.scale_log2 : -INFINITY;
-        high = key_of(i) + g + 8 < work.limit ? high * p.scale_log2 : -INFINITY;
+        low = key_of(i) + g < work.limit ? low * work.scale(p) : -INFINITY;
+        high = key_of(i) + g + 8 < work.limit ? high * work.scale(p) : -INFINITY;
         const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high)));
         factor[j] = exp2_below(max[j], new_max);
         rescale |= factor[j] != 1.0f;
@@ -289,7 +379,7 @@ constexpr int tile_ctas_per_sm() {
   return HEAD_DIM <= 128 ? 4 : 2;
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
     tile_kernel(const __grid_constant__ DecodeParams p, int head_blocks) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -303,17 +393,23 @@ __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
   const RowShape row = row_shape_of(p, batch_index);
   if (row.persistent || tile >= row.num_tiles) return;
 
-  TileWork<T> work;
+  TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
   work.tile = tile;
   work.first_head = head_block * kHeadBlock;
   work.num_heads = min(kHeadBlock, p.gqa_group_size - work.first_head);
   work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
   work.limit = min(work.first_key + row.tile_kv, static_cast<int64_t>(row.kv_len));
-  work.keys = make_strided_view<T>(p.k, batch_index, kv_head, row.kv_start, p.stride_k_batch, p.stride_k_token,
+  work.score_scale = score_scale_of<K>(p, kv_head);
+  work.keys = make_strided_view<K>(p.k, batch_index, kv_head, row.kv_start, p.stride_k_batch, p.stride_k_token,
                                    p.stride_k_head);
-  work.values = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
+  work.values = make_strided_view<K>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
                                      p.stride_v_head);
+  if (std::is_same_v<K, Float8> && p.v_dtype != Dtype::kFloat8E4M3) {
+    const auto elements = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch,
+                                               p.stride_v_token, p.stride_v_head);
+    work.values.base = reinterpret_cast<const K*>(elements.base);
+  }
   // With several head blocks the same keys are read again by the next CTA.
   const uint64_t policy = head_blocks == 1 ? evict_first_policy() : evict_normal_policy();
 
@@ -323,9 +419,9 @@ __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
              p.stride_q_head, work.num_heads, p.aligned, threadIdx.x & 31);
 
   if (row.sampled) {
-    score_tile<T, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
+    score_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
   } else {
-    attend_tile<T, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
+    attend_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
   }
   __syncthreads();
 

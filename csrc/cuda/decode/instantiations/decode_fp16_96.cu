@@ -1,7 +1,7 @@
 #include "cuda/decode/stages.cuh"
 
 namespace santa::cuda {
-template void launch_tiles<__half, 96>(const DecodeParams&, cudaStream_t);
-template void launch_persistent<__half, 96>(const DecodeParams&, cudaStream_t);
+template void launch_tiles<__half, __half, 96>(const DecodeParams&, cudaStream_t);
+template void launch_persistent<__half, __half, 96>(const DecodeParams&, cudaStream_t);
 template void launch_gather<__half, 96>(const DecodeParams&, cudaStream_t);
 }  // namespace santa::cuda

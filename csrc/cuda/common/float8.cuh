@@ -1,0 +1,62 @@
+// float8_e4m3fn codes, four to a word, to the types that kernels compute in.
+#pragma once
+
+#include "core/float8.h"
+#include "cuda/common/ptx.cuh"
+
+namespace santa::cuda {
+
+// From sm_89 on there is an instruction. Before, the code's bits are moved to where float16 has its own: exponent bias
+// 7 read as bias 15, the number times 2^-8, exactly, subnormals included. NaN has to be looked for (nan_codes).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+constexpr bool kConvertsFloat8 = true;
+constexpr float kHalvesScale = 1.0f;
+#else
+constexpr bool kConvertsFloat8 = false;
+constexpr float kHalvesScale = 0.00390625f;
+#endif
+
+// Four codes to four float16 numbers, in order, times kHalvesScale.
+__device__ __forceinline__ uint2 halves_of_codes(uint32_t codes) {
+  uint2 halves;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(codes));
+#else
+  const uint32_t low = __byte_perm(codes, 0, 0x1404), high = __byte_perm(codes, 0, 0x3424);  // codes in upper bytes
+  halves.x = (low & 0x80008000u) | ((low >> 1) & 0x3f803f80u);
+  halves.y = (high & 0x80008000u) | ((high >> 1) & 0x3f803f80u);
+#endif
+  return halves;
+}
+
+// The upper bit of every code that is NaN and that halves_of_codes does not show as such.
+__device__ __forceinline__ uint32_t nan_codes(uint32_t codes) {
+  return kConvertsFloat8 ? 0 : ((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+}
+
+// Four codes to the numbers they are.
+__device__ __forceinline__ float4 floats_of_codes(uint32_t codes) {
+  const uint2 halves = halves_of_codes(codes);
+  const float2 low = Half<__half>::unpack(halves.x), high = Half<__half>::unpack(halves.y);
+  float values[4] = {low.x, low.y, high.x, high.y};
+  if (!kConvertsFloat8) {
+    const uint32_t nans = nan_codes(codes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = (nans >> (8 * i + 7) & 1) != 0 ? __int_as_float(0x7fffffff) : values[i] * (1.0f / kHalvesScale);
+    }
+  }
+  return {values[0], values[1], values[2], values[3]};
+}
+
+// Eight codes to eight elements of T, which has every number of float8.
+template <typename T>
+__device__ __forceinline__ uint4 elements_of_codes(uint2 codes) {
+  const float4 low = floats_of_codes(codes.x), high = floats_of_codes(codes.y);
+  return {Half<T>::pack(low.x, low.y), Half<T>::pack(low.z, low.w), Half<T>::pack(high.x, high.y),
+          Half<T>::pack(high.z, high.w)};
+}
+
+}  // namespace santa::cuda

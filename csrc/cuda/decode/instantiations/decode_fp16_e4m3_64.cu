@@ -1,0 +1,6 @@
+#include "cuda/decode/stages.cuh"
+
+namespace santa::cuda {
+template void launch_tiles<__half, Float8, 64>(const DecodeParams&, cudaStream_t);
+template void launch_persistent<__half, Float8, 64>(const DecodeParams&, cudaStream_t);
+}  // namespace santa::cuda
