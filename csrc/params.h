@@ -99,6 +99,9 @@ struct DecodeParams {
     return num_samples > 0 && min_sampled_len <= persistent.max_kv_len && !(lengths_known() && any_staged());
   }
   bool any_exact() const { return num_samples == 0 || max_kv_len == 0 || !lengths_known(); }
+  int64_t longest_exact() const {
+    return num_samples == 0 || min_sampled_len > max_kv_len ? max_kv_len : min_sampled_len;
+  }
 
   // The scales of a float8 cache multiply sums instead of elements: scores once, outputs once.
   SANTA_HD float score_scale(int kv_head) const {

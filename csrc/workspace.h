@@ -1,6 +1,7 @@
 // The memory that the stages hand to each other: sizes and places, without Torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "params.h"
@@ -35,7 +36,10 @@ class Workspace {
 inline int64_t place_workspace(DecodeParams& p, void* base) {
   const bool blocks_only = !p.any_exact() && !p.any_staged();
   p.max_blocks = max_num_blocks(p.max_kv_len);
-  p.max_tiles = blocks_only ? p.max_blocks : max_num_tiles(p.max_kv_len);
+  p.max_tiles = 0;
+  if (p.any_persistent()) p.max_tiles = p.max_blocks;
+  if (p.any_staged()) p.max_tiles = std::max(p.max_tiles, max_num_tiles(p.max_kv_len));
+  if (p.any_exact()) p.max_tiles = std::max(p.max_tiles, max_exact_tiles(p.longest_exact()));
   p.group_pitch = p.gqa_group_size == 1 ? 1 : (p.gqa_group_size + 1) / 2 * 2;
   p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;
 

@@ -66,7 +66,7 @@ def torch_error(q, k, v, scales, layout, expected) -> float:
         keys, values = (x[:, g : g + 1].to(q.dtype) for x in (k, v))
         scale = k_scale / math.sqrt(q.shape[-1])
         out = F.scaled_dot_product_attention(queries.unsqueeze(2), keys, values, scale=scale, enable_gqa=True)
-        outs.append(out.squeeze(2).double() * v_scale)
+        outs.append((out.squeeze(2).double() * v_scale).to(q.dtype))  # rounded at the end, as ours are
     return relative_rms(torch.cat(outs, dim=1), expected)
 
 

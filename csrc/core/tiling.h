@@ -19,12 +19,11 @@ SANTA_HD int tile_kv_of(int64_t kv_len) {
   return kMaxTileKv;
 }
 
-// Keys per tile of a row that takes the exact path: no scores have to be kept, so tiles are larger. Never smaller than
-// tile_kv_of.
+// Keys per tile of a row that takes the exact path: no scores have to be kept, so tiles are larger. A row of one tile
+// needs no partial results at all.
 SANTA_HD int exact_tile_kv_of(int64_t kv_len) {
-  if (kv_len <= 1024) return 128;
-  if (kv_len <= 8192) return 256;
-  return kv_len <= 32768 ? 512 : 1024;
+  if (kv_len <= 8192) return 512;
+  return kv_len <= 32768 ? 1024 : 2048;
 }
 
 SANTA_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,11 +35,18 @@ SANTA_HD int ceil_div_int(int a, int b) {
 
 SANTA_HD int num_tiles_of(int64_t kv_len) { return static_cast<int>(ceil_div(kv_len, tile_kv_of(kv_len))); }
 
-// Upper bound of num_tiles_of over all lengths up to max_kv_len: num_tiles_of is not monotone where the tile grows.
+// Upper bounds over all lengths up to max_kv_len: the number of tiles is not monotone where the tile grows.
 inline int max_num_tiles(int64_t max_kv_len) {
   int bound = num_tiles_of(max_kv_len);
   if (max_kv_len > 4096 && num_tiles_of(4096) > bound) bound = num_tiles_of(4096);
   if (max_kv_len > 16384 && num_tiles_of(16384) > bound) bound = num_tiles_of(16384);
+  return bound;
+}
+inline int max_exact_tiles(int64_t max_kv_len) {
+  const auto tiles = [](int64_t kv_len) { return static_cast<int>(ceil_div(kv_len, exact_tile_kv_of(kv_len))); };
+  int bound = tiles(max_kv_len);
+  if (max_kv_len > 8192 && tiles(8192) > bound) bound = tiles(8192);
+  if (max_kv_len > 32768 && tiles(32768) > bound) bound = tiles(32768);
   return bound;
 }
 

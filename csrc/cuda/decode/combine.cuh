@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   const int qo_head = blockIdx.x, batch_index = blockIdx.y;
   const int kv_head = qo_head / p.gqa_group_size, h = qo_head % p.gqa_group_size;
   const RowShape row = row_shape_of(p, batch_index);
-  if (row.persistent) return;
+  if (row.persistent || (!row.sampled && row.num_tiles <= 1 && p.max_tiles > 0)) return;  // the tile kernel wrote it
   const int64_t group = p.group_index(batch_index, kv_head);
   const int64_t stats = p.stats_offset(group) + h;
   const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;

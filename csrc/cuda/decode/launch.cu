@@ -27,6 +27,7 @@ void launch_stages(const DecodeParams& p, cudaStream_t stream) {
       launch_gather<T, HEAD_DIM>(p, stream);
     }
   }
+  if (p.max_tiles == 1 && !p.any_staged()) return;  // no row has more than one tile
   combine_kernel<T><<<dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream>>>(p);
   check_launch("combine_kernel");
 }

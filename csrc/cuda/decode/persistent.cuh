@@ -621,7 +621,7 @@ struct BlockScores {
     num_keys = block.num_keys();
   }
   __device__ float* plane_of(int h) const { return reinterpret_cast<float*>(planes + (h >> 1) * pitch) + (h & 1); }
-  __device__ float exponential(int h, int key) const { return plane_of(h)[2 * key_place(key)]; }
+  __device__ float score(int h, int key) const { return plane_of(h)[2 * key_place(key)]; }
   __device__ uint32_t& sum(int key) const { return cumulative[key_place(key) * cumulative_stride]; }
 };
 
@@ -642,46 +642,6 @@ __device__ __forceinline__ void for_each_round(const BlockScores& scores, const 
   }
 }
 
-// exp2(score - block maximum) in place of the scores of the warp's keys.
-__device__ __forceinline__ void exponentiate(const BlockScores& scores, const SelectRole& role, SoftmaxState state) {
-  const float below = finite_max(state.max);
-  for_each_round(scores, role, [&](int first, int count, int last) {
-    if (role.grouped) {
-#pragma unroll 1
-      for (int pair = 0; 2 * pair < role.group_size; ++pair) {
-        const float below_x = __shfl_sync(0xffffffffu, below, 2 * pair);
-        const float below_y = __shfl_sync(0xffffffffu, below, 2 * pair + 1);
-        float2* plane = scores.planes + pair * scores.pitch;
-        float2 values[kLaneKeys];
-#pragma unroll
-        for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[key_place(min(first + i, last))];
-#pragma unroll
-        for (int i = 0; i < kLaneKeys; ++i) {
-          values[i] = {exp2_approx(values[i].x - below_x), exp2_approx(values[i].y - below_y)};
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kLaneKeys; ++i) {
-          if (i < count) plane[key_place(first + i)] = values[i];
-        }
-      }
-    } else {
-      const float below_h = __shfl_sync(0xffffffffu, below, role.stream);
-      float* const plane = scores.plane_of(role.stream);
-      float values[kLaneKeys];
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[2 * key_place(min(first + i, last))];
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) values[i] = exp2_approx(values[i] - below_h);
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) {
-        if (i < count) plane[2 * key_place(first + i)] = values[i];
-      }
-    }
-  });
-}
-
 // Level 2 of the CDF: running sums of the row weights of the warp's keys, and their total.
 __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const SelectRole& role, SoftmaxState state,
                                           const float* segment_lse, int lane) {
@@ -691,7 +651,7 @@ __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const Selec
   const float own_factor = in_stream ? tile_factor(state.max, segment_lse[head]) : 0.0f;
   float share_sum = own_factor > 0.0f ? own_factor * state.sum : 0.0f;
   for (int offset = 1; offset < 8; offset <<= 1) share_sum += __shfl_xor_sync(0xffffffffu, share_sum, offset);
-  const float factor = own_factor > 0.0f ? own_factor / share_sum : 0.0f;
+  const float factor = own_factor > 0.0f ? own_factor / share_sum : 0.0f, below = finite_max(state.max);
   uint32_t running = 0;
   for_each_round(scores, role, [&](int first, int count, int last) {
     float shares[kLaneKeys] = {};
@@ -700,23 +660,26 @@ __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const Selec
       for (int pair = 0; 2 * pair < role.group_size; ++pair) {
         const float f_x = __shfl_sync(0xffffffffu, factor, 2 * pair);
         const float f_y = __shfl_sync(0xffffffffu, factor, 2 * pair + 1);
+        const float below_x = __shfl_sync(0xffffffffu, below, 2 * pair);
+        const float below_y = __shfl_sync(0xffffffffu, below, 2 * pair + 1);
         const float2* plane = scores.planes + pair * scores.pitch;
-        float2 e[kLaneKeys];
+        float2 values[kLaneKeys];
 #pragma unroll
-        for (int i = 0; i < kLaneKeys; ++i) e[i] = plane[key_place(min(first + i, last))];
+        for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[key_place(min(first + i, last))];
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i) {
-          shares[i] += f_x > 0.0f ? f_x * e[i].x : 0.0f;
-          shares[i] += f_y > 0.0f ? f_y * e[i].y : 0.0f;
+          shares[i] += f_x > 0.0f ? f_x * exp2_approx(values[i].x - below_x) : 0.0f;
+          shares[i] += f_y > 0.0f ? f_y * exp2_approx(values[i].y - below_y) : 0.0f;
         }
       }
     } else {
       const float f = __shfl_sync(0xffffffffu, factor, role.stream);
+      const float below_h = __shfl_sync(0xffffffffu, below, role.stream);
       const float* const plane = scores.plane_of(role.stream);
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) shares[i] = plane[2 * key_place(min(first + i, last))];
 #pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) shares[i] = f > 0.0f ? f * shares[i] : 0.0f;
+      for (int i = 0; i < kLaneKeys; ++i) shares[i] = f > 0.0f ? f * exp2_approx(shares[i] - below_h) : 0.0f;
     }
     uint32_t sums[kLaneKeys], lane_sum = 0;
 #pragma unroll
@@ -829,6 +792,7 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
   // exp2(block maximum - row's log-sum-exp) of head lane % 8: from exponentials to probabilities.
   const int head = lane & 7;
   const float factor = role.grouped && head < role.group_size ? tile_factor(state.max, block_plan.row_lse[head]) : 0.0f;
+  const float below = finite_max(state.max);
   // A grouped row counts once, however often it is drawn: lane 0 holds the draw before this warp's, for comparison.
   const uint32_t lead = role.grouped ? 1 : 0;
   const bool sorted = draws.sorted();
@@ -856,7 +820,8 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         const float f = __shfl_sync(0xffffffffu, factor, head_base + h);
-        const float e = scores.exponential(min(head_base + h, role.group_size - 1), key);
+        const float e = exp2_approx(scores.score(min(head_base + h, role.group_size - 1), key) -
+                                    __shfl_sync(0xffffffffu, below, head_base + h));
         weights[h] = f > 0.0f ? __fdividef(f * e, inclusion) : 0.0f;
       }
     } else {
@@ -1007,8 +972,6 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     mbarrier_wait(&shared.scored[buffer], use & 1);
     mbarrier_wait(&shared.published[buffer], use & 1);
     const SoftmaxState state = shared.state[buffer][lane & 7];  // lane h: head h
-    if (role.active) exponentiate(scores, role, state);
-    __syncwarp();
     mbarrier_wait(&shared.lse_known[buffer], use & 1);
     uint32_t weight = 0;
     if (role.active) weight = weigh(scores, role, state, plan.segment_lse, lane);

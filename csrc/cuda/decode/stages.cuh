@@ -18,7 +18,7 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.max_tiles) * p.num_kv_heads * head_blocks, p.batch);
   constexpr int kSharedBytes = sizeof(TileShared<HEAD_DIM>);
   allow_shared_memory(tile_kernel<T, K, HEAD_DIM>, kSharedBytes);
-  tile_kernel<T, K, HEAD_DIM><<<grid, kTileThreads, kSharedBytes, stream>>>(p, head_blocks);
+  tile_kernel<T, K, HEAD_DIM><<<grid, TileShared<HEAD_DIM>::kThreads, kSharedBytes, stream>>>(p, head_blocks);
   check_launch("tile_kernel");
 }
 

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "core/kv_view.h"
+#include "core/mixture.h"
 #include "core/softmax_state.h"
 #include "cuda/common/float8.cuh"
 #include "cuda/common/row_load.cuh"
@@ -22,8 +23,6 @@
 
 namespace santa::cuda {
 
-constexpr int kTileWarps = 4;
-constexpr int kTileThreads = kTileWarps * 32;
 constexpr int kHeadBlock = 8;  // query heads per CTA: the N of the matrix instruction
 constexpr int kSlotRows = 16;  // keys per ring slot: its M
 constexpr int kRingSlots = 3;
@@ -31,14 +30,16 @@ constexpr int kRingSlots = 3;
 template <int HEAD_DIM>
 struct TileShared {
   static constexpr int kRowPitch = slot_row_pitch(HEAD_DIM);
+  static constexpr int kWarps = HEAD_DIM <= 128 ? 8 : 4;  // what shared memory holds on every architecture
+  static constexpr int kThreads = kWarps * 32;
 
   struct alignas(16) Slot {
     uint16_t rows[kSlotRows][kRowPitch];
   };
   // A warp's ring; after its last slot was read, the warp's output [kHeadBlock][HEAD_DIM] in float32.
-  Slot ring[kTileWarps][kRingSlots];
-  float max[kTileWarps][kHeadBlock];
-  float sum[kTileWarps][kHeadBlock];
+  Slot ring[kWarps][kRingSlots];
+  float max[kWarps][kHeadBlock];
+  float sum[kWarps][kHeadBlock];
 };
 
 // Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that both readers are free of
@@ -205,8 +206,9 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
                                            const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                            uint64_t policy) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int num_slots = tile_kv / (kSlotRows * kTileWarps);
-  const auto key_of = [&](int i) { return work.first_key + (i * kTileWarps + warp) * kSlotRows; };
+  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
+  const int num_slots = tile_kv / (kSlotRows * kWarps);
+  const auto key_of = [&](int i) { return work.first_key + (i * kWarps + warp) * kSlotRows; };
   const uint32_t ring = shared_address(&shared.ring[warp][0]);
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
 
@@ -278,8 +280,9 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
                                             const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                             uint64_t policy) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int num_slots = 2 * tile_kv / (kSlotRows * kTileWarps);
-  const auto key_of = [&](int i) { return work.first_key + ((i >> 1) * kTileWarps + warp) * kSlotRows; };
+  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
+  const int num_slots = 2 * ceil_div_int(static_cast<int>(work.limit - work.first_key), kSlotRows * kWarps);
+  const auto key_of = [&](int i) { return work.first_key + ((i >> 1) * kWarps + warp) * kSlotRows; };
   const uint32_t ring = shared_address(&shared.ring[warp][0]);
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
   constexpr bool kFloat8 = std::is_same_v<K, Float8>;
@@ -374,16 +377,48 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   }
 }
 
+// An exact row of one tile, or of no key: nothing is left to combine.
+template <typename T, int HEAD_DIM, typename Work>
+__device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& work, const RowShape& row,
+                                           int batch_index, int kv_head, const TileShared<HEAD_DIM>& shared) {
+  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
+  const int64_t first_head =
+      static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * p.gqa_group_size + work.first_head;
+  const float nan = __int_as_float(0x7fffffff), output_scale = p.output_scale(kv_head);
+  T* const out = static_cast<T*>(p.out) + first_head * HEAD_DIM;
+#pragma unroll 1
+  for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
+    const int head = item / HEAD_DIM, d = item % HEAD_DIM;
+    SoftmaxState state = empty_softmax_state();
+    for (int w = 0; w < kWarps; ++w) state = merge(state, {shared.max[w][head], shared.sum[w][head]});
+    float value = 0.0f;
+    for (int w = 0; w < kWarps; ++w) {
+      const auto* rows = reinterpret_cast<const float (*)[HEAD_DIM]>(&shared.ring[w][0]);
+      const float factor = exp2_below(shared.max[w][head], state.max);
+      if (factor != 0.0f) value += rows[head][d] * factor;
+    }
+    // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
+    const float lse = log2_sum(state);
+    value = !row.valid ? nan : row.kv_len == 0 ? 0.0f : is_finite(lse) ? value / state.sum * output_scale : nan;
+    out[item] = Half<T>::from_float(value);
+    if (d == 0) p.lse[first_head + head] = row.valid ? lse * kLn2 : nan;
+  }
+  if (p.rows_read != nullptr && work.first_head == 0 && threadIdx.x == 0) {
+    p.rows_read[work.group] = row.valid ? row.kv_len : -1;
+  }
+}
+
 template <int HEAD_DIM>
 constexpr int tile_ctas_per_sm() {
-  return HEAD_DIM <= 128 ? 4 : 2;
+  return 2;
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
+__global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, tile_ctas_per_sm<HEAD_DIM>())
     tile_kernel(const __grid_constant__ DecodeParams p, int head_blocks) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
+  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
 
   // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
   const int head_block = blockIdx.x % head_blocks;
@@ -391,7 +426,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
   const int tile = blockIdx.x / head_blocks / p.num_kv_heads;
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  if (row.persistent || tile >= row.num_tiles) return;
+  if (row.persistent || tile >= max(row.num_tiles, 1)) return;
 
   TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
@@ -425,20 +460,25 @@ __global__ void __launch_bounds__(kTileThreads, tile_ctas_per_sm<HEAD_DIM>())
   }
   __syncthreads();
 
+  if (!row.sampled && row.num_tiles <= 1) {
+    finish_row<T, HEAD_DIM>(p, work, row, batch_index, kv_head, shared);
+    return;
+  }
+
   // Merge the warps, in warp order.
   const int64_t stats = p.stats_offset(work.group) + static_cast<int64_t>(tile) * p.gqa_group_size + work.first_head;
   if (threadIdx.x < work.num_heads) {
     SoftmaxState state = empty_softmax_state();
-    for (int w = 0; w < kTileWarps; ++w) state = merge(state, {shared.max[w][threadIdx.x], shared.sum[w][threadIdx.x]});
+    for (int w = 0; w < kWarps; ++w) state = merge(state, {shared.max[w][threadIdx.x], shared.sum[w][threadIdx.x]});
     p.tile_max[stats + threadIdx.x] = state.max;
     p.tile_sum[stats + threadIdx.x] = state.sum;
   }
   if (row.sampled) return;
-  for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += kTileThreads) {
+  for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
     const int head = item / HEAD_DIM, d = item % HEAD_DIM;
     float max = -INFINITY, value = 0.0f;
-    for (int w = 0; w < kTileWarps; ++w) max = fmaxf(max, shared.max[w][head]);
-    for (int w = 0; w < kTileWarps; ++w) {
+    for (int w = 0; w < kWarps; ++w) max = fmaxf(max, shared.max[w][head]);
+    for (int w = 0; w < kWarps; ++w) {
       const auto* rows = reinterpret_cast<const float (*)[HEAD_DIM]>(&shared.ring[w][0]);
       const float factor = exp2_below(shared.max[w][head], max);
       if (factor != 0.0f) value += rows[head][d] * factor;
