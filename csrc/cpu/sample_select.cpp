@@ -144,7 +144,7 @@ struct Candidates {
 
 void joint_cover(Head& head) {
   const SampleSelectParams& p = head.p;
-  const double alpha = std::max(p.alpha_c, p.alpha_s);
+  const double alpha = p.joint_alpha();
   if (alpha >= 1.0) {
     std::fill(head.columns.begin(), head.columns.end(), 1);
     std::fill(head.slashes.begin(), head.slashes.end(), 1);
@@ -231,7 +231,7 @@ void repair(Head& head) {
 // Steps 4 and 5.
 void choose(Head& head) {
   const SampleSelectParams& p = head.p;
-  const bool everything = head.broken || p.min_mass >= 1.0;
+  const bool everything = head.broken || p.keeps_everything();
   head.columns.assign(p.nk, everything);
   head.slashes.assign(p.nk, everything);
   if (everything) return;
@@ -252,7 +252,7 @@ void choose(Head& head) {
   } else {
     joint_cover(head);
   }
-  if (p.min_mass > 0.0) repair(head);
+  if (p.repairs()) repair(head);
 }
 
 // Step 6, and the statistics.
