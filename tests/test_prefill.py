@@ -220,6 +220,30 @@ def test_padded_lists_keep_their_blocks():
     assert mask.full_kv_indices.is_contiguous() and mask.full_kv_indices.stride() == mask.kv_indices.stride()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_lengths_are_traced_once_per_bucket(monkeypatch, dynamic):
+    """What Dynamo does, without Inductor. There are more buckets here than one function may have compilations (8)."""
+    from torch._dynamo.utils import counters
+
+    module, compile = sys.modules["santa.prefill"], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    monkeypatch.setattr(module, "DYNAMIC_SHAPES", dynamic)
+    module._compiled.cache_clear()
+    graphs = []
+    for q_len in [300, 290, 384, *range(400, 1500, 128), 1420]:
+        q, k, v = make_qkv(q_len, q_len)
+        lists = santa.sample_select(q, k, alpha_c=0.5, alpha_s=0.5)[:2]
+        out, lse = module._flex(q, k, v, *lists, 0.125)
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+        graphs.append(counters["stats"]["unique_graphs"])
+    module._compiled.cache_clear()
+    assert graphs[0] == graphs[2] and graphs[-1] == graphs[-2]
+    if dynamic:  # the first length, one more for each thing that is seen to change, and then no more
+        assert graphs[-1] == graphs[5]
+    else:
+        assert graphs[-1] - graphs[0] == 9
+
+
 @pytest.mark.gpu
 def test_lengths_of_a_bucket_share_one_compilation():
     from torch._dynamo.utils import counters
