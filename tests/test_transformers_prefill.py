@@ -267,6 +267,22 @@ def test_a_compiled_model_is_dense(calls):
     assert torch.allclose(logits_of(compiled, prompt), expected, atol=1e-3) and not calls
 
 
+@pytest.mark.gpu
+def test_flex_in_a_model_on_cuda(calls):
+    """In chunks, so that queries and keys differ in number; bfloat16 logits of two layers with large weights."""
+    model = make_model().to("cuda", torch.bfloat16)
+    prompt = {name: x.cuda() for name, x in make_prompt().items()}
+    expected = logits_of(model, prompt).float()
+    attach(model, santa.SantaConfig(num_samples=0, prefill="sample", alpha=1.0, prefill_backend="flex"))
+    cache, got = DynamicCache(config=model.config), []
+    for start, stop in ((0, 256), (256, 600)):
+        chunk = {"input_ids": prompt["input_ids"][:, start:stop], "attention_mask": prompt["attention_mask"][:, :stop]}
+        got.append(logits_of(model, chunk, past_key_values=cache).float())
+    difference = torch.cat(got, dim=1) - expected
+    assert difference.norm() < 0.05 * expected.norm()
+    assert lengths(calls) == [(256, 256)] * NUM_LAYERS + [(344, 600)] * NUM_LAYERS
+
+
 # Bad input ----------------------------------------------------------------------------------------------
 
 
