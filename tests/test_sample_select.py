@@ -36,7 +36,8 @@ def make_qk(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with columns, a window and far slashes, of different weight in every head, over Gaussian noise."""
+    """Attention with columns, a window and far slashes over Gaussian noise, of different weight and sharpness in every
+    head."""
     generator = torch.Generator().manual_seed(seed)
     kv_len = q_len + past_blocks * BLOCK
     codes = torch.randn(num_blocks(kv_len) + 8, head_dim, generator=generator) / math.sqrt(head_dim)
@@ -48,6 +49,7 @@ def make_qk(
     ends = block[kv_len - q_len :]
     q += weight[0] * codes[ends] * 6 + weight[1] * codes[ends + 3] * 6
     q[..., 0] += weight[2, ..., 0] * 2
+    q *= 0.05 + 0.35 * torch.rand(num_qo_heads, 1, 1, generator=generator)
     k += codes[block + 3] * 3 + codes[block] * 3
     k[..., 0] += anchors[:, block] * 4
     return q.to(device, dtype), k.to(device, dtype)
@@ -208,14 +210,16 @@ def test_laws_on_devices(device, q_len, past_blocks, dtype, head_dim):
 @pytest.mark.parametrize("selection", ["paper", "joint"])
 @pytest.mark.parametrize("min_mass", [0.0, 0.8])
 @pytest.mark.parametrize("gqa", ["per_head", "union"])
-@pytest.mark.parametrize(("q_len", "past_blocks"), [(900, 0), (1700, 3)])
+@pytest.mark.parametrize(("q_len", "past_blocks"), [(1700, 0), (1700, 3)])
 def test_oracle_keeps_the_same(device, selection, min_mass, gqa, q_len, past_blocks):
     """Greedy choices depend on the ones before, so there are no bounds for them: on these inputs no two candidates are
     close, and the lists are the oracle's."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     q, k = make_qk(q_len, past_blocks, batch=2, num_qo_heads=4, num_kv_heads=2, dtype=dtype, device=device, seed=5)
     options = {"alpha_c": 0.7, "alpha_s": 0.8, "selection": selection, "min_mass": min_mass, "gqa": gqa}
+    options |= {"sink_blocks": 0, "window_blocks": 1, "num_chunks": 3}
     ours = santa.sample_select(q, k, **options)
+    assert ours[2][..., COLUMNS:].sum(dim=-1).mean() > 3.5, "the input has to leave something to choose"
     names = {"selection": int(santa.Selection[selection.upper()]), "gqa": int(santa.Gqa[gqa.upper()])}
     expected = reference.sample_select(q, k, **{**options, **names})
     assert torch.equal(ours[0].cpu(), expected[0]) and torch.equal(ours[1].cpu(), expected[1])
