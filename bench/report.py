@@ -85,6 +85,47 @@ def case_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
+PREFILL_HEAD = (
+    f"{'length':>9}  {'data':14}{'density':>8}{'select':>9}{'attend':>10}{'total':>10}{'SDPA':>10}{'FA3':>10}"
+    f"{'x best':>8}{'x FA3':>8}{'sel/FA3':>9}{'error':>9}{'kernel':>9}{'kept min':>10}{'mean':>8}"
+)
+
+
+def derive_prefill(row: Row) -> None:
+    """Adds speedup (over the fastest dense kernel) and ratios to a row of bench_prefill.py."""
+    row["ratios"] = {name: ms / row["total_ms"] for name, ms in row["dense"].items()}
+    if row["ratios"]:
+        row["speedup"] = min(row["ratios"].values())
+
+
+def prefill_lines(rows: Iterable[Row]) -> list[str]:
+    """A line for each data set, under PREFILL_HEAD."""
+    lines = []
+    for row in rows:
+        place = f"{row['length']:9,}  {row['data']:14}"
+        if "total_ms" not in row:
+            lines += textwrap.wrap(f"{place} {row.get('note', 'not run')}", WIDTH, subsequent_indent=" " * 26)
+            continue
+        dense, fa3 = row["dense"], row["dense"].get("FlashAttention-3")
+        cells = [
+            (row["density"], 8, ".3f"),
+            (row["selection_ms"], 9, ".3f"),
+            (row["attention_ms"], 10, ".2f"),
+            (row["total_ms"], 10, ".2f"),
+            (dense.get("torch SDPA"), 10, ".2f"),
+            (fa3, 10, ".2f"),
+            (row.get("speedup"), 8, ".2f"),
+            (row["ratios"].get("FlashAttention-3"), 8, ".2f"),
+            (None if fa3 is None else row["selection_ms"] / fa3, 9, ".1%"),
+            (row["error"], 9, ".1e"),
+            (row["kernel_error"], 9, ".1e"),
+            (row["kept_min"], 10, ".3f"),
+            (row["kept_mean"], 8, ".3f"),
+        ]
+        lines.append(place + "".join(_cell(*cell) for cell in cells))
+    return lines
+
+
 def variant_lines(rows: list[Row]) -> list[str]:
     """Speed-ups of the variants, over the best dense kernel, beside those of the base: group 4, head_dim 128."""
     variants = [row for row in rows if row["suite"] == "variants" and row["kind"] == "santa" and "speedup" in row]
@@ -130,6 +171,41 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
         "dtype": arguments.dtype,
         "layout": arguments.layout,
     }
+
+
+def plot_prefill(rows: list[Row], path: Path, device: str) -> None:
+    """Time by length of each data set and dense kernel; the selection's part dotted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "total_ms" in row]
+    figure, axes = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
+
+    def line(name: str, points: list[tuple[int, float]], **style: Any) -> None:
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
+
+    for number, data in enumerate(dict.fromkeys(row["data"] for row in rows)):
+        own = [row for row in rows if row["data"] == data]
+        densities = sorted(row["density"] for row in own)
+        name = f"santa.prefill, {data} (density {densities[0]:.2f} to {densities[-1]:.2f})"
+        line(name, [(row["length"], row["total_ms"]) for row in own], color=f"C{number}", marker="o")
+        line("", [(row["length"], row["selection_ms"]) for row in own], color=f"C{number}", linestyle=":")
+    planted = [row for row in rows if row["data"].startswith("planted")] or rows
+    for number, name in enumerate(dict.fromkeys(name for row in planted for name in row["dense"])):
+        points = {(row["length"], row["dense"][name]) for row in planted if name in row["dense"]}
+        line(name, list(points), color="black", linestyle=("-", "--", "-.")[number % 3], marker="x")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of prompt")
+    axes.set_ylabel("ms (dotted: selection)")
+    axes.set_title(f"Causal attention of one prompt, one layer, {device}")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot(rows: list[Row], path: Path, device: str) -> None:

@@ -26,6 +26,11 @@ NOT_RUN = "not run"
 MIXED_SHAPE, MIXED_SHORTEST, MIXED_OVER_FLASHINFER = "16x131072", 1024, 1.7
 FP8_SHAPES = ("16x32768", "8x131072")
 FP8_SPEEDUP, FP8_OVER_FLASHINFER_FP8 = 3.2, 2.7
+# Prefill, batch x length: the density that the selection may keep at most, and the least that FlashAttention-3's time
+# is of santa.prefill's.
+PREFILL: tuple[tuple[str, float, float], ...] = (("1x32768", 0.2, 2.2), ("1x131072", 0.2, 2.8), ("1x131072", 0.1, 5.0))
+# The largest part of FlashAttention-3's time that the selection may take.
+PREFILL_SELECTION = {"1x32768": 0.08, "1x131072": 0.03}
 VARIANT_SHAPE, VARIANT_BASE = "4x32768", "group 4: 32 / 8 heads, head_dim 128, bfloat16, HND"
 
 
@@ -99,4 +104,30 @@ def evaluate(rows: list[dict[str, Any]]) -> list[Result]:
             results += _results(
                 "8-bit cache, x FlashInfer fp8", shape, FP8_OVER_FLASHINFER_FP8, fp8, "ratios", "FlashInfer fp8"
             )
+    return results
+
+
+def evaluate_prefill(rows: list[dict[str, Any]]) -> list[Result]:
+    """The targets of bench_prefill.py, for every planted data set of the length and no more than the density."""
+    fa3 = "FlashAttention-3"
+
+    def result(target: str, row: dict[str, Any], required: float, time: str) -> Result:
+        dense_ms, own_ms = row.get("dense", {}).get(fa3), row.get(time)
+        figure = dense_ms / own_ms if dense_ms and own_ms else None
+        density = row.get("density")
+        what = f"{row['data']}" + ("" if density is None else f", density {density:.3f}")
+        return Result(target, row["shape"], what, required, figure, row.get("note") or f"{fa3} has no figure")
+
+    def planted(shape: str) -> list[dict[str, Any]]:
+        return [row for row in rows if row["shape"] == shape and row["data"].startswith("planted")]
+
+    results: list[Result] = []
+    for shape, density, speedup in PREFILL:
+        target = f"density <= {density}, x FA3"
+        found = [result(target, row, speedup, "total_ms") for row in planted(shape) if row.get("density", 0) <= density]
+        results += found or [Result(target, shape, "santa.prefill", speedup, None)]
+    for shape, share in PREFILL_SELECTION.items():
+        target = f"selection <= {share:.0%} of FA3, FA3 / it"
+        found = [result(target, row, 1 / share, "selection_ms") for row in planted(shape)]
+        results += found or [Result(target, shape, "selection", 1 / share, None)]
     return results

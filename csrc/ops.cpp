@@ -1,4 +1,5 @@
-// Every operator schema, and nothing else. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cu; fakes: santa/ops.py.
+// Every operator schema, and nothing else. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cu; fakes: santa/ops.py
+// and santa/select.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(santa, m) {
@@ -11,6 +12,10 @@ STABLE_TORCH_LIBRARY(santa, m) {
       "SymInt num_samples=256, int sampler=3, int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, "
       "Tensor? row_seeds=None, SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None) "
       "-> (Tensor out, Tensor lse, Tensor rows_read)");
+  m.def(
+      "sample_select(Tensor q, Tensor k, *, float alpha_c=0.95, float alpha_s=0.95, SymInt num_chunks=0, "
+      "SymInt sink_blocks=1, SymInt window_blocks=2, float? sm_scale=None, int gqa=0, int selection=0, "
+      "float min_mass=0.0) -> (Tensor kv_cnt, Tensor kv_idx, Tensor stats)");
   // For tests: the draws of one segment, given the integer CDF. tile_mass int64 [rows, tiles], row_weights int32
   // [rows, tiles, tile_kv], row_seeds int64 [rows] -> counts int32 [rows, tiles, tile_kv].
   m.def(

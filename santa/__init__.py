@@ -12,15 +12,22 @@ from santa import integrations  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
 from santa.float8 import quantize_kv  # noqa: E402
 from santa.ops import Budget, KvLayout, Sampler, decode, default_min_sampled_len  # noqa: E402
+from santa.prefill import PrefillStats, prefill  # noqa: E402
+from santa.select import Gqa, Selection, sample_select  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Gqa",
     "KvLayout",
+    "PrefillStats",
     "Sampler",
     "SantaConfig",
+    "Selection",
     "decode",
     "default_min_sampled_len",
     "integrations",
+    "prefill",
     "quantize_kv",
+    "sample_select",
 ]

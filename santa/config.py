@@ -1,4 +1,4 @@
-"""Settings of sampled decoding for the integrations with inference frameworks."""
+"""Settings of sampled decoding and of sparse prefill for the integrations with inference frameworks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from santa.ops import Budget, Sampler
+from santa.prefill import BACKENDS, check_alpha
 
 # Streams of neighbouring layers are `seed + layer_idx`; the head-room keeps that sum inside int64.
 _MAX_SEED = (1 << 62) - 1
 _MAX_SAMPLES = 1 << 20
 _MAX_INT32 = (1 << 31) - 1
+_PREFILLS = ("dense", "sample")
 
 
 @dataclass(frozen=True)
 class SantaConfig:
-    """How a model decodes with `santa`.
+    """How a model decodes with `santa`, and how it prefills.
 
     Attributes:
         num_samples: S, the draws per query head and step, 0 to 2^20; 0 is exact attention.
@@ -27,8 +29,11 @@ class SantaConfig:
             must be independent of each other need seeds further apart than the model has layers.
         min_context: rows with fewer valid keys are exact (the operator's `min_sampled_len`); None is
             `santa.default_min_sampled_len`, 0 always samples.
-        layers: indices of the layers that sample, the others decode exactly; None is all of them. Stored as a
-            sorted tuple.
+        layers: indices of the layers that sample, the others are exact in decode and in prefill; None is all of
+            them. Stored as a sorted tuple.
+        prefill: "dense", or "sample": SampleAttention, `santa.prefill`.
+        alpha: share of the attention mass that a sparse prefill keeps, 0 to 1: one number, or (columns, slashes).
+        prefill_backend: what executes a sparse prefill, as in `santa.prefill`; "auto" is dense below 16,384 tokens.
 
     Raises:
         TypeError, ValueError: naming the field, what it got and what it needs.
@@ -40,6 +45,9 @@ class SantaConfig:
     seed: int = 0
     min_context: int | None = None
     layers: Collection[int] | None = None
+    prefill: str = "dense"
+    alpha: float | tuple[float, float] = 0.95
+    prefill_backend: str = "auto"
 
     def __post_init__(self) -> None:
         _check_int("num_samples", self.num_samples, _MAX_SAMPLES)
@@ -50,10 +58,21 @@ class SantaConfig:
         object.__setattr__(self, "sampler", _choice("sampler", self.sampler, Sampler))
         object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
+        for field, known in (("prefill", _PREFILLS), ("prefill_backend", BACKENDS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"santa: {field} is {getattr(self, field)!r}; it needs to be one of {list(known)}")
+        check_alpha(self.alpha)
 
     def samples_in_layer(self, layer_idx: int) -> int:
         """num_samples of one layer: 0, which is exact, for the layers that `layers` leaves out."""
-        return self.num_samples if self.layers is None or layer_idx in self.layers else 0
+        return self.num_samples if self._samples(layer_idx) else 0
+
+    def prefills_sparsely(self, layer_idx: int | None) -> bool:
+        """Whether prefill of one layer goes to `santa.prefill`; None is a layer that does not know its index."""
+        return self.prefill == "sample" and self._samples(layer_idx)
+
+    def _samples(self, layer_idx: int | None) -> bool:
+        return self.layers is None or layer_idx in self.layers
 
 
 def _check_int(field: str, value: object, maximum: int) -> None:

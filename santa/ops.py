@@ -37,10 +37,17 @@ class KvLayout(enum.IntEnum):
 
 
 # Plain dictionaries and integers: torch.compile of torch 2.11 traces little of enum.
-_VALUES = {
-    kind: {(member.name if kind is KvLayout else member.name.lower()): int(member) for member in kind}
-    for kind in (Sampler, Budget, KvLayout)
-}
+_VALUES: dict[type[enum.IntEnum], dict[str, int]] = {}
+
+
+def _register_choices(kind: type[enum.IntEnum]) -> type[enum.IntEnum]:
+    """For `_choice`. Names are in lower case, layouts as they are."""
+    _VALUES[kind] = {(member.name if kind is KvLayout else member.name.lower()): int(member) for member in kind}
+    return kind
+
+
+for _kind in (Sampler, Budget, KvLayout):
+    _register_choices(_kind)
 
 
 def _choice(name: str, value: Any, kind: type[enum.IntEnum]) -> int:

@@ -5,8 +5,10 @@
 #include <vector>
 
 #include "api/decode.h"
+#include "api/sample_select.h"
 #include "api/select.h"
 #include "cpu/decode.h"
+#include "cpu/sample_select.h"
 
 namespace santa::cpu {
 namespace {
@@ -43,11 +45,17 @@ struct SelectBackend {
   }
 };
 
+struct SampleSelectBackend {
+  static int64_t workspace_bytes(SampleSelectParams&) { return 0; }
+  static void run(SampleSelectParams& p, void*, int) { sample_select(p); }
+};
+
 }  // namespace
 }  // namespace santa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CPU, m) {
   m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cpu::DecodeBackend>));
   m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cpu::DecodeBackend>));
+  m.impl("sample_select", TORCH_BOX(&santa::api::sample_select_op<santa::cpu::SampleSelectBackend>));
   m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cpu::SelectBackend>));
 }

@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/decode.h"
+#include "api/sample_select.h"
 #include "api/select.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode/launch.h"
 #include "cuda/decode/select.cuh"
+#include "cuda/prefill/launch.h"
 
 namespace santa::cuda {
 namespace {
@@ -62,11 +64,21 @@ struct SelectBackend {
   }
 };
 
+struct SampleSelectBackend {
+  static int64_t workspace_bytes(SampleSelectParams& p) { return place_select_workspace(p, nullptr); }
+  static void run(SampleSelectParams& p, void* workspace, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    place_select_workspace(p, workspace);
+    launch_sample_select(p, current_stream(device_index));
+  }
+};
+
 }  // namespace
 }  // namespace santa::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CUDA, m) {
   m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cuda::DecodeBackend>));
   m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cuda::DecodeBackend>));
+  m.impl("sample_select", TORCH_BOX(&santa::api::sample_select_op<santa::cuda::SampleSelectBackend>));
   m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cuda::SelectBackend>));
 }

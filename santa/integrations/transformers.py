@@ -1,4 +1,4 @@
-"""Sampled decoding for Hugging Face Transformers.
+"""Sampled decoding, and sparse prefill, for Hugging Face Transformers.
 
     import santa
     from santa.integrations.transformers import attach
@@ -11,6 +11,8 @@
 
     more than one query: prefill (chunked too),   Transformers' own SDPA attention
         speculative verification
+    the same with SantaConfig(prefill="sample"),  `santa.prefill`
+        where the mask is causal and no more
     one query per row in causal self-attention    `santa.decode`
     attention that is not causal: encoders,       Transformers' own SDPA attention
         cross-attention
@@ -20,8 +22,9 @@
 
 The mask function runs once per step and mask type and reduces the mask to one range of valid keys per row
 (left padding, a static cache's unused tail, a sliding window), so that no layer reads a mask. A mask that is
-no contiguous range takes the exact path. Settings live on the model's attention modules, where a compiled
-graph sees them as constants. Inference only.
+no contiguous range takes the exact path. Where prefill is sparse, it also finds out whether the mask of a
+prefill step is causal and no more. Settings live on the model's attention modules, where a compiled graph sees
+them as constants. Inference only.
 """
 
 from __future__ import annotations
@@ -42,8 +45,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 import santa
 from santa.config import SantaConfig
+from santa.prefill import BLOCK as PREFILL_BLOCK
+from santa.prefill import HEAD_DIMS as PREFILL_HEAD_DIMS
 
-__all__ = ["NAME", "RowsRead", "attach", "record_rows_read", "register"]
+__all__ = ["NAME", "SPARSE_PREFILL_NAME", "RowsRead", "attach", "record_rows_read", "register"]
 
 # The first release whose mask functions are told the query's length and offset instead of its positions.
 _MIN_TRANSFORMERS = "5.4.0"
@@ -51,6 +56,9 @@ if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
     raise ImportError(f"santa: transformers is {transformers.__version__}; it needs to be at least {_MIN_TRANSFORMERS}")
 
 NAME = "santa"
+# What `attach` calls a model whose prefill is sparse: its mask function is another one, since mask functions do not get
+# to see a model's settings.
+SPARSE_PREFILL_NAME = "santa_sparse_prefill"
 
 # The head dimensions that `santa.decode` is built for.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -67,8 +75,9 @@ _DENSE_QUERY_BLOCK = 256
 
 def register() -> None:
     """Make `attn_implementation="santa"` known to Transformers. Calling it again changes nothing."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, decode_ranges)
+    for name, mask_function in ((NAME, decode_ranges), (SPARSE_PREFILL_NAME, sparse_prefill_ranges)):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask_function)
 
 
 def attach(model: PreTrainedModel, config: SantaConfig | None = None) -> PreTrainedModel:
@@ -100,14 +109,20 @@ def attach(model: PreTrainedModel, config: SantaConfig | None = None) -> PreTrai
         head_dim = getattr(module, "head_dim", None)
         if isinstance(head_dim, int) and head_dim not in _HEAD_DIMS:
             raise ValueError(_head_dim_error(module, head_dim))
+        if config.prefill == "sample" and isinstance(head_dim, int) and head_dim not in PREFILL_HEAD_DIMS:
+            raise ValueError(
+                f"santa: {type(module).__name__} has head_dim {head_dim}; prefill 'sample' needs one of "
+                f"{PREFILL_HEAD_DIMS}: use prefill='dense' for this model"
+            )
     register()
-    if model.config._attn_implementation != NAME:
+    name = SPARSE_PREFILL_NAME if config.prefill == "sample" else NAME
+    if model.config._attn_implementation != name:
         if not model._can_set_attn_implementation():
             raise ValueError(
                 f"santa: model is a {type(model).__name__}, whose attention is fixed; it needs to call its "
                 "attention through AttentionInterface"
             )
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(name)
     for module in modules:
         setattr(module, _CONFIG_ATTRIBUTE, config)
     return model
@@ -219,6 +234,51 @@ def decode_ranges(
     return _pack_ranges(mask[:, 0, 0], position)
 
 
+def sparse_prefill_ranges(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """`decode_ranges`, but for the masks that `santa.prefill` implies.
+
+    Returns:
+        int32 [1, 1, 1, 1] on the CPU, the number of tokens so far, for a step of at least 128 queries whose mask is
+        causal and no more (no padding, window or packed sequences) and that starts at a multiple of 128 tokens. For
+        any other step, and in a traced graph, what `decode_ranges` returns.
+    """
+    if (
+        q_length >= PREFILL_BLOCK
+        and mask_function is causal_mask_function
+        and kv_offset == 0
+        and not torch.compiler.is_compiling()
+        and int(q_offset) % PREFILL_BLOCK == 0
+    ):
+        tokens = int(q_offset) + q_length
+        # Queries past the end of a sliding cache, or keys that are padding, are not `santa.prefill`'s.
+        is_whole = attention_mask is None or (
+            attention_mask.shape[-1] >= tokens and bool(attention_mask[:, :tokens].all())
+        )
+        if tokens <= kv_length and is_whole:
+            return torch.tensor([[[[tokens]]]], dtype=torch.int32)
+    return decode_ranges(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -239,7 +299,8 @@ def attention(
         module: the attention module; read are layer_idx, is_causal, training and what `attach` put there.
         query: [batch, num_qo_heads, q_len, head_dim].
         key, value: [batch, num_kv_heads, kv_len, head_dim], not expanded to the query heads.
-        attention_mask: from `decode_ranges`, or bool / additive [batch, 1, q_len, kv_len], or None.
+        attention_mask: from `decode_ranges` or `sparse_prefill_ranges`, or bool / additive
+            [batch, 1, q_len, kv_len], or None.
         scaling: None is 1 / sqrt(head_dim).
         softcap: logits become softcap * tanh(logits / softcap).
         s_aux: [num_qo_heads], a logit per head that takes attention mass and has no value row.
@@ -260,6 +321,15 @@ def attention(
             'model.eval(), or train with attn_implementation="sdpa"'
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if query.shape[2] > 1 and attention_mask is not None and attention_mask.dtype == torch.int32:
+        # A static cache is longer than what it holds so far.
+        tokens = int(attention_mask)
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+        config = getattr(module, _CONFIG_ATTRIBUTE, _DEFAULT_CONFIG)
+        is_plain = is_causal and softcap is None and s_aux is None and position_bias is None
+        if is_plain and config.prefills_sparsely(getattr(module, "layer_idx", None)):
+            return _sparse_prefill(query, key, value, config, scaling), None
+        attention_mask = None if is_causal and query.shape[2] == tokens else _causal_mask(query, key)
     if is_causal:
         _check_supported(module, query, key, value)
         if query.shape[2] == 1 and softcap is None and position_bias is None:
@@ -338,6 +408,14 @@ def _sampled_attention(
     return out.unsqueeze(1)
 
 
+def _sparse_prefill(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: SantaConfig, scaling: float | None
+) -> torch.Tensor:
+    """One step of prefill: query [batch, num_qo_heads, q_len, head_dim] -> [batch, q_len, num_qo_heads, head_dim]."""
+    out, _ = santa.prefill(query, key, value, alpha=config.alpha, sm_scale=scaling, backend=config.prefill_backend)
+    return out.transpose(1, 2).contiguous()
+
+
 def _dense_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -411,6 +489,13 @@ def _ranges_to_mask(ranges: torch.Tensor, kv_len: int) -> torch.Tensor:
     positions = torch.arange(kv_len, device=ranges.device)
     kv_starts, kv_lens = ranges[..., 0:1], ranges[..., 1:2]
     return (positions >= kv_starts) & (positions < kv_starts + kv_lens)
+
+
+def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """bool [1, 1, q_len, kv_len]: the queries are the last of the tokens."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
+    return mask.tril(kv_len - q_len)[None, None]
 
 
 def _is_contiguous(mask: torch.Tensor) -> bool:

@@ -1,0 +1,53 @@
+// Reductions over the threads of a CTA. Integers alone: their results do not depend on the order.
+#pragma once
+
+#include <cstdint>
+
+namespace santa::cuda {
+
+__device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
+  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// The sum over all threads, in each of them. `scratch` has THREADS / 32 entries, free again at the next barrier.
+template <int THREADS>
+__device__ __forceinline__ uint64_t block_sum(uint64_t value, uint64_t* scratch) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  value = warp_sum(value);
+  __syncthreads();  // the last sum was read
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  return warp_sum(lane < THREADS / 32 ? scratch[lane] : 0);
+}
+
+// A candidate and its rank; of equal ranks the lower index is the better.
+struct Ranked {
+  uint64_t rank;
+  int index;
+};
+
+__device__ __forceinline__ Ranked better(Ranked a, Ranked b) {
+  return a.rank > b.rank || (a.rank == b.rank && a.index < b.index) ? a : b;
+}
+
+__device__ __forceinline__ Ranked warp_best(Ranked value) {
+  for (int offset = 16; offset > 0; offset >>= 1) {
+    value = better(
+        value, {__shfl_xor_sync(0xffffffffu, value.rank, offset), __shfl_xor_sync(0xffffffffu, value.index, offset)});
+  }
+  return value;
+}
+
+// The best over all threads, in each of them.
+template <int THREADS>
+__device__ __forceinline__ Ranked block_best(Ranked value, Ranked* scratch) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  value = warp_best(value);
+  __syncthreads();
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  return warp_best(lane < THREADS / 32 ? scratch[lane] : Ranked{0, 0x7fffffff});
+}
+
+}  // namespace santa::cuda
