@@ -642,56 +642,91 @@ __device__ __forceinline__ void for_each_round(const BlockScores& scores, const 
   }
 }
 
-// Level 2 of the CDF: running sums of the row weights of the warp's keys, and their total.
-__device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const SelectRole& role, SoftmaxState state,
-                                          const float* segment_lse, int lane) {
-  // Lane h: what an exponential of head h counts for; heads without a finite sum take no part.
+// Lane h: what an exponential of head h counts for in the stream; heads without a finite sum take no part.
+__device__ __forceinline__ float stream_factor(const SelectRole& role, SoftmaxState state, const float* segment_lse,
+                                               int lane) {
   const int head = lane & 7;
   const bool in_stream = head >= role.first_head && head < role.first_head + role.num_heads;
   const float own_factor = in_stream ? tile_factor(state.max, segment_lse[head]) : 0.0f;
   float share_sum = own_factor > 0.0f ? own_factor * state.sum : 0.0f;
   for (int offset = 1; offset < 8; offset <<= 1) share_sum += __shfl_xor_sync(0xffffffffu, share_sum, offset);
-  const float factor = own_factor > 0.0f ? own_factor / share_sum : 0.0f, below = finite_max(state.max);
+  return own_factor > 0.0f ? own_factor / share_sum : 0.0f;
+}
+
+// From the shares of a lane's keys to running sums, in `cumulative`. `running`: the sum before the round, and after it.
+__device__ __forceinline__ void accumulate_weights(const BlockScores& scores, const float (&shares)[kLaneKeys],
+                                                   int first, int count, int lane, uint32_t& running) {
+  uint32_t sums[kLaneKeys], lane_sum = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; ++i) sums[i] = lane_sum += i < count ? row_weight_of(shares[i]) : 0;
+  const uint32_t inclusive = warp_inclusive_scan(lane_sum, lane), before = running + inclusive - lane_sum;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; ++i) {
+    if (i < count) scores.sum(first + i) = before + sums[i];
+  }
+  running += __shfl_sync(0xffffffffu, inclusive, 31);
+}
+
+// Level 2 of the CDF: running sums of the row weights of the warp's keys, and their total. What needs no log-sum-exp is
+// done before wait_for_lse().
+template <typename Wait>
+__device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const SelectRole& role, SoftmaxState state,
+                                          const float* segment_lse, int lane, const Wait& wait_for_lse) {
+  const float below = finite_max(state.max);
   uint32_t running = 0;
-  for_each_round(scores, role, [&](int first, int count, int last) {
-    float shares[kLaneKeys] = {};
-    if (role.grouped) {
-#pragma unroll 2
-      for (int pair = 0; 2 * pair < role.group_size; ++pair) {
-        const float f_x = __shfl_sync(0xffffffffu, factor, 2 * pair);
-        const float f_y = __shfl_sync(0xffffffffu, factor, 2 * pair + 1);
-        const float below_x = __shfl_sync(0xffffffffu, below, 2 * pair);
-        const float below_y = __shfl_sync(0xffffffffu, below, 2 * pair + 1);
-        const float2* plane = scores.planes + pair * scores.pitch;
-        float2 values[kLaneKeys];
-#pragma unroll
-        for (int i = 0; i < kLaneKeys; ++i) values[i] = plane[key_place(min(first + i, last))];
-#pragma unroll
-        for (int i = 0; i < kLaneKeys; ++i) {
-          shares[i] += f_x > 0.0f ? f_x * exp2_approx(values[i].x - below_x) : 0.0f;
-          shares[i] += f_y > 0.0f ? f_y * exp2_approx(values[i].y - below_y) : 0.0f;
-        }
-      }
-    } else {
-      const float f = __shfl_sync(0xffffffffu, factor, role.stream);
-      const float below_h = __shfl_sync(0xffffffffu, below, role.stream);
-      const float* const plane = scores.plane_of(role.stream);
+  if (!role.grouped) {
+    wait_for_lse();
+    const float f = __shfl_sync(0xffffffffu, stream_factor(role, state, segment_lse, lane), role.stream);
+    const float below_h = __shfl_sync(0xffffffffu, below, role.stream);
+    const float* const plane = scores.plane_of(role.stream);
+    for_each_round(scores, role, [&](int first, int count, int last) {
+      float shares[kLaneKeys];
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) shares[i] = plane[2 * key_place(min(first + i, last))];
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) shares[i] = f > 0.0f ? f * exp2_approx(shares[i] - below_h) : 0.0f;
-    }
-    uint32_t sums[kLaneKeys], lane_sum = 0;
+      accumulate_weights(scores, shares, first, count, lane, running);
+    });
+    return running;
+  }
+  bool waited = false;
+  for_each_round(scores, role, [&](int first, int count, int last) {  // one round
+    const auto exponentials = [&](float2(&e)[kLaneKeys], int pair) {
+      const float below_x = __shfl_sync(0xffffffffu, below, 2 * pair);
+      const float below_y = __shfl_sync(0xffffffffu, below, 2 * pair + 1);
+      const float2* plane = scores.planes + pair * scores.pitch;
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) sums[i] = lane_sum += i < count ? row_weight_of(shares[i]) : 0;
-    const uint32_t inclusive = warp_inclusive_scan(lane_sum, lane), before = running + inclusive - lane_sum;
-    __syncwarp();
+      for (int i = 0; i < kLaneKeys; ++i) e[i] = plane[key_place(min(first + i, last))];
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-      if (i < count) scores.sum(first + i) = before + sums[i];
+      for (int i = 0; i < kLaneKeys; ++i) e[i] = {exp2_approx(e[i].x - below_x), exp2_approx(e[i].y - below_y)};
+    };
+    float2 ahead[2][kLaneKeys] = {};
+    exponentials(ahead[0], 0);
+    if (role.group_size > 2) exponentials(ahead[1], 1);
+    wait_for_lse();
+    waited = true;
+    const float factor = stream_factor(role, state, segment_lse, lane);
+    float shares[kLaneKeys] = {};
+    const auto add_shares = [&](const float2(&e)[kLaneKeys], int pair) {
+      const float f_x = __shfl_sync(0xffffffffu, factor, 2 * pair);
+      const float f_y = __shfl_sync(0xffffffffu, factor, 2 * pair + 1);
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) {
+        shares[i] += f_x > 0.0f ? f_x * e[i].x : 0.0f;
+        shares[i] += f_y > 0.0f ? f_y * e[i].y : 0.0f;
+      }
+    };
+    add_shares(ahead[0], 0);
+    if (role.group_size > 2) add_shares(ahead[1], 1);
+#pragma unroll 1
+    for (int pair = 2; 2 * pair < role.group_size; ++pair) {
+      exponentials(ahead[0], pair);
+      add_shares(ahead[0], pair);
     }
-    running += __shfl_sync(0xffffffffu, inclusive, 31);
+    accumulate_weights(scores, shares, first, count, lane, running);
   });
+  if (!waited) wait_for_lse();  // the part has no keys
   return running;
 }
 
@@ -972,9 +1007,13 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     mbarrier_wait(&shared.scored[buffer], use & 1);
     mbarrier_wait(&shared.published[buffer], use & 1);
     const SoftmaxState state = shared.state[buffer][lane & 7];  // lane h: head h
-    mbarrier_wait(&shared.lse_known[buffer], use & 1);
+    const auto wait_for_lse = [&] { mbarrier_wait(&shared.lse_known[buffer], use & 1); };
     uint32_t weight = 0;
-    if (role.active) weight = weigh(scores, role, state, plan.segment_lse, lane);
+    if (role.active) {
+      weight = weigh(scores, role, state, plan.segment_lse, lane, wait_for_lse);
+    } else {
+      wait_for_lse();
+    }
     if (lane == 0) shared.part_weight[warp] = weight;
     mbarrier_wait(&shared.planned[buffer], use & 1);
     select_barrier();  // all weights are there
