@@ -119,7 +119,10 @@ def load_dense(names: list[str], fa3: Path | None) -> tuple[list[Dense], dict[st
         )
 
     def flash_attention_3(data: Planted) -> Callable[[], Tensor]:
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (data.q, data.k, data.v))
+        # vLLM's build takes packed sequences alone: [tokens, heads, head_dim].
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (data.q, data.k, data.v))
+        length = q.shape[0]
+        ends = torch.tensor([0, length], dtype=torch.int32, device=q.device)
 
         def call() -> Tensor:
             outputs = competitors.call_with_nones(
@@ -127,6 +130,10 @@ def load_dense(names: list[str], fa3: Path | None) -> tuple[list[Dense], dict[st
                 q=q,
                 k=k,
                 v=v,
+                cu_seqlens_q=ends,
+                cu_seqlens_k=ends,
+                max_seqlen_q=length,
+                max_seqlen_k=length,
                 softmax_scale=q.shape[-1] ** -0.5,
                 is_causal=True,
                 window_size_left=-1,
@@ -138,7 +145,7 @@ def load_dense(names: list[str], fa3: Path | None) -> tuple[list[Dense], dict[st
                 cp_world_size=1,
                 cp_rank=0,
             )
-            return outputs[0].transpose(1, 2)
+            return outputs[0].transpose(0, 1).unsqueeze(0)
 
         return call
 
@@ -222,7 +229,7 @@ class Benchmark:
         with self.watch.part("dense kernels"):
             row["dense"] = self.time_dense(data, rows)
         sm_scale = data.q.shape[-1] ** -0.5
-        attend = prefill_module._flex if self.cuda else prefill_module._reference
+        attend = torch.no_grad()(prefill_module._flex if self.cuda else prefill_module._reference)
         with self.watch.part("selection"):
             row["selection_ms"] = time_ms(lambda: self.select(data), cuda=self.cuda)
         with self.watch.part("attention"):

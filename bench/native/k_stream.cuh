@@ -13,8 +13,15 @@ constexpr int kStreamThreads = 256, kStreamBlocksPerSm = 8, kStreamUnroll = 8;
 __global__ void __launch_bounds__(kStreamThreads) read_only(const uint4* data, int64_t count, uint32_t* sink) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   uint32_t folded = 0;
-#pragma unroll 8
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i + (kStreamUnroll - 1) * stride < count; i += kStreamUnroll * stride) {
+    uint4 value[kStreamUnroll];  // in flight together
+#pragma unroll
+    for (int u = 0; u < kStreamUnroll; ++u) value[u] = __ldg(data + i + u * stride);
+#pragma unroll
+    for (int u = 0; u < kStreamUnroll; ++u) folded ^= value[u].x ^ value[u].y ^ value[u].z ^ value[u].w;
+  }
+  for (; i < count; i += stride) {
     const uint4 value = __ldg(data + i);
     folded ^= value.x ^ value.y ^ value.z ^ value.w;
   }
