@@ -30,7 +30,8 @@ constexpr int kFirstScoreWarp = kStateWarp + 1;
 static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % kStepCodedKeys == 0,
               "a step is pairs of matrix products, and ends inside the block");
 constexpr int kMaxBuffers = 3;
-constexpr int kStatesKept = 8;  // rounds of the plan warp
+constexpr int kRoundsAhead = 2;  // of its loads in flight; more were slower: they wait for nothing new
+constexpr int kStatesKept = 8;   // rounds of the plan warp
 
 // Level 1 of the CDF, as far as one block and stream need it.
 struct StreamPlan {
@@ -479,16 +480,16 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
     // First pass: the maximum.
     float max = -INFINITY;
 #pragma unroll 1
-    for (int base = 0; base * step < block.num_blocks; base += 4) {
-      ulonglong2 words[4];  // loads in flight
+    for (int base = 0; base * step < block.num_blocks; base += kRoundsAhead) {
+      ulonglong2 words[kRoundsAhead];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kRoundsAhead; ++i) {
         const int b = (base + i) * step + place;
         words[i] = sealed(bits_of(empty_softmax_state()), p.seal);
         if (has_head && b < block.num_blocks) words[i] = load_relaxed(states + (b * group_size + head) * 2);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kRoundsAhead; ++i) {
         if ((base + i) * step >= block.num_blocks) break;
         const int b = (base + i) * step + place;
 #pragma unroll 1
@@ -1034,20 +1035,19 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     }
 
     select_barrier();
-    if (threadIdx.x == 0) {
-      mbarrier_wait(&shared.row_published[buffer], use & 1);
-      // Releases what the CTA has written, acquires what others have.
-      shared.is_last = add_acq_rel(&p.finished[p.group_index(block.batch_index, block.kv_head)], 1) + 1 ==
-                       static_cast<uint32_t>(block.num_blocks);
-    }
-    select_barrier();
-    // The buffer and the plan go back before the blocks are added up, which takes longer than it should hold up
-    // scoring.
+    // The buffer and the plan go back before the counter answers, and before the blocks are added up.
     const bool is_final = shared.is_final[buffer];
     const int batch_index = block.batch_index, kv_head = block.kv_head, num_blocks = block.num_blocks;
     uint32_t defined = 0;
     for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
+    mbarrier_wait(&shared.row_published[buffer], use & 1);
     mbarrier_arrive(&shared.released[buffer]);
+    if (threadIdx.x == 0) {
+      // Releases what the CTA has written, acquires what others have.
+      shared.is_last =
+          add_acq_rel(&p.finished[p.group_index(batch_index, kv_head)], 1) + 1 == static_cast<uint32_t>(num_blocks);
+    }
+    select_barrier();
     if (shared.is_last) {
       combine_blocks<T, K, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
       forget_states(p, batch_index, kv_head, num_blocks);
