@@ -56,6 +56,7 @@ int main() {
                 check(ceil_div(longest, block_kv_of(longest)) <= int64_t{plan.num_buffers} * plan.num_ctas,
                       "the longest row waits for itself", p, device);
                 if (group > 4) check(2 * plan.plane_pitch * 8 >= 32768, "outputs over scores in use", p, device);
+                check(plan.buffer_bytes >= (group > 4 ? 65536 : 32768), "outputs larger than the buffer", p, device);
                 // Sums over score warps, and the path, must not depend on the length of the cache.
                 check(warps == -1 || warps == plan.num_score_warps, "score warps depend on max_kv_len", p, device);
                 warps = plan.num_score_warps;

@@ -65,7 +65,7 @@ __device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const St
                                                 const float (&lane_weight)[HEADS], int num_rows, bool aligned,
                                                 int lane) {
   using Shape = GatherShape<HEAD_DIM>;
-  constexpr int kInFlight = HEAD_DIM > 192 ? 2 : 3;
+  constexpr int kInFlight = HEAD_DIM > 192 || HEADS > 4 ? 2 : 3;  // as registers allow
   const int slot = lane / Shape::kChunks, chunk = slot < Shape::kRows ? lane % Shape::kChunks : 0;
   const auto add = [&](ValueChunk<V> elements, int source) {
     const bool active = slot < Shape::kRows && source < num_rows;

@@ -56,10 +56,10 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
     if (buffers * least_ctas < kShortRowBlocks) continue;
     const int64_t limit = static_cast<int64_t>(buffers) * least_ctas * kMaxBlockKv;
     const int64_t longest = std::min<int64_t>(p.max_kv_len, limit);
-    // The sums of 4 heads, 8 numbers of each from every lane, take the place of 2 planes.
-    const int partial_bytes = kSelectWarps * 32 * 4 * 8 * 4, pairs = (p.gqa_group_size + 1) / 2;
+    // The sums of 4 heads, 8 numbers of each from every lane, take the place of 2 planes; those of 8 heads that of 4.
+    const int pairs = (p.gqa_group_size + 1) / 2, partial_bytes = kSelectWarps * 32 * (pairs > 2 ? 8 : 4) * 8 * 4;
     plan.plane_pitch = block_kv_of(longest) + 8;
-    if (pairs > 2) plan.plane_pitch = std::max(plan.plane_pitch, partial_bytes / 16 + 8);
+    if (pairs > 2) plan.plane_pitch = std::max(plan.plane_pitch, kMaxBlockKv + 8);
     plan.buffer_bytes = round_up(std::max(pairs * plan.plane_pitch * 8, partial_bytes));
     const int cumulative_bytes = p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0;
     const int room = device.shared_bytes - kPersistentSharedBytes - buffers * plan.buffer_bytes - cumulative_bytes;

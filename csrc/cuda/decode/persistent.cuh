@@ -1019,12 +1019,18 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     mbarrier_wait(&shared.planned[buffer], use & 1);
     select_barrier();  // all weights are there
 
-    if (role.grouped) {
+    if (!role.grouped) {
+      estimate<T, K, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
+    } else if (HEAD_DIM <= 128) {
+      if (role.group_size <= kGatherHeads) {
+        estimate<T, K, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, 0, warp, lane);
+      } else {
+        estimate<T, K, HEAD_DIM, kHeadBlock>(p, shared, plan, scores, role, block, state, 0, warp, lane);
+      }
+    } else {  // there are no registers for the sums of 8 heads: the rows are read twice
       for (int head = 0; head < role.group_size; head += kGatherHeads) {
         estimate<T, K, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
       }
-    } else {
-      estimate<T, K, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
     }
     if (p.rows_read != nullptr && warp == 0) {
       int rows = 0;
