@@ -10,6 +10,8 @@
 
 namespace santa {
 
+constexpr int kMaxHeadDim = 256;
+
 // Query heads that a CUDA thread scores at a time: the weights of a feature are stored in blocks of as many.
 SANTA_HD int score_heads_of(int gqa_group_size) {
   return gqa_group_size <= 1 ? 1 : gqa_group_size <= 2 ? 2 : gqa_group_size <= 4 ? 4 : 8;

@@ -158,7 +158,7 @@ Tensor ternary_counts_op(Tensor q, Tensor kv_lens, Tensor row_seeds, int64_t num
   return counts;
 }
 
-// `name` is the cache's argument name, `rows_dim` the dimension that holds positions.
+// What both appends check; `name` is the argument that is written.
 inline AppendParams append_params(const char* name, const Tensor& features, const Tensor& rows,
                                   const Tensor& positions) {
   check_rank("k_new", rows, 4, "[batch, n, num_kv_heads, head_dim]");
@@ -167,6 +167,9 @@ inline AppendParams append_params(const char* name, const Tensor& features, cons
   if (!half && !(features.is_cpu() && dtype == ScalarType::Float)) {
     fail(name, " is ", name_of(dtype), "; it needs to be bfloat16 or float16",
          features.is_cpu() ? " or float32" : " on CUDA");
+  }
+  if (rows.size(0) > kMaxBatch || rows.size(2) > kMaxBatch) {
+    fail("k_new has shape ", shape_of(rows), "; batch and num_kv_heads need to be at most ", kMaxBatch);
   }
   check_dtype("k_new", rows, dtype, (std::string(", the dtype of ") + name).c_str());
   check_same_device("k_new", rows, features);
