@@ -380,7 +380,12 @@ def main(argv: list[str] | None = None) -> int:
     works = estimates(batch * args.num_kv_heads, kv_len, group_size, args.head_dim, args.samples, args.draws)
     figures = ", ".join(f"{name} {pj:g} pJ" for name, pj in ENERGY_PJ.items())
     print(f"\nAn estimate, not a measurement: {args.shape}, {heads}, Gaussian queries.")
-    print(f"Horowitz, ISSCC 2014, 45 nm: {figures}\n")
+    print(f"Horowitz, ISSCC 2014, 45 nm: {figures}")
+    shares = gaussian_query_shares(group_size, args.head_dim, args.draws)
+    features = ", ".join(f"{shares[name]:.1%} ({name})" for name in ("independent", "shared"))
+    print(
+        f"B = {args.draws}: {shares['entries']:.1%} of a ternary vector's entries, {features} of a group's features\n"
+    )
     print("\n".join(estimate_lines(works)))
     content["estimate"] = {name: vars(work) for name, work in works.items()}
     if args.json:
