@@ -206,11 +206,11 @@ def between_steps(found: list[Reading]) -> Energy:
     """From the first reading that saw the counter move to the last one that did.
 
     Raises:
-        RuntimeError: it moved fewer than ten times: an error of one step in the energy would be more than a tenth.
+        RuntimeError: it moved fewer than five times, too few to say when it moves.
     """
     moved = [b for a, b in itertools.pairwise(found) if b.millijoules != a.millijoules]
-    if len(moved) < 10:
-        raise RuntimeError(f"the energy counter moved {len(moved)} times, expected 10 or more: measure for longer")
+    if len(moved) < 5:
+        raise RuntimeError(f"the energy counter moved {len(moved)} times, expected 5 or more: measure for longer")
     seconds = moved[-1].seconds - moved[0].seconds
     millijoules, calls = moved[-1].millijoules - moved[0].millijoules, moved[-1].calls - moved[0].calls
     return Energy(seconds / calls * 1e6, millijoules / calls, millijoules / seconds / 1e3)

@@ -63,7 +63,7 @@ def test_energy_is_taken_between_steps_of_the_counter():
 
 
 def test_a_counter_that_hardly_moves_is_no_measurement():
-    with pytest.raises(RuntimeError, match="moved 4 times, expected 10 or more"):
+    with pytest.raises(RuntimeError, match="moved 4 times, expected 5 or more"):
         energy.between_steps([energy.Reading(float(i), i // 20, i) for i in range(1, 100)])
 
 
