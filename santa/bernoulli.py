@@ -96,7 +96,7 @@ def _append_kernel(op: Any) -> Any:
     def kernel(cache: Tensor, k_new: Tensor, *others: Tensor) -> None:
         if torch.is_grad_enabled() and (cache.requires_grad or k_new.requires_grad):
             raise RuntimeError(
-                "santa: append_k_features has no backward pass (it is an inference operator); "
+                "santa.append_k_features has no backward pass (it is an inference operator); "
                 "call it under torch.no_grad() or on detached tensors"
             )
         with torch._C._AutoDispatchBelowAutograd():

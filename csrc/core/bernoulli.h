@@ -84,12 +84,10 @@ SANTA_HD int systematic_count(uint64_t begin, uint64_t end, int num_draws, uint3
 template <typename Number>
 inline void add_times(const Number* x, int times, int count, Number* acc) {
   if (times == 1) {
-#pragma omp simd
     for (int i = 0; i < count; ++i) acc[i] = acc[i] + x[i];
     return;
   }
   if (times == -1) {
-#pragma omp simd
     for (int i = 0; i < count; ++i) acc[i] = acc[i] - x[i];
     return;
   }
@@ -100,19 +98,15 @@ inline void add_times(const Number* x, int times, int count, Number* acc) {
     for (int i = 0; i < block; ++i) power[i] = x[first + i], term[i] = Number();
     for (unsigned bits = times < 0 ? 0u - static_cast<unsigned>(times) : static_cast<unsigned>(times); bits != 0;) {
       if ((bits & 1u) != 0) {
-#pragma omp simd
         for (int i = 0; i < block; ++i) term[i] = term[i] + power[i];
       }
       bits >>= 1;
       if (bits == 0) break;
-#pragma omp simd
       for (int i = 0; i < block; ++i) power[i] = power[i] + power[i];
     }
     if (times < 0) {
-#pragma omp simd
       for (int i = 0; i < block; ++i) acc[first + i] = acc[first + i] - term[i];
     } else {
-#pragma omp simd
       for (int i = 0; i < block; ++i) acc[first + i] = acc[first + i] + term[i];
     }
   }
