@@ -263,7 +263,7 @@ def methods(problem: Problem, num_samples: int, num_draws: int, score_samplers: 
     oracle = Oracle(problem, q, k, v)
 
     dense = Sdpa().calls(problem)
-    yield Method("torch SDPA", dense, oracle.error(dense[0]()), ROUNDING, 1.0, 1.0)
+    yield Method(Sdpa.name, dense, oracle.error(dense[0]()), ROUNDING, 1.0, 1.0)
 
     def santa_method(name: str, sets: list, oracle: Oracle, k_bytes: float, **options: Any) -> Method:
         options = sampled | options
@@ -304,17 +304,19 @@ def drawn_queries(problem: Problem, *, num_draws: int, score_sampler: str, score
     return (counts.double() * (q.cpu().double().abs().amax(-1, keepdim=True) / num_draws)).to(q.device)
 
 
-def measured_lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| measured | µs per call | mJ per call | mJ, to SDPA's | W | K read | V read |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['what']} | {row['us']:.1f} | {row['mj']:.1f} | {row['mj'] / rows[0]['mj']:.2f} "
-            f"| {row['watts']:.0f} | {row['k_read']:.1%} | {row['v_read']:.1%} |"
-        )
-    return lines
+MEASURED_HEAD = """\
+| measured | µs per call | mJ per call | mJ, to SDPA's | W | K read | V read |
+|---|--:|--:|--:|--:|--:|--:|"""
+
+
+def measured_line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """One of `rows`; the ratio is empty where SDPA has no figure."""
+    dense = next((r["mj"] for r in rows if r["what"] == Sdpa.name), None)
+    ratio = "" if dense is None else f"{row['mj'] / dense:.2f}"
+    return (
+        f"| {row['what']} | {row['us']:.1f} | {row['mj']:.1f} | {ratio} | {row['watts']:.0f} "
+        f"| {row['k_read']:.1%} | {row['v_read']:.1%} |"
+    )
 
 
 def estimate_lines(works: dict[str, Work]) -> list[str]:
@@ -362,7 +364,10 @@ def main(argv: list[str] | None = None) -> int:
         meter = EnergyMeter("GPU-" + str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-"))
         content["idle_watts"] = measure_idle(meter, 2.0)
         device = content["environment"]["device"]
-        print(f"{device}, idle {content['idle_watts']:.0f} W; {args.shape}, {heads}, bfloat16, HND", flush=True)
+        print(
+            f"{device}, idle {content['idle_watts']:.0f} W; {args.shape}, {heads}, bfloat16, HND\n\n{MEASURED_HEAD}",
+            flush=True,
+        )
         sizes = {"num_qo_heads": args.num_qo_heads, "num_kv_heads": args.num_kv_heads, "head_dim": args.head_dim}
         problem = make_problem(batch, kv_len, **sizes)
         for method in methods(problem, args.samples, args.draws, args.score_samplers):
@@ -375,8 +380,8 @@ def main(argv: list[str] | None = None) -> int:
             energy = measure(method.calls, meter, args.seconds)
             reads = {"k_read": method.k_read, "v_read": method.v_read, "error": method.error}
             content["measured"].append({"what": method.name} | vars(energy) | reads)
+            print(measured_line(content["measured"][-1], content["measured"]), flush=True)
             torch.cuda.empty_cache()
-        print("\n" + "\n".join(measured_lines(content["measured"])), flush=True)
     works = estimates(batch * args.num_kv_heads, kv_len, group_size, args.head_dim, args.samples, args.draws)
     figures = ", ".join(f"{name} {pj:g} pJ" for name, pj in ENERGY_PJ.items())
     print(f"\nAn estimate, not a measurement: {args.shape}, {heads}, Gaussian queries.")

@@ -105,6 +105,14 @@ def test_everything_that_would_be_measured_passes_its_check():
     assert exactly.error(bernoulli[0].calls[0]()) > bernoulli[0].bound
 
 
+def test_ratios_are_to_dense_attention():
+    rows = [{"what": name, "us": 10.0, "mj": mj, "watts": 500.0, "k_read": 1.0, "v_read": 0.015} for name, mj in
+            (("torch SDPA", 50.0), ("santa S=64", 20.0))]  # fmt: skip
+    assert energy.measured_line(rows[1], rows) == "| santa S=64 | 10.0 | 20.0 | 0.40 | 500 | 100.0% | 1.5% |"
+    assert "| 20.0 |  | 500 |" in energy.measured_line(rows[1], rows[1:])
+    assert {x.count("|") for x in energy.MEASURED_HEAD.splitlines()} == {energy.measured_line(rows[0], rows).count("|")}
+
+
 def test_program_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert energy.main(["--estimate", "--json", str(tmp_path / "energy.json")]) == 0
     out = capsys.readouterr().out
