@@ -43,7 +43,7 @@ NOISE = 0.02
 Row = dict[str, Any]
 
 
-def query_of_share(q: Tensor, num_kv_heads: int, share: float) -> Tensor:
+def query_of_share(q: Tensor, share: float) -> Tensor:
     """q with elements of one magnitude in the first `share` of its features and zeros elsewhere: one draw reads just
     those, whatever the sampler."""
     kept = round(share * q.shape[-1])
@@ -222,7 +222,7 @@ class Benchmark:
                 )
         setting = {"num_draws": 1, "score_sampler": "independent"}
         for share in a.shares:
-            made = [(query_of_share(q, problem.num_kv_heads, share), k, v) for q, k, v in sets]
+            made = [(query_of_share(q, share), k, v) for q, k, v in sets]
             add(
                 f"{share:.1%} of the features",
                 "share",

@@ -33,7 +33,7 @@ def test_ratios_and_verdicts() -> None:
 
 
 def test_a_query_reads_the_share_it_was_made_for() -> None:
-    q = bench_bernoulli.query_of_share(torch.randn(2, 8, 64), 2, 0.375)
+    q = bench_bernoulli.query_of_share(torch.randn(2, 8, 64), 0.375)
     assert ((q != 0).sum(dim=-1) == 24).all() and (q.abs().amax(dim=-1) == 1).all()
 
 
