@@ -152,7 +152,8 @@ def decode(
             q's dtype and device; any strides with a contiguous last dimension. k, or both, can be float8_e4m3fn;
             `quantize_kv` makes them so. With Bernoulli scores k is feature-major, [batch, num_kv_heads, head_dim,
             max_kv_len], contiguous along the sequence and not float8 (`append_k_features` fills it); v is as kv_layout
-            says, not float8 either.
+            says, not float8 either. On CUDA a max_kv_len and kv_starts that are multiples of 8 let keys be read 16
+            bytes at a time, others one by one.
         kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
             the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would
             stop the stream, such a row reads nothing and comes out as NaN.

@@ -224,25 +224,28 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   if (row.sampled) reduce_tiles<HEADS>(p, row, group, first_key, first_head, num_heads, acc, shared);
 }
 
-template <typename T>
-void launch_score_features(const BernoulliParams& p, cudaStream_t stream) {
+template <typename T, int HEADS>
+void launch_score_heads(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
   const int num_chunks = static_cast<int>(ceil_div(d.max_kv_len, kScoreKeys));
   const dim3 grid(static_cast<unsigned>(num_chunks) * d.num_kv_heads * p.num_blocks, d.batch);
-  switch (score_heads_of(d.gqa_group_size)) {
-    case 1:
-      score_features_kernel<T, 1><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);
-      break;
-    case 2:
-      score_features_kernel<T, 2><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);
-      break;
-    case 4:
-      score_features_kernel<T, 4><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);
-      break;
-    default:
-      score_features_kernel<T, 8><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);
-  }
+  prefer_shared_memory(score_features_kernel<T, HEADS>);
+  score_features_kernel<T, HEADS><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);
   check_launch("score_features_kernel");
+}
+
+template <typename T>
+void launch_score_features(const BernoulliParams& p, cudaStream_t stream) {
+  switch (score_heads_of(p.decode.gqa_group_size)) {
+    case 1:
+      return launch_score_heads<T, 1>(p, stream);
+    case 2:
+      return launch_score_heads<T, 2>(p, stream);
+    case 4:
+      return launch_score_heads<T, 4>(p, stream);
+    default:
+      return launch_score_heads<T, 8>(p, stream);
+  }
 }
 
 }  // namespace santa::cuda
