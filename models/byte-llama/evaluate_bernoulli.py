@@ -15,18 +15,18 @@ First table. S = 0 sums over all values, which leaves the score side alone.
     bits/byte       of the text's bytes, minus those of exact attention, with the standard error over windows
     K read, V read  features of K over all, for the union of the heads that share them; rows of V over all
 
-Second table: bias. The logits are unbiased, their softmax is not, and an average over draws does not undo it. For one
-decode step at S = 0, over many seeds: `noise` is the root mean square deviation of a draw from its mean, `bias` that of
-the mean from the exact result (the variance of the mean of so many draws subtracted; 0 where nothing is left), both
-relative to the exact one. Of attention outputs, where each layer gets the queries and the cache of exact attention, and
-of next-byte distributions, where all layers draw. These draws are torch's own, in plain PyTorch, with the law of
-`santa.reference_bernoulli`.
+Second table: bias. The logits are unbiased, their softmax is not, and an average over draws does not undo it. For the
+last decode step of windows of text (answers are too certain to tell noise from bias), at S = 0, over many seeds:
+`noise` is the root mean square deviation of a draw from its mean, `bias` that of the mean from the exact result (the
+variance of the mean of so many draws subtracted; 0 where nothing is left), both relative to the exact one. Of attention
+outputs, where each layer gets the queries and the cache of exact attention, and of next-byte distributions, where all
+layers draw. These draws are torch's own, in plain PyTorch, with the law of `santa.reference_bernoulli`.
 
 `correction` subtracts half a variance from each logit, estimated from the features that were drawn. `logit`: the
 logit's own, after E[exp(s - var / 2)] = exp(E[s]) of a Gaussian s. But keys share their errors, of which a softmax only
 sees differences; `centred` takes the variance of a logit minus the mean logit under the attention itself, which is what
-removes the bias to second order. Not for the systematic sampler, whose draws of different features depend on each
-other: there the variance is no sum over features.
+removes the bias to second order. For independent draws, whose law shared ones have too, head by head. Not for the
+systematic sampler: its draws of different features depend on each other, and the variance is no sum over features.
 """
 
 from __future__ import annotations
@@ -312,9 +312,9 @@ def measure_bias(
     seed: int = 0,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """The second table: of the decode step before the first byte of the answer, at that place in rows [rows,
-    context_len]. `settings` are (num_draws, score_sampler, correction)."""
-    rows = rows[:, : -tasks.ANSWER_LEN].to(model.device)
+    """The second table: of the decode step that reads the last byte of rows [rows, context_len]. `settings` are
+    (num_draws, score_sampler, correction)."""
+    rows = rows.to(model.device)
     attach(model, SantaConfig(num_samples=0))
     cache = evaluate._prefill(model, rows[:, :-1])
     last = rows[:, -1:]
@@ -389,7 +389,7 @@ def plot(path: Path, results: list[dict[str, Any]], bias: list[dict[str, Any]]) 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2 if bias else 1, figsize=(11 if bias else 5.5, 4.4), squeeze=False)
+    figure, axes = plt.subplots(1, 2 if bias else 1, figsize=(13.5 if bias else 5.5, 4.4), squeeze=False)
     figure.set_layout_engine("constrained")
     left = axes[0, 0]
     samples = sorted({row["num_samples"] for row in results if row["num_draws"]})
@@ -428,7 +428,7 @@ def plot_bias(axis: Any, bias: list[dict[str, Any]]) -> None:
                 axis.plot(draws, figures, "-", color=f"C{color}", alpha=0.35, label=f"noise, {label}")
     axis.set(xlabel="draws per query, B", ylabel="of the attention output's norm, %", xscale="log", yscale="log")
     axis.set_xscale("log", base=2)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_title("bias and noise of attention outputs, all values")
 
 
@@ -442,7 +442,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, nargs="+", default=list(DRAWS), help="B")
     parser.add_argument("--score-samplers", nargs="+", choices=SCORE_SAMPLERS, default=list(SCORE_SAMPLERS))
     parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), help="S; 0: all values")
-    parser.add_argument("--bias-rows", type=int, default=32, help="rows of the second table, half of them prompts")
+    parser.add_argument("--bias-rows", type=int, default=32, help="windows of the second table, at most all")
     parser.add_argument("--bias-seeds", type=int, default=64, help="draws of the second table; 0: no such table")
     parser.add_argument("--batch", type=int, default=256, help="rows decoded together")
     parser.add_argument("--seed", type=int, default=0)
@@ -472,13 +472,12 @@ def main(argv: list[str] | None = None) -> None:
 
     bias: list[dict[str, Any]] = []
     if args.bias_seeds:
-        half = args.bias_rows // 2
-        rows = torch.cat((prompts[: args.bias_rows - half], windows[:half]))
-        corrected = [x for x in args.score_samplers if x != "systematic"]
+        rows = windows[torch.linspace(0, len(windows) - 1, min(args.bias_rows, len(windows))).long()]
+        corrected = [x for x in args.score_samplers if x == "independent"]
         cases = [(b, x, "none") for x in args.score_samplers for b in args.draws]
         cases += [(b, x, c) for x in corrected for c in CORRECTIONS[1:] for b in args.draws]
         bias = measure_bias(model, rows, cases, args.bias_seeds, seed=args.seed, progress=True)
-        print(f"\n{len(rows)} rows, {args.bias_seeds} draws\n\n{BIAS_HEAD}")
+        print(f"\n{len(rows)} windows, {args.bias_seeds} draws\n\n{BIAS_HEAD}")
         print("\n".join(bias_line(row) for row in bias))
     if args.plot:
         plot(args.plot, results, bias)
