@@ -125,9 +125,8 @@ class Oracle:
         return max(bounds)
 
 
-def time_us(calls: list[Callable[[], object]], *, replays: int = 15, min_ms: float = 1.0) -> float:
-    """Median time of one call on CUDA in microseconds. `calls` are the same call on different buffers; a CUDA graph
-    runs them in turn, often enough for one replay to last `min_ms`."""
+def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that runs the calls in turn; each has run once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -138,6 +137,13 @@ def time_us(calls: list[Callable[[], object]], *, replays: int = 15, min_ms: flo
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
+
+
+def time_us(calls: list[Callable[[], object]], *, replays: int = 15, min_ms: float = 1.0) -> float:
+    """Median time of one call on CUDA in microseconds. `calls` are the same call on different buffers; a CUDA graph
+    runs them in turn, often enough for one replay to last `min_ms`."""
+    graph = capture(calls)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     graph.replay()
     torch.cuda.synchronize()

@@ -1,5 +1,5 @@
-// Every operator schema, and nothing else. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cu; fakes: santa/ops.py
-// and santa/select.py.
+// Every operator schema, and nothing else. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cu; fakes: santa/ops.py,
+// santa/bernoulli.py and santa/select.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(santa, m) {
@@ -13,6 +13,18 @@ STABLE_TORCH_LIBRARY(santa, m) {
       "Tensor? row_seeds=None, SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None) "
       "-> (Tensor out, Tensor lse, Tensor rows_read)");
   m.def(
+      "decode_bernoulli(Tensor q, Tensor k_features, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, "
+      "SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, int budget=0, int kv_layout=0, "
+      "float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, SymInt? min_sampled_len=None) "
+      "-> (Tensor out, Tensor lse, Tensor features_read)");
+  m.def(
+      "decode_bernoulli_rows_read(Tensor q, Tensor k_features, Tensor v, *, Tensor? kv_lens=None, "
+      "Tensor? kv_starts=None, SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, "
+      "int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, "
+      "SymInt? min_sampled_len=None) -> (Tensor out, Tensor lse, Tensor features_read, Tensor rows_read)");
+  m.def("append_k_features(Tensor(a!) k_features, Tensor k_new, Tensor positions) -> ()");
+  m.def("append_k_features_paged(Tensor(a!) k_pages, Tensor k_new, Tensor positions, Tensor block_table) -> ()");
+  m.def(
       "sample_select(Tensor q, Tensor k, *, float alpha_c=0.95, float alpha_s=0.95, SymInt num_chunks=0, "
       "SymInt sink_blocks=1, SymInt window_blocks=2, float? sm_scale=None, int gqa=0, int selection=0, "
       "float min_mass=0.0) -> (Tensor kv_cnt, Tensor kv_idx, Tensor stats)");
@@ -21,4 +33,9 @@ STABLE_TORCH_LIBRARY(santa, m) {
   m.def(
       "_select(Tensor tile_mass, Tensor row_weights, Tensor row_seeds, SymInt num_draws, int sampler, SymInt seed) "
       "-> Tensor counts");
+  // For tests: the draws of Bernoulli scores. q as in decode, kv_lens int32 [batch], row_seeds int64 [batch] -> counts
+  // int32 [batch, num_qo_heads, head_dim].
+  m.def(
+      "_ternary_counts(Tensor q, Tensor kv_lens, Tensor row_seeds, SymInt num_kv_heads, SymInt num_draws, "
+      "int score_sampler, SymInt seed) -> Tensor counts");
 }

@@ -9,9 +9,10 @@ from santa import _library
 _library.load()
 
 from santa import integrations  # noqa: E402
+from santa.bernoulli import append_k_features, append_k_features_paged  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
 from santa.float8 import quantize_kv  # noqa: E402
-from santa.ops import Budget, KvLayout, Sampler, decode, default_min_sampled_len  # noqa: E402
+from santa.ops import Budget, KvLayout, Sampler, ScoreSampler, decode, default_min_sampled_len  # noqa: E402
 from santa.prefill import PrefillStats, prefill  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
 
@@ -23,7 +24,10 @@ __all__ = [
     "PrefillStats",
     "Sampler",
     "SantaConfig",
+    "ScoreSampler",
     "Selection",
+    "append_k_features",
+    "append_k_features_paged",
     "decode",
     "default_min_sampled_len",
     "integrations",

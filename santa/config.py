@@ -6,13 +6,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
 
-from santa.ops import Budget, Sampler
+from santa.ops import Budget, Sampler, ScoreSampler
 from santa.prefill import BACKENDS, check_alpha
 
 # Streams of neighbouring layers are `seed + layer_idx`; the head-room keeps that sum inside int64.
 _MAX_SEED = (1 << 62) - 1
 _MAX_SAMPLES = 1 << 20
 _MAX_INT32 = (1 << 31) - 1
+_MAX_DRAWS = 4096
+_SCORES = ("exact", "bernoulli")
 _PREFILLS = ("dense", "sample")
 
 
@@ -31,6 +33,11 @@ class SantaConfig:
             `santa.default_min_sampled_len`, 0 always samples.
         layers: indices of the layers that sample, the others are exact in decode and in prefill; None is all of
             them. Stored as a sorted tuple.
+        score: "exact", or "bernoulli": in the layers that sample, scores are estimated from the key features that
+            ternary draws of the query need, in rows of any length (docs/bernoulli.md).
+        num_draws: B, the ternary draws per query head and step of Bernoulli scores, 1 to 4096.
+        score_sampler: of Bernoulli scores: "independent", "systematic" or "shared", or a `santa.ScoreSampler` or its
+            integer; stored as the `santa.ScoreSampler`.
         prefill: "dense", or "sample": SampleAttention, `santa.prefill`.
         alpha: share of the attention mass that a sparse prefill keeps, 0 to 1: one number, or (columns, slashes).
         prefill_backend: what executes a sparse prefill, as in `santa.prefill`; "auto" is dense below 16,384 tokens.
@@ -45,6 +52,9 @@ class SantaConfig:
     seed: int = 0
     min_context: int | None = None
     layers: Collection[int] | None = None
+    score: str = "exact"
+    num_draws: int = 4
+    score_sampler: ScoreSampler | int | str = ScoreSampler.INDEPENDENT
     prefill: str = "dense"
     alpha: float | tuple[float, float] = 0.95
     prefill_backend: str = "auto"
@@ -57,8 +67,14 @@ class SantaConfig:
         # The class is frozen for its users; its own normalisation goes around that.
         object.__setattr__(self, "sampler", _choice("sampler", self.sampler, Sampler))
         object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
+        object.__setattr__(self, "score_sampler", _choice("score_sampler", self.score_sampler, ScoreSampler))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
-        for field, known in (("prefill", _PREFILLS), ("prefill_backend", BACKENDS)):
+        _check_int("num_draws", self.num_draws, _MAX_DRAWS, minimum=1)
+        for field, known in (
+            ("score", _SCORES),
+            ("prefill", _PREFILLS),
+            ("prefill_backend", BACKENDS),
+        ):
             if getattr(self, field) not in known:
                 raise ValueError(f"santa: {field} is {getattr(self, field)!r}; it needs to be one of {list(known)}")
         check_alpha(self.alpha)
@@ -66,6 +82,10 @@ class SantaConfig:
     def samples_in_layer(self, layer_idx: int) -> int:
         """num_samples of one layer: 0, which is exact, for the layers that `layers` leaves out."""
         return self.num_samples if self._samples(layer_idx) else 0
+
+    def draws_scores(self, layer_idx: int) -> bool:
+        """Whether decode steps of one layer draw their scores too."""
+        return self.score == "bernoulli" and self._samples(layer_idx)
 
     def prefills_sparsely(self, layer_idx: int | None) -> bool:
         """Whether prefill of one layer goes to `santa.prefill`; None is a layer that does not know its index."""
@@ -75,12 +95,12 @@ class SantaConfig:
         return self.layers is None or layer_idx in self.layers
 
 
-def _check_int(field: str, value: object, maximum: int) -> None:
+def _check_int(field: str, value: object, maximum: int, minimum: int = 0) -> None:
     # bool is an int to Python, but nobody means `num_samples=True`.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"santa: {field} is {value!r}; it needs to be an int")
-    if not 0 <= value <= maximum:
-        raise ValueError(f"santa: {field} is {value}; it needs to be from 0 to {maximum}")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"santa: {field} is {value}; it needs to be from {minimum} to {maximum}")
 
 
 def _choice(field: str, value: object, kind: type[IntEnum]) -> IntEnum:

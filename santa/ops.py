@@ -36,6 +36,19 @@ class KvLayout(enum.IntEnum):
     HND = 1
 
 
+class ScoreSampler(enum.IntEnum):
+    """How the features of Bernoulli scores are drawn (``score="bernoulli"``); docs/bernoulli.md has the laws.
+
+    INDEPENDENT: each draw and feature by itself. SYSTEMATIC: the draws of a head hang together, which fixes their
+    number to within 1. SHARED: independent, with the same random numbers for all heads of a KV head, which read fewer
+    distinct features that way. The means are the same.
+    """
+
+    INDEPENDENT = 0
+    SYSTEMATIC = 1
+    SHARED = 2
+
+
 # Plain dictionaries and integers: torch.compile of torch 2.11 traces little of enum.
 _VALUES: dict[type[enum.IntEnum], dict[str, int]] = {}
 
@@ -46,7 +59,7 @@ def _register_choices(kind: type[enum.IntEnum]) -> type[enum.IntEnum]:
     return kind
 
 
-for _kind in (Sampler, Budget, KvLayout):
+for _kind in (Sampler, Budget, KvLayout, ScoreSampler):
     _register_choices(_kind)
 
 
@@ -118,18 +131,29 @@ def decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_rows_read: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    score: str = "exact",
+    num_draws: int | None = None,
+    score_sampler: ScoreSampler | int | str | None = None,
+    return_features_read: bool = False,
+) -> tuple[Tensor, ...]:
     """One decode step of attention, with the value stage sampled (SANTA, arXiv 2605.01910, section 3).
 
     Every key is read; of the values, only rows drawn from the softmax distribution are. The estimate is unbiased for
-    every sampler: its mean over seeds is exact attention. ``lse`` is always exact.
+    every sampler: its mean over seeds is exact attention. ``lse`` is exact.
+
+    With ``score="bernoulli"`` the key side is sampled as well: of every key only some features are read, and added or
+    subtracted. It is the logits that are unbiased then, not the output, and ``lse`` is that of the noisy logits; so is
+    what rows below min_sampled_len and num_samples = 0 give, whose values are all read.
 
     Args:
         q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96,
             128, 192, 256; num_qo_heads is a multiple of num_kv_heads.
         k, v: [batch, max_kv_len, num_kv_heads, head_dim] for NHD, [batch, num_kv_heads, max_kv_len, head_dim] for HND;
             q's dtype and device; any strides with a contiguous last dimension. k, or both, can be float8_e4m3fn;
-            `quantize_kv` makes them so.
+            `quantize_kv` makes them so. With Bernoulli scores k is feature-major, [batch, num_kv_heads, head_dim,
+            max_kv_len], contiguous along the sequence and not float8 (`append_k_features` fills it); v is as kv_layout
+            says, not float8 either. On CUDA a max_kv_len and kv_starts that are multiples of 8 let keys be read 16
+            bytes at a time, others one by one.
         kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
             the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would
             stop the stream, such a row reads nothing and comes out as NaN.
@@ -147,11 +171,18 @@ def decode(
         k_scale, v_scale: what a float8 k or v is to be multiplied with: float32, on q's device, [] or [1] for the whole
             tensor or [num_kv_heads], contiguous. None: 1. Only for a k or v that is float8_e4m3fn.
         return_rows_read: also return the number of V rows read.
+        score: "exact" or "bernoulli".
+        num_draws: B, ternary vectors whose mean takes the place of q, 1 to 4096; Bernoulli scores alone. None: 4.
+        score_sampler: "independent", "systematic" or "shared" (or `ScoreSampler`); Bernoulli scores alone. None:
+            independent. The draws depend on what `seed` says they do, and are not those of the values.
+        return_features_read: also return the number of key features read; Bernoulli scores alone.
 
     Returns:
         out: [batch, num_qo_heads, head_dim], q's dtype. Rows with kv_len 0 are zero.
         lse: [batch, num_qo_heads], float32: log-sum-exp of the scaled scores, natural logarithm; -inf for kv_len 0.
         rows_read (with return_rows_read): [batch, num_kv_heads], int32: distinct V rows read for the KV head.
+        features_read (with return_features_read): [batch, num_kv_heads], int32: key features, of head_dim, that any
+            head of the group reads; 0 for kv_len 0.
 
     Raises:
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
@@ -173,25 +204,61 @@ def decode(
         _check_int64("min_sampled_len", min_sampled_len)
     if sm_scale is not None and not isinstance(sm_scale, (float, int, torch.SymFloat)):
         raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
+    options = {
+        "kv_lens": kv_lens,
+        "kv_starts": kv_starts,
+        "num_samples": num_samples,
+        "sampler": _choice("sampler", sampler, Sampler),
+        "budget": _choice("budget", budget, Budget),
+        "kv_layout": _choice("kv_layout", kv_layout, KvLayout),
+        "sm_scale": sm_scale,
+        "seed": seed,
+        "row_seeds": row_seeds,
+        "min_sampled_len": min_sampled_len,
+    }
+    if score == "bernoulli":
+        return _decode_bernoulli(
+            (q, k, v),
+            options,
+            {"k_scale": k_scale, "v_scale": v_scale},
+            num_draws,
+            score_sampler,
+            return_rows_read,
+            return_features_read,
+        )
+    if score != "exact":
+        raise ValueError(f"santa: score is {score!r}; it needs to be 'exact' or 'bernoulli'")
+    for name, given in (
+        ("num_draws", num_draws is not None),
+        ("score_sampler", score_sampler is not None),
+        ("return_features_read", return_features_read),
+    ):
+        if given:
+            raise ValueError(f"santa: {name} is given with score='exact'; it needs score='bernoulli'")
     op = torch.ops.santa.decode_rows_read if return_rows_read else torch.ops.santa.decode
-    return _call(
-        op,
-        q,
-        k,
-        v,
-        kv_lens=kv_lens,
-        kv_starts=kv_starts,
-        num_samples=num_samples,
-        sampler=_choice("sampler", sampler, Sampler),
-        budget=_choice("budget", budget, Budget),
-        kv_layout=_choice("kv_layout", kv_layout, KvLayout),
-        sm_scale=sm_scale,
-        seed=seed,
-        row_seeds=row_seeds,
-        min_sampled_len=min_sampled_len,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    return _call(op, q, k, v, k_scale=k_scale, v_scale=v_scale, **options)
+
+
+def _decode_bernoulli(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    options: dict[str, Any],
+    scales: dict[str, Tensor | None],
+    num_draws: int | None,
+    score_sampler: ScoreSampler | int | str | None,
+    return_rows_read: bool,
+    return_features_read: bool,
+) -> tuple[Tensor, ...]:
+    for name, scale in scales.items():
+        if scale is not None:
+            raise ValueError(f"santa: {name} is given with score='bernoulli', which takes no float8 cache")
+    num_draws = 4 if num_draws is None else num_draws
+    _check_int64("num_draws", num_draws)
+    score_sampler = ScoreSampler.INDEPENDENT if score_sampler is None else score_sampler
+    chosen = _choice("score_sampler", score_sampler, ScoreSampler)
+    ops = torch.ops.santa
+    op = ops.decode_bernoulli_rows_read if return_rows_read else ops.decode_bernoulli
+    out, lse, features_read, *rows_read = _call(op, *tensors, num_draws=num_draws, score_sampler=chosen, **options)
+    return (out, lse, *rows_read, *([features_read] if return_features_read else []))
 
 
 def default_min_sampled_len(num_samples: int, gqa_group_size: int) -> int:
@@ -247,10 +314,11 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, op: Any, options: dict[str, Any], k_scale: Tensor | None, v_scale: Tensor | None, *tensors: Tensor
+        ctx: Any, op: Any, options: dict[str, Any], names: tuple[str, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        keywords = dict(zip(names, tensors, strict=False))
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = _call(op, *tensors, k_scale=k_scale, v_scale=v_scale, **options)
+            outputs = _call(op, *tensors[len(names) :], **keywords, **options)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -263,20 +331,20 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def _autograd_kernel(op: Any) -> Any:
-    def kernel(
-        *tensors: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, ...]:
+    def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
         # Every tensor that could ask for a gradient; autograd sees those that are positional alone.
-        differentiable = (k_scale, v_scale, *tensors)
+        names = tuple(name for name in ("k_scale", "v_scale") if options.get(name) is not None)
+        differentiable = (*(options[name] for name in names), *tensors)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
-            return _InferenceOnly.apply(op, options, *differentiable)
+            rest = {name: value for name, value in options.items() if name not in names}
+            return _InferenceOnly.apply(op, rest, names, *differentiable)
         with torch._C._AutoDispatchBelowAutograd():
-            return _call(op, *tensors, k_scale=k_scale, v_scale=v_scale, **options)
+            return _call(op, *tensors, **options)
 
     return kernel
 
 
 # Not torch.library.register_autograd: it does not take schemas with keyword-only tensors.
 _autograd = torch.library.Library("santa", "IMPL")
-for _name in ("decode", "decode_rows_read"):
+for _name in ("decode", "decode_rows_read", "decode_bernoulli", "decode_bernoulli_rows_read"):
     _autograd.impl(_name, _autograd_kernel(getattr(torch.ops.santa, _name).default), "Autograd")

@@ -58,51 +58,37 @@ struct DecodeArguments {
   const std::optional<Tensor>& v_scale;
 };
 
-inline void check_decode(const DecodeArguments& a) {
-  check_range("kv_layout", a.kv_layout, 0, 1);
-  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
-  const char* kv_shape =
-      hnd ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)" : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
-  check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
-  check_rank("k", a.k, 4, kv_shape);
-  check_rank("v", a.v, 4, kv_shape);
-
-  const ScalarType dtype = a.q.scalar_type();
+inline void check_query_dtype(const Tensor& q) {
+  const ScalarType dtype = q.scalar_type();
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  if (!half && !(a.q.is_cpu() && dtype == ScalarType::Float)) {
-    fail("q is ", name_of(dtype), "; it needs to be bfloat16 or float16", a.q.is_cpu() ? " or float32" : " on CUDA");
+  if (!half && !(q.is_cpu() && dtype == ScalarType::Float)) {
+    fail("q is ", name_of(dtype), "; it needs to be bfloat16 or float16", q.is_cpu() ? " or float32" : " on CUDA");
   }
-  check_cache_dtypes(a.q, a.k, a.v);
-  check_same_device("k", a.k, a.q);
-  check_same_device("v", a.v, a.q);
+}
 
-  const int64_t batch = a.q.size(0), head_dim = a.q.size(2);
+inline void check_head_dim(const Tensor& q) {
+  const int64_t head_dim = q.size(2);
   if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
     fail("q has head_dim ", head_dim, "; it needs to be one of 64, 96, 128, 192, 256");
   }
-  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
-  check_size("k", a.k, 0, batch, "batch");
-  check_size("k", a.k, 3, head_dim, "head_dim");
-  for (int dim = 0; dim < 4; ++dim) check_size("v", a.v, dim, a.k.size(dim), "as in k");
-  if (batch > kMaxBatch) fail("q has batch ", batch, "; it needs to be at most ", kMaxBatch);
-  const int64_t num_qo_heads = a.q.size(1), num_kv_heads = a.k.size(head_axis);
-  if (num_qo_heads < 1) fail("q has shape ", shape_of(a.q), "; it needs at least one head");
-  if (num_kv_heads < 1 || num_qo_heads % num_kv_heads != 0 || num_qo_heads / num_kv_heads > kMaxGroupSize) {
-    fail("k has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads, ") needs to be a multiple of it, at most ",
-         kMaxGroupSize, " times");
-  }
-  if (a.k.size(token_axis) > kMaxKvLen) {
-    fail("k has max_kv_len ", a.k.size(token_axis), "; it needs to be at most ", kMaxKvLen);
-  }
-  check_last_dim_contiguous("q", a.q);
-  check_last_dim_contiguous("k", a.k);
-  check_last_dim_contiguous("v", a.v);
+}
 
+// The batch and heads of q against the KV heads of `name`.
+inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads) {
+  const int64_t batch = q.size(0), num_qo_heads = q.size(1);
+  if (batch > kMaxBatch) fail("q has batch ", batch, "; it needs to be at most ", kMaxBatch);
+  if (num_qo_heads < 1) fail("q has shape ", shape_of(q), "; it needs at least one head");
+  if (num_kv_heads < 1 || num_qo_heads % num_kv_heads != 0 || num_qo_heads / num_kv_heads > kMaxGroupSize) {
+    fail(name, " has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads,
+         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times");
+  }
+}
+
+// What is said of rows, samples and scores beside the cache.
+inline void check_options(const DecodeArguments& a) {
   if (a.kv_lens) check_per_row("kv_lens", *a.kv_lens, a.q, ScalarType::Int);
   if (a.kv_starts) check_per_row("kv_starts", *a.kv_starts, a.q, ScalarType::Int);
   if (a.row_seeds) check_per_row("row_seeds", *a.row_seeds, a.q, ScalarType::Long);
-  if (a.k_scale) check_scale("k_scale", *a.k_scale, "k", a.k, a.q, num_kv_heads);
-  if (a.v_scale) check_scale("v_scale", *a.v_scale, "v", a.v, a.q, num_kv_heads);
   check_range("num_samples", a.num_samples, 0, kMaxNumSamples);
   check_range("sampler", a.sampler, 0, 3);
   check_range("budget", a.budget, 0, 1);
@@ -112,6 +98,38 @@ inline void check_decode(const DecodeArguments& a) {
   if (a.min_sampled_len && *a.min_sampled_len < 0) {
     fail("min_sampled_len is ", *a.min_sampled_len, "; it needs to be at least 0");
   }
+}
+
+inline void check_decode(const DecodeArguments& a) {
+  check_range("kv_layout", a.kv_layout, 0, 1);
+  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
+  const char* kv_shape =
+      hnd ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)" : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
+  check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
+  check_rank("k", a.k, 4, kv_shape);
+  check_rank("v", a.v, 4, kv_shape);
+
+  check_query_dtype(a.q);
+  check_cache_dtypes(a.q, a.k, a.v);
+  check_same_device("k", a.k, a.q);
+  check_same_device("v", a.v, a.q);
+
+  check_head_dim(a.q);
+  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
+  check_size("k", a.k, 0, a.q.size(0), "batch");
+  check_size("k", a.k, 3, a.q.size(2), "head_dim");
+  for (int dim = 0; dim < 4; ++dim) check_size("v", a.v, dim, a.k.size(dim), "as in k");
+  const int64_t num_kv_heads = a.k.size(head_axis);
+  check_heads(a.q, "k", num_kv_heads);
+  if (a.k.size(token_axis) > kMaxKvLen) {
+    fail("k has max_kv_len ", a.k.size(token_axis), "; it needs to be at most ", kMaxKvLen);
+  }
+  check_last_dim_contiguous("q", a.q);
+  check_last_dim_contiguous("k", a.k);
+  check_last_dim_contiguous("v", a.v);
+  check_options(a);
+  if (a.k_scale) check_scale("k_scale", *a.k_scale, "k", a.k, a.q, num_kv_heads);
+  if (a.v_scale) check_scale("v_scale", *a.v_scale, "v", a.v, a.q, num_kv_heads);
 }
 
 // Of a dtype that the checks let through.
@@ -145,49 +163,43 @@ inline bool rows_are_aligned(const Tensor& tensor) {
   return true;
 }
 
-// `Backend::configure(params, device_index)` chooses what depends on the device, `Backend::run` does the work.
-template <typename Backend>
-DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
-  check_decode(a);
-  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
-  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
-  const int64_t batch = a.q.size(0), num_qo_heads = a.q.size(1), head_dim = a.q.size(2);
-  const int64_t num_kv_heads = a.k.size(head_axis), group_size = num_qo_heads / num_kv_heads;
-  const ScalarType dtype = a.q.scalar_type();
-
-  DecodeOutputs outputs{empty<3>({batch, num_qo_heads, head_dim}, dtype, a.q),
+inline DecodeOutputs empty_outputs(const DecodeArguments& a, int64_t num_kv_heads, bool want_rows_read) {
+  const int64_t batch = a.q.size(0), num_qo_heads = a.q.size(1);
+  DecodeOutputs outputs{empty<3>({batch, num_qo_heads, a.q.size(2)}, a.q.scalar_type(), a.q),
                         empty<2>({batch, num_qo_heads}, ScalarType::Float, a.q), std::nullopt};
   if (want_rows_read) outputs.rows_read = empty<2>({batch, num_kv_heads}, ScalarType::Int, a.q);
-  if (batch == 0) return outputs;
+  return outputs;
+}
+
+// All but the keys and what depends on them: k, its strides, scales and alignment.
+inline DecodeParams params_beside_keys(const DecodeArguments& a, DecodeOutputs& outputs) {
+  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
+  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
+  const int64_t num_qo_heads = a.q.size(1), head_dim = a.q.size(2);
+  const int64_t num_kv_heads = a.v.size(head_axis), group_size = num_qo_heads / num_kv_heads;
 
   DecodeParams p{};
   p.q = a.q.const_data_ptr();
-  p.k = a.k.const_data_ptr();
   p.v = a.v.const_data_ptr();
   p.kv_lens = a.kv_lens ? a.kv_lens->const_data_ptr<int32_t>() : nullptr;
   p.kv_starts = a.kv_starts ? a.kv_starts->const_data_ptr<int32_t>() : nullptr;
   p.row_seeds = a.row_seeds ? a.row_seeds->const_data_ptr<int64_t>() : nullptr;
-  p.k_scale = a.k_scale ? a.k_scale->const_data_ptr<float>() : nullptr;
   p.v_scale = a.v_scale ? a.v_scale->const_data_ptr<float>() : nullptr;
-  p.stride_k_scale = a.k_scale && a.k_scale->numel() > 1 ? 1 : 0;
   p.stride_v_scale = a.v_scale && a.v_scale->numel() > 1 ? 1 : 0;
   p.out = outputs.out.mutable_data_ptr();
   p.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
-  p.rows_read = want_rows_read ? static_cast<int32_t*>(outputs.rows_read->mutable_data_ptr()) : nullptr;
+  p.rows_read = outputs.rows_read ? static_cast<int32_t*>(outputs.rows_read->mutable_data_ptr()) : nullptr;
 
   p.stride_q_batch = a.q.stride(0), p.stride_q_head = a.q.stride(1);
-  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(token_axis), p.stride_k_head = a.k.stride(head_axis);
   p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(token_axis), p.stride_v_head = a.v.stride(head_axis);
 
-  p.dtype = dtype_of(a.q), p.k_dtype = dtype_of(a.k), p.v_dtype = dtype_of(a.v);
-  p.batch = static_cast<int>(batch);
+  p.dtype = dtype_of(a.q), p.v_dtype = dtype_of(a.v);
+  p.batch = static_cast<int>(a.q.size(0));
   p.num_qo_heads = static_cast<int>(num_qo_heads);
   p.num_kv_heads = static_cast<int>(num_kv_heads);
   p.gqa_group_size = static_cast<int>(group_size);
   p.head_dim = static_cast<int>(head_dim);
-  p.max_kv_len = static_cast<int>(a.k.size(token_axis));
-
-  p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
+  p.max_kv_len = static_cast<int>(a.v.size(token_axis));
 
   const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));
@@ -199,8 +211,27 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
 
   // Known on the host: no row can be long enough to be sampled.
   if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
-
   p.persistent.max_kv_len = -1;
+  return p;
+}
+
+// `Backend::configure(params, device_index)` chooses what depends on the device, `Backend::run` does the work.
+template <typename Backend>
+DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
+  check_decode(a);
+  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
+  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
+  DecodeOutputs outputs = empty_outputs(a, a.k.size(head_axis), want_rows_read);
+  if (a.q.size(0) == 0) return outputs;
+
+  DecodeParams p = params_beside_keys(a, outputs);
+  p.k = a.k.const_data_ptr();
+  p.k_dtype = dtype_of(a.k);
+  p.k_scale = a.k_scale ? a.k_scale->const_data_ptr<float>() : nullptr;
+  p.stride_k_scale = a.k_scale && a.k_scale->numel() > 1 ? 1 : 0;
+  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(token_axis), p.stride_k_head = a.k.stride(head_axis);
+  p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
+
   Backend::configure(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
   const int64_t bytes = place_workspace(p, nullptr);
   const Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);

@@ -23,17 +23,11 @@ namespace {
 
 constexpr int kBlockKv = 32;  // keys widened to float32 at a time: 32 x 256 floats stay in the L1 cache
 
-struct TileIndex {
-  int batch_index, kv_head, tile;
-};
-
 TileIndex tile_index_of(const DecodeParams& p, int64_t item) {
   const int64_t group = item / p.max_tiles;
   return {static_cast<int>(group / p.num_kv_heads), static_cast<int>(group % p.num_kv_heads),
           static_cast<int>(item % p.max_tiles)};
 }
-
-int element_size(Dtype dtype) { return dtype == Dtype::kFloat8E4M3 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Rows of K or V as bytes, whatever the dtype.
 StridedKvView<char> byte_view(const void* data, Dtype dtype, TileIndex at, int64_t kv_start, int64_t stride_batch,
@@ -65,20 +59,28 @@ void store(const DecodeParams& p, int64_t offset, float value) {
   }
 }
 
+// Exact scores: see ScoreKeys.
+void score_exactly(const DecodeParams& p, TileIndex at, const RowShape& row, int64_t first, int count, float* scores,
+                   int64_t stride) {
+  const int group_size = p.gqa_group_size, head_dim = p.head_dim;
+  std::vector<float> q(static_cast<size_t>(group_size) * head_dim), block(kBlockKv * head_dim);
+  for (int h = 0; h < group_size; ++h) widen_query(p, at, h, q.data() + h * head_dim);
+  const auto keys = k_view(p, at, row.kv_start);
+  const float score_scale = p.score_scale(at.kv_head);
+  for (int n = 0; n < count; n += kBlockKv) {
+    const int block_keys = std::min(kBlockKv, count - n);
+    widen_rows(keys, p.k_dtype, first + n, block_keys, head_dim, block.data());
+    score_block(q.data(), group_size, block.data(), block_keys, head_dim, score_scale, scores + n, stride);
+  }
+}
+
 // Scores of one tile, [group, tile_kv], and its softmax states; on exact rows also the tile's weighted sum of V.
-void score_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
+void score_tile(const DecodeParams& p, TileIndex at, const RowShape& row, const ScoreKeys& score_keys) {
   const int group_size = p.gqa_group_size, head_dim = p.head_dim, tile_kv = row.tile_kv;
   const int64_t first = static_cast<int64_t>(at.tile) * tile_kv;
   const int count = static_cast<int>(std::min<int64_t>(tile_kv, row.kv_len - first));
   const int64_t group = p.group_index(at.batch_index, at.kv_head);
   const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(at.tile) * group_size;
-
-  std::vector<float> q(static_cast<size_t>(group_size) * head_dim), block(kBlockKv * head_dim);
-  for (int h = 0; h < group_size; ++h) {
-    const int64_t offset =
-        at.batch_index * p.stride_q_batch + (static_cast<int64_t>(at.kv_head) * group_size + h) * p.stride_q_head;
-    widen(static_cast<const char*>(p.q) + offset * element_size(p.dtype), p.dtype, q.data() + h * head_dim, head_dim);
-  }
 
   std::vector<float> local;
   float* scores;
@@ -88,13 +90,7 @@ void score_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
     local.resize(static_cast<size_t>(group_size) * tile_kv);
     scores = local.data();
   }
-  const auto keys = k_view(p, at, row.kv_start);
-  const float score_scale = p.score_scale(at.kv_head);
-  for (int n = 0; n < count; n += kBlockKv) {
-    const int block_keys = std::min(kBlockKv, count - n);
-    widen_rows(keys, p.k_dtype, first + n, block_keys, head_dim, block.data());
-    score_block(q.data(), group_size, block.data(), block_keys, head_dim, score_scale, scores + n, tile_kv);
-  }
+  score_keys(at, row, first, count, scores, tile_kv);
 
   std::vector<float> weights(static_cast<size_t>(group_size) * tile_kv);
   for (int h = 0; h < group_size; ++h) {
@@ -107,6 +103,7 @@ void score_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
   float* o_accum = p.o_accum + stats * head_dim;
   std::fill_n(o_accum, static_cast<int64_t>(group_size) * head_dim, 0.0f);
   const auto values = v_view(p, at, row.kv_start);
+  std::vector<float> block(static_cast<size_t>(kBlockKv) * head_dim);
   for (int n = 0; n < count; n += kBlockKv) {
     const int block_keys = std::min(kBlockKv, count - n);
     widen_rows(values, p.v_dtype, first + n, block_keys, head_dim, block.data());
@@ -244,8 +241,7 @@ void gather_tile(const DecodeParams& p, TileIndex at, const RowShape& row) {
         }
         accumulate_block(ht_weights.data(), 1, group_size, value.data(), 1, head_dim, o_accum);
       } else {
-        const float times = static_cast<float>(counts[n]);
-        accumulate_block(&times, 1, 1, value.data(), 1, head_dim, o_accum + stream * head_dim);
+        add_block(value.data(), counts[n], head_dim, o_accum + stream * head_dim);
       }
     }
     if (!grouped) {
@@ -292,6 +288,16 @@ void combine_head(const DecodeParams& p, int batch_index, int qo_head, const Row
   }
 }
 
+}  // namespace
+
+int element_size(Dtype dtype) { return dtype == Dtype::kFloat8E4M3 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
+void widen_query(const DecodeParams& p, TileIndex at, int h, float* q) {
+  const int64_t head = static_cast<int64_t>(at.kv_head) * p.gqa_group_size + h;
+  const int64_t offset = at.batch_index * p.stride_q_batch + head * p.stride_q_head;
+  widen(static_cast<const char*>(p.q) + offset * element_size(p.dtype), p.dtype, q, p.head_dim);
+}
+
 void check_rows(const DecodeParams& p) {
   for (int b = 0; b < p.batch; ++b) {
     if (row_shape_of(p, b).valid) continue;
@@ -303,8 +309,6 @@ void check_rows(const DecodeParams& p) {
                                 std::to_string(p.max_kv_len) + ") are needed");
   }
 }
-
-}  // namespace
 
 void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint32_t tile_start, uint32_t tile_mass,
                const uint32_t* cumulative, int num_rows, int32_t* counts) {
@@ -318,6 +322,12 @@ void draw_tile(const Draws& draws, uint32_t first, uint32_t last, uint32_t tile_
 
 void decode(const DecodeParams& p) {
   check_rows(p);
+  decode_with(p, [&](TileIndex at, const RowShape& row, int64_t first, int count, float* scores, int64_t stride) {
+    score_exactly(p, at, row, first, count, scores, stride);
+  });
+}
+
+void decode_with(const DecodeParams& p, const ScoreKeys& score_keys) {
   const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads, tiles = groups * p.max_tiles;
   const auto for_each_tile = [&](auto stage, bool sampled_only) {
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
@@ -328,7 +338,10 @@ void decode(const DecodeParams& p) {
       }
     });
   };
-  for_each_tile(score_tile, false);
+  const auto score = [&](const DecodeParams&, TileIndex at, const RowShape& row) {
+    score_tile(p, at, row, score_keys);
+  };
+  for_each_tile(score, false);
   if (p.num_samples > 0) {
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {

@@ -4,9 +4,11 @@
 
 #include <vector>
 
+#include "api/bernoulli.h"
 #include "api/decode.h"
 #include "api/sample_select.h"
 #include "api/select.h"
+#include "cpu/bernoulli.h"
 #include "cpu/decode.h"
 #include "cpu/sample_select.h"
 
@@ -50,12 +52,28 @@ struct SampleSelectBackend {
   static void run(SampleSelectParams& p, void*, int) { sample_select(p); }
 };
 
+struct BernoulliBackend {
+  static void run_bernoulli(const BernoulliParams& p, int) { decode_bernoulli(p); }
+  static void run_ternary(const BernoulliParams& p, int32_t* counts, int) {
+    draw_features(p);
+    const int64_t total = static_cast<int64_t>(p.decode.batch) * p.decode.num_qo_heads * p.decode.head_dim;
+    for (int64_t i = 0; i < total; ++i) counts[i] = p.counts[i];
+  }
+  static void run_append(const AppendParams& p, int) { append(p); }
+};
+
 }  // namespace
 }  // namespace santa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CPU, m) {
   m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cpu::DecodeBackend>));
   m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cpu::DecodeBackend>));
+  m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cpu::BernoulliBackend>));
+  m.impl("decode_bernoulli_rows_read",
+         TORCH_BOX(&santa::api::decode_bernoulli_rows_read_op<santa::cpu::BernoulliBackend>));
+  m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cpu::BernoulliBackend>));
+  m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cpu::BernoulliBackend>));
+  m.impl("_ternary_counts", TORCH_BOX(&santa::api::ternary_counts_op<santa::cpu::BernoulliBackend>));
   m.impl("sample_select", TORCH_BOX(&santa::api::sample_select_op<santa::cpu::SampleSelectBackend>));
   m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cpu::SelectBackend>));
 }

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/bernoulli.h"
 #include "core/float8.h"
 
 // Function multiversioning keeps the wheel portable: one build holds baseline, AVX2 and AVX-512 code.
@@ -160,5 +161,7 @@ SANTA_MULTIVERSION void accumulate_block(const float* weights, int64_t stride, i
     }
   }
 }
+
+SANTA_MULTIVERSION void add_block(const float* x, int times, int count, float* acc) { add_times(x, times, count, acc); }
 
 }  // namespace santa::cpu

@@ -23,4 +23,7 @@ float max_block(const float* x, int count);
 void accumulate_block(const float* weights, int64_t stride, int num_heads, const float* v, int num_keys, int head_dim,
                       float* acc);
 
+// acc[i] += times * x[i], by additions alone: core/bernoulli.h.
+void add_block(const float* x, int times, int count, float* acc);
+
 }  // namespace santa::cpu

@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "api/bernoulli.h"
 #include "api/decode.h"
 #include "api/sample_select.h"
 #include "api/select.h"
+#include "cuda/bernoulli/launch.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode/launch.h"
 #include "cuda/decode/select.cuh"
@@ -73,12 +75,33 @@ struct SampleSelectBackend {
   }
 };
 
+struct BernoulliBackend {
+  static void run_bernoulli(const BernoulliParams& p, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    launch_decode_bernoulli(p, current_stream(device_index));
+  }
+  static void run_ternary(const BernoulliParams& p, int32_t* counts, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    launch_ternary_counts(p, counts, current_stream(device_index));
+  }
+  static void run_append(const AppendParams& p, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    launch_append(p, current_stream(device_index));
+  }
+};
+
 }  // namespace
 }  // namespace santa::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CUDA, m) {
   m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cuda::DecodeBackend>));
   m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cuda::DecodeBackend>));
+  m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cuda::BernoulliBackend>));
+  m.impl("decode_bernoulli_rows_read",
+         TORCH_BOX(&santa::api::decode_bernoulli_rows_read_op<santa::cuda::BernoulliBackend>));
+  m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cuda::BernoulliBackend>));
+  m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cuda::BernoulliBackend>));
+  m.impl("_ternary_counts", TORCH_BOX(&santa::api::ternary_counts_op<santa::cuda::BernoulliBackend>));
   m.impl("sample_select", TORCH_BOX(&santa::api::sample_select_op<santa::cuda::SampleSelectBackend>));
   m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cuda::SelectBackend>));
 }

@@ -135,10 +135,15 @@ class RowsRead:
     Attributes:
         rows_read: layer index -> one int32 [batch, num_kv_heads] tensor of distinct V rows read per step.
         kv_lens: layer index -> one int32 [batch] tensor of valid keys per step.
+        features_read: layer index -> one int32 [batch, num_kv_heads] tensor of distinct key features read per step;
+            of layers with Bernoulli scores alone.
+        head_dims: layer index -> head_dim; of the same layers.
     """
 
     rows_read: dict[int, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     kv_lens: dict[int, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    features_read: dict[int, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    head_dims: dict[int, int] = field(default_factory=dict)
 
     def share(self, layer_idx: int | None = None) -> float:
         """V rows read over V rows there were, in all layers or in one; NaN if `santa.decode` did not run."""
@@ -148,6 +153,16 @@ class RowsRead:
             for rows, lens in zip(self.rows_read[layer], self.kv_lens[layer], strict=True):
                 read += int(rows.sum(dtype=torch.int64))
                 available += int(lens.sum(dtype=torch.int64)) * rows.shape[1]
+        return read / available if available else float("nan")
+
+    def feature_share(self, layer_idx: int | None = None) -> float:
+        """Key features read over those there were, in all layers with Bernoulli scores or in one; NaN without any."""
+        layers = list(self.features_read) if layer_idx is None else [layer_idx]
+        read = available = 0
+        for layer in layers:
+            for features in self.features_read[layer]:
+                read += int(features.sum(dtype=torch.int64))
+                available += features.numel() * self.head_dims[layer]
         return read / available if available else float("nan")
 
 
@@ -379,6 +394,13 @@ def _sampled_attention(
     record = getattr(module, _RECORD_ATTRIBUTE, None)
     # Columns of their own as `_pack_ranges` made them, unless something copied the mask on the way here.
     kv_starts, kv_lens, position = (column.contiguous() for column in ranges[:, 0, 0].unbind(-1))
+    draws_scores = config.draws_scores(layer_idx)
+    score_options: dict[str, Any] = {}
+    if draws_scores:
+        # Transformers keeps keys row by row: they are all read and copied here, which costs more than the draws save.
+        key = key.transpose(-1, -2).contiguous()
+        score_options = dict(score=config.score, num_draws=config.num_draws, score_sampler=config.score_sampler)
+        score_options |= dict(return_features_read=record is not None)
     result = santa.decode(
         query.squeeze(2),
         key,
@@ -394,6 +416,7 @@ def _sampled_attention(
         row_seeds=position.to(torch.int64),
         min_sampled_len=config.min_context,
         return_rows_read=record is not None,
+        **score_options,
     )
     out, lse = result[0], result[1]
     if record is not None:
@@ -401,9 +424,12 @@ def _sampled_attention(
             raise RuntimeError("santa: record_rows_read needs an eager model; disable compilation to record")
         record.rows_read[layer_idx].append(result[2])
         record.kv_lens[layer_idx].append(kv_lens)
+        if draws_scores:
+            record.features_read[layer_idx].append(result[3])
+            record.head_dims[layer_idx] = query.shape[-1]
     if s_aux is not None:
         # A sink adds exp(s_aux) to the softmax's denominator, exp(lse), and no value row. lse is exact for
-        # every sampler, so the rescaled estimate stays unbiased.
+        # every sampler, so the rescaled estimate stays unbiased. Bernoulli scores have an estimated lse.
         out = (out.float() * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1)).to(out.dtype)
     return out.unsqueeze(1)
 

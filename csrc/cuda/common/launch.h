@@ -26,4 +26,11 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
   }
 }
 
+// For a kernel whose CTAs share a multiprocessor as many as its shared memory holds, and that has no use for the L1.
+template <typename Kernel>
+void prefer_shared_memory(Kernel* kernel) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute");
+}
+
 }  // namespace santa::cuda

@@ -13,23 +13,32 @@
 namespace santa::cuda {
 namespace {
 
+void launch_plan(const DecodeParams& p, cudaStream_t stream) {
+  plan_kernel<<<dim3(p.num_kv_heads, p.batch), kPlanThreads, 0, stream>>>(p);
+  check_launch("plan_kernel");
+}
+
+template <typename T>
+void launch_combine(const DecodeParams& p, cudaStream_t stream) {
+  if (p.max_tiles == 1 && !p.any_staged()) return;  // no row has more than one tile
+  combine_kernel<T><<<dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream>>>(p);
+  check_launch("combine_kernel");
+}
+
 template <typename T, typename K, int HEAD_DIM>
 void launch_stages(const DecodeParams& p, cudaStream_t stream) {
   if (p.any_persistent()) launch_persistent<T, K, HEAD_DIM>(p, stream);
   if (!p.any_exact() && !p.any_staged()) return;
   if (p.max_tiles > 0) launch_tiles<T, K, HEAD_DIM>(p, stream);
   if (p.max_tiles > 0 && p.any_staged()) {
-    plan_kernel<<<dim3(p.num_kv_heads, p.batch), kPlanThreads, 0, stream>>>(p);
-    check_launch("plan_kernel");
+    launch_plan(p, stream);
     if (p.v_dtype == Dtype::kFloat8E4M3) {
       launch_gather<Float8, HEAD_DIM>(p, stream);
     } else {
       launch_gather<T, HEAD_DIM>(p, stream);
     }
   }
-  if (p.max_tiles == 1 && !p.any_staged()) return;  // no row has more than one tile
-  combine_kernel<T><<<dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream>>>(p);
-  check_launch("combine_kernel");
+  launch_combine<T>(p, stream);
 }
 
 template <typename T, typename K>
@@ -71,7 +80,42 @@ void dispatch_keys(const DecodeParams& p, cudaStream_t stream) {
   }
 }
 
+template <typename T>
+void launch_gather_of(const DecodeParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64:
+      return launch_gather<T, 64>(p, stream);
+    case 96:
+      return launch_gather<T, 96>(p, stream);
+    case 128:
+      return launch_gather<T, 128>(p, stream);
+    case 192:
+      return launch_gather<T, 192>(p, stream);
+    case 256:
+      return launch_gather<T, 256>(p, stream);
+    default:
+      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");
+  }
+}
+
+template <typename T>
+void launch_value_stages_of(const DecodeParams& p, cudaStream_t stream) {
+  if (p.max_tiles > 0 && p.any_staged()) {
+    launch_plan(p, stream);
+    launch_gather_of<T>(p, stream);
+  }
+  launch_combine<T>(p, stream);
+}
+
 }  // namespace
+
+void launch_value_stages(const DecodeParams& p, cudaStream_t stream) {
+  if (p.dtype == Dtype::kBFloat16) {
+    launch_value_stages_of<__nv_bfloat16>(p, stream);
+  } else {
+    launch_value_stages_of<__half>(p, stream);
+  }
+}
 
 void configure_decode(DecodeParams& p, int device_index) {
   p.seal = next_seal();

@@ -19,6 +19,10 @@ void launch_gather(const DecodeParams& p, cudaStream_t stream);
 // Fills p.persistent for a device, before the workspace is placed.
 void configure_decode(DecodeParams& p, int device_index);
 
+// From scores and softmax states of sampled rows, whose values are in p.dtype, to the output; of rows that are not
+// sampled, from their tiles' outputs.
+void launch_value_stages(const DecodeParams& p, cudaStream_t stream);
+
 // All stages, in order.
 void launch_decode(const DecodeParams& p, cudaStream_t stream);
 

@@ -1,0 +1,22 @@
+// Launchers of the Bernoulli score stage and of what fills its keys. No Torch, no allocation, no synchronisation.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "bernoulli_params.h"
+
+namespace santa::cuda {
+
+// Scores from what was drawn; one explicit instantiation per dtype and file.
+template <typename T>
+void launch_score_features(const BernoulliParams& p, cudaStream_t stream);
+
+// All stages, in order.
+void launch_decode_bernoulli(const BernoulliParams& p, cudaStream_t stream);
+
+// For tests: the draws alone, to counts [batch, num_qo_heads, head_dim].
+void launch_ternary_counts(const BernoulliParams& p, int32_t* counts, cudaStream_t stream);
+
+void launch_append(const AppendParams& p, cudaStream_t stream);
+
+}  // namespace santa::cuda

@@ -1,0 +1,5 @@
+#include "cuda/bernoulli/score.cuh"
+
+namespace santa::cuda {
+template void launch_score_features<__nv_bfloat16>(const BernoulliParams&, cudaStream_t);
+}  // namespace santa::cuda

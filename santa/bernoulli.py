@@ -1,0 +1,110 @@
+"""Feature-major keys, which Bernoulli scores read: filling them, and the fake kernels of their operators.
+
+``santa.decode(..., score="bernoulli")`` reads some features of every key, so a feature has to be contiguous along the
+sequence: [batch, num_kv_heads, head_dim, max_kv_len].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from santa.ops import _autograd, _call, _check_same_device, _check_tensor
+
+
+def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
+    """Write keys, as a model makes them, into a feature-major cache: one at each decode step, or a prefill's.
+
+    Args:
+        k_features: [batch, num_kv_heads, head_dim, max_kv_len], bfloat16 or float16 (float32 too on the CPU),
+            contiguous along max_kv_len; written in place.
+        k_new: [batch, n, num_kv_heads, head_dim], dtype and device of k_features, any strides.
+        positions: int32 or int64 [batch]: where the first of the n keys of each row goes. On the CPU a row without
+            room for all n raises, and nothing is written; on CUDA, where looking would stop the stream, nothing of such
+            a row is written.
+
+    Raises:
+        ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.
+        TypeError: an argument is no tensor.
+        RuntimeError: k_new requires a gradient.
+    """
+    _check_tensor("k_features", k_features)
+    _check_tensor("k_new", k_new)
+    _check_tensor("positions", positions)
+    _call(torch.ops.santa.append_k_features, k_features, k_new, positions)
+
+
+def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, block_table: Tensor) -> None:
+    """`append_k_features` into pages. Filling alone: `santa.decode` does not read paged caches.
+
+    Args:
+        k_pages: [num_pages, num_kv_heads, head_dim, page_size], contiguous along page_size; written in place.
+        k_new, positions: as in `append_k_features`.
+        block_table: int32 [batch, max_pages]: the page of positions page_size i to page_size (i + 1) - 1 of a row in
+            column i. Entries that the new keys do not need are not looked at. A page that is not there raises on the
+            CPU; on CUDA keys of such a page are not written.
+    """
+    _check_tensor("k_pages", k_pages)
+    _check_tensor("k_new", k_new)
+    _check_tensor("positions", positions)
+    _check_tensor("block_table", block_table)
+    _call(torch.ops.santa.append_k_features_paged, k_pages, k_new, positions, block_table)
+
+
+@torch.library.register_fake("santa::decode_bernoulli")
+def _decode_bernoulli_fake(
+    q: Tensor,
+    k_features: Tensor,
+    v: Tensor,
+    *,
+    kv_lens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    row_seeds: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_same_device(q, k_features=k_features, v=v, kv_lens=kv_lens, kv_starts=kv_starts, row_seeds=row_seeds)
+    features_read = q.new_empty((q.shape[0], k_features.shape[1]), dtype=torch.int32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), features_read
+
+
+@torch.library.register_fake("santa::decode_bernoulli_rows_read")
+def _decode_bernoulli_rows_read_fake(
+    q: Tensor, k_features: Tensor, v: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse, features_read = _decode_bernoulli_fake(q, k_features, v, **options)
+    return out, lse, features_read, torch.empty_like(features_read)
+
+
+@torch.library.register_fake("santa::_ternary_counts")
+def _ternary_counts_fake(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("santa::append_k_features")
+def _append_k_features_fake(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
+    _check_same_device(k_features, k_new=k_new, positions=positions)
+
+
+@torch.library.register_fake("santa::append_k_features_paged")
+def _append_k_features_paged_fake(k_pages: Tensor, k_new: Tensor, positions: Tensor, block_table: Tensor) -> None:
+    _check_same_device(k_pages, k_new=k_new, positions=positions, block_table=block_table)
+
+
+def _append_kernel(op: Any) -> Any:
+    def kernel(cache: Tensor, k_new: Tensor, *others: Tensor) -> None:
+        if torch.is_grad_enabled() and (cache.requires_grad or k_new.requires_grad):
+            raise RuntimeError(
+                "santa.append_k_features has no backward pass (it is an inference operator); "
+                "call it under torch.no_grad() or on detached tensors"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            op(cache, k_new, *others)
+        torch.autograd.graph.increment_version(cache)
+
+    return kernel
+
+
+for _name in ("append_k_features", "append_k_features_paged"):
+    _autograd.impl(_name, _append_kernel(getattr(torch.ops.santa, _name).default), "Autograd")
