@@ -36,7 +36,7 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
     const int chunk = step * 32 + lane;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x[step][i] = chunk < num_chunks ? static_cast<float>(q[4 * chunk + i]) : 0.0f;
+      x[step][i] = chunk < num_chunks ? Half<T>::to_float(q[4 * chunk + i]) : 0.0f;
       max = larger_magnitude(max, x[step][i]);
     }
   }

@@ -162,6 +162,7 @@ struct Half<__nv_bfloat16> {
     return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
   }
   static __device__ __forceinline__ __nv_bfloat16 from_float(float value) { return __float2bfloat16_rn(value); }
+  static __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 };
 
 template <>
@@ -180,6 +181,7 @@ struct Half<__half> {
     return __half22float2(*reinterpret_cast<const __half2*>(&packed));
   }
   static __device__ __forceinline__ __half from_float(float value) { return __float2half_rn(value); }
+  static __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 };
 
 }  // namespace santa::cuda
