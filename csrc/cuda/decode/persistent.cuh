@@ -109,7 +109,9 @@ struct PersistentMemory {
 // bank conflicts.
 __device__ __forceinline__ int key_place(int key) { return key ^ ((key >> 3) & 15); }
 
-__device__ __forceinline__ void cta_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
+// Roles meet here from different places, so the barrier says how many threads it is for: without, synccheck takes them
+// for divergent.
+__device__ __forceinline__ void cta_barrier() { asm volatile("bar.sync 2, %0;" ::"r"(blockDim.x) : "memory"); }
 __device__ __forceinline__ void select_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 static_assert(kSelectThreads == 256, "select_barrier has the number");
 
