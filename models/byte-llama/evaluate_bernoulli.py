@@ -1,6 +1,6 @@
 """What Bernoulli scores cost the byte-llama model: next-byte distributions, bits per byte, retrieval, and their bias.
 
-    python models/byte-llama/evaluate_bernoulli.py --json out/bernoulli.json --plot out/bernoulli.png
+    python models/byte-llama/evaluate_bernoulli.py --json out/bernoulli_model.json --plot out/bernoulli_model.png
     python models/byte-llama/evaluate_bernoulli.py --context 1024 --prompts 8 --windows 8 --draws 2 8 --samples 64
 
 Retrieval prompts with their answers (tasks.py) and windows of held-out text, all of one length, are prefilled densely
