@@ -28,12 +28,18 @@ from santa.select import BLOCK, Gqa, Selection, sample_select
 
 # backend="auto" is dense for fewer keys, where the selection costs more than it saves.
 DENSE_BELOW = 16384
-# backend="auto" is dense above this share of the causal blocks: dense kernels do more operations per second.
-BREAK_EVEN_DENSITY = 0.55
 # False: FlexAttention is compiled for each bucket of lengths. True: once for the first length, once for all others.
 DYNAMIC_SHAPES = False
 
 BACKENDS = ("auto", "flex", "reference", "dense")
+
+
+def break_even_density(kv_len: int) -> float:
+    """The share of the causal blocks above which backend="auto" is dense: dense kernels do more operations per second,
+    the more so against FlexAttention at short lengths (docs/prefill.md, "Dense selections")."""
+    return 0.4 if kv_len < 32768 else 0.55
+
+
 HEAD_DIMS = (64, 128)
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
 _MAX_INT32 = (1 << 31) - 1
@@ -95,9 +101,10 @@ def prefill(
         gqa, selection, min_mass: as in `santa.sample_select`: "per_head" or "union"; "paper" or "joint"; the share of
             its mass that every sampled row is to keep.
         backend: "flex", "reference", "dense", or "auto": dense below 16,384 keys without a selection; dense if the
-            selection keeps more than 0.55 of the causal blocks; else flex on CUDA, reference elsewhere. For the
-            second rule "auto" copies one number from the device to the host, which waits for the selection and is
-            impossible inside a CUDA graph; the other backends copy nothing ("reference" copies the counts).
+            selection keeps more of the causal blocks than `break_even_density`, 0.4 below 32,768 keys and 0.55 from
+            there on; else flex on CUDA, reference elsewhere. For the second rule "auto" copies one number from the
+            device to the host, which waits for the selection and is impossible inside a CUDA graph; the other
+            backends copy nothing ("reference" copies the counts).
         return_stats: also return what was selected and which backend ran.
 
     Returns:
@@ -164,7 +171,7 @@ def _prefill(
         backend = "dense"
     if backend != "dense":
         kv_cnt, kv_idx, heads = sample_select(q, k, **options)
-    if backend == "auto" and float(heads[..., 0].mean()) > BREAK_EVEN_DENSITY:
+    if backend == "auto" and float(heads[..., 0].mean()) > break_even_density(k.shape[2]):
         backend = "dense"
     if backend == "auto":
         backend = "flex" if q.is_cuda else "reference"

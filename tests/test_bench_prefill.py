@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import santa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_prefill
+import bench_selection
 import competitors
 import prefill_data
 import report
@@ -199,3 +203,21 @@ def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit, match="some rows failed"):
         bench_prefill.main(["--device", "cpu", "--lengths", "512", "--densities", "0.5"])
     assert "wrong result: relative error 0.1" in capsys.readouterr().out
+
+
+def test_density_is_read_off_between_grid_points():
+    curve = np.array([[0.1, 0.5], [0.2, 0.7], [0.4, 0.9]])  # (density, mean mass) of three alphas
+    assert bench_selection.density_at(0.8, curve) == pytest.approx(0.3)
+    assert np.isnan(bench_selection.density_at(0.95, curve)) and np.isnan(bench_selection.density_at(0.4, curve))
+
+
+def test_selection_comparison_on_planted_heads():
+    """The floor is kept, and costs blocks; every density is one."""
+    data = prefill_data.planted(1024, 4, num_qo_heads=4, num_kv_heads=2, dtype=torch.float32, device="cpu")
+    with tqdm(disable=True) as progress:
+        result = bench_selection.compare(data, progress)
+    for row in result["equal_mass"]:
+        assert row["heads"] == 0 or (0 < row["joint"] <= 1 and 0 < row["paper"] <= 1)
+    floors = result["floors"]
+    assert all(row["least"] >= row["min_mass"] - 1e-6 for row in floors)
+    assert all(a["density"] <= b["density"] for a, b in itertools.pairwise(floors))
