@@ -84,19 +84,19 @@ def _ternary_counts_fake(q: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("santa::append_k_features")
 def _append_k_features_fake(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
-    _check_same_device(k_features, k_new=k_new, positions=positions)
+    _check_same_device(k_features, "k_features", k_new=k_new, positions=positions)
 
 
 @torch.library.register_fake("santa::append_k_features_paged")
 def _append_k_features_paged_fake(k_pages: Tensor, k_new: Tensor, positions: Tensor, block_table: Tensor) -> None:
-    _check_same_device(k_pages, k_new=k_new, positions=positions, block_table=block_table)
+    _check_same_device(k_pages, "k_pages", k_new=k_new, positions=positions, block_table=block_table)
 
 
-def _append_kernel(op: Any) -> Any:
+def _append_kernel(name: str, op: Any) -> Any:
     def kernel(cache: Tensor, k_new: Tensor, *others: Tensor) -> None:
         if torch.is_grad_enabled() and (cache.requires_grad or k_new.requires_grad):
             raise RuntimeError(
-                "santa.append_k_features has no backward pass (it is an inference operator); "
+                f"santa.{name} has no backward pass (it is an inference operator); "
                 "call it under torch.no_grad() or on detached tensors"
             )
         with torch._C._AutoDispatchBelowAutograd():
@@ -107,4 +107,4 @@ def _append_kernel(op: Any) -> Any:
 
 
 for _name in ("append_k_features", "append_k_features_paged"):
-    _autograd.impl(_name, _append_kernel(getattr(torch.ops.santa, _name).default), "Autograd")
+    _autograd.impl(_name, _append_kernel(_name, getattr(torch.ops.santa, _name).default), "Autograd")

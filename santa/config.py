@@ -77,7 +77,9 @@ class SantaConfig:
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"santa: {field} is {getattr(self, field)!r}; it needs to be one of {list(known)}")
-        check_alpha(self.alpha)
+        alphas = check_alpha(self.alpha)
+        if not isinstance(self.alpha, (float, int)):
+            object.__setattr__(self, "alpha", alphas)  # a list would make the settings mutable
 
     def samples_in_layer(self, layer_idx: int) -> int:
         """num_samples of one layer: 0, which is exact, for the layers that `layers` leaves out."""

@@ -270,11 +270,11 @@ def default_min_sampled_len(num_samples: int, gqa_group_size: int) -> int:
     return max(8192, 4 * num_samples * gqa_group_size)
 
 
-def _check_same_device(q: Tensor, **others: Tensor | None) -> None:
+def _check_same_device(q: Tensor, whose: str = "q", /, **others: Tensor | None) -> None:
     """One meta tensor is enough for the fakes to be called, so they must not let the others pass for it."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"santa: {name} is on {tensor.device}; it needs to be on q's device, {q.device}")
+            raise ValueError(f"santa: {name} is on {tensor.device}; it needs to be on {whose}'s device, {q.device}")
 
 
 @torch.library.register_fake("santa::decode")

@@ -34,15 +34,20 @@ DYNAMIC_SHAPES = False
 BACKENDS = ("auto", "flex", "reference", "dense")
 
 
-def break_even_density(kv_len: int) -> float:
+def break_even_density(kv_len: int, *, cuda: bool) -> float:
     """The share of the causal blocks above which backend="auto" is dense: dense kernels do more operations per second,
-    the more so against FlexAttention at short lengths (docs/prefill.md, "Dense selections")."""
+    the more so against FlexAttention at short lengths (docs/prefill.md, "Dense selections"), and much more against the
+    plain PyTorch of the CPU."""
+    if not cuda:
+        return 0.05
     return 0.4 if kv_len < 32768 else 0.55
 
 
 HEAD_DIMS = (64, 128)
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
 _MAX_INT32 = (1 << 31) - 1
+# As in csrc/api: what a selection refuses, every backend refuses.
+MAX_CHUNKS, MAX_GROUP_SIZE, MAX_SCALE = 65535, 1024, 1e30
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,9 @@ def prefill(
             its mass that every sampled row is to keep.
         backend: "flex", "reference", "dense", or "auto": dense below 16,384 keys without a selection; dense if the
             selection keeps more of the causal blocks than `break_even_density`, 0.4 below 32,768 keys and 0.55 from
-            there on; else flex on CUDA, reference elsewhere. For the second rule "auto" copies one number from the
-            device to the host, which waits for the selection and is impossible inside a CUDA graph; the other
-            backends copy nothing ("reference" copies the counts).
+            there on, 0.05 on the CPU; else flex on CUDA, reference elsewhere. For the second rule "auto" copies one
+            number from the device to the host, which waits for the selection and is impossible inside a CUDA graph;
+            the other backends copy nothing ("reference" copies the counts).
         return_stats: also return what was selected and which backend ran.
 
     Returns:
@@ -171,7 +176,7 @@ def _prefill(
         backend = "dense"
     if backend != "dense":
         kv_cnt, kv_idx, heads = sample_select(q, k, **options)
-    if backend == "auto" and float(heads[..., 0].mean()) > break_even_density(k.shape[2]):
+    if backend == "auto" and float(heads[..., 0].mean()) > break_even_density(k.shape[2], cuda=q.is_cuda):
         backend = "dense"
     if backend == "auto":
         backend = "flex" if q.is_cuda else "reference"
@@ -180,7 +185,8 @@ def _prefill(
     elif backend == "flex":
         out, lse = _flex(q, k, v, kv_cnt, kv_idx, sm_scale)
     else:
-        out, lse = _reference(q, k, v, kv_cnt, kv_idx, sm_scale)
+        with torch.autocast(q.device.type, enabled=False):  # float32 is its point
+            out, lse = _reference(q, k, v, kv_cnt, kv_idx, sm_scale)
     return out, lse, PrefillStats(backend, heads)
 
 
@@ -215,8 +221,15 @@ def _check_options(
             raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
         if not least <= value <= _MAX_INT32:
             raise ValueError(f"santa: {name} is {value}; it needs to be from {least} to {_MAX_INT32}")
-    if sm_scale is not None and (isinstance(sm_scale, bool) or not isinstance(sm_scale, (float, int))):
-        raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
+    if num_chunks > MAX_CHUNKS:
+        raise ValueError(f"santa: num_chunks is {num_chunks}; it needs to be at most {MAX_CHUNKS}")
+    if sm_scale is not None:
+        if isinstance(sm_scale, bool) or not isinstance(sm_scale, (float, int)):
+            raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
+        if not abs(sm_scale) <= MAX_SCALE:
+            raise ValueError(
+                f"santa: sm_scale is {sm_scale}; it needs to be finite and at most {MAX_SCALE} in magnitude"
+            )
     _check_share("min_mass", min_mass)
     return check_alpha(alpha)
 
@@ -259,6 +272,11 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"santa: v has shape {list(v.shape)}; it needs k's, {list(k.shape)}")
     if q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"santa: q has {q.shape[1]} heads; it needs a multiple of k's, {k.shape[1]}")
+    if q.shape[1] // k.shape[1] > MAX_GROUP_SIZE:
+        raise ValueError(
+            f"santa: q has {q.shape[1]} heads, k has {k.shape[1]}; it needs to be at most {MAX_GROUP_SIZE} times as "
+            "many"
+        )
     past = k.shape[2] - q.shape[2]
     if past < 0 or past % BLOCK:
         raise ValueError(
@@ -276,6 +294,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
     past = k.shape[2] - q.shape[2]
+    if sm_scale <= 0:  # kernels mask first and scale then: -inf would become NaN or inf
+        q, sm_scale = (-q, -sm_scale) if sm_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, k, v = (_aligned(x) for x in (q, k, v))
     if past == 0:
         return _dense_part(q, k, v, sm_scale, is_causal=True)
     # Kernels do not agree on where the causal diagonal lies if there are more keys than queries, and the fastest take
@@ -285,6 +306,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> tuple[Tensor, Te
     lse = torch.logaddexp(lse_past, lse_own)
     weight_past, weight_own = (torch.exp(part - lse).unsqueeze(-1) for part in (lse_past, lse_own))
     return (out_past * weight_past + out_own * weight_own).to(q.dtype), lse
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy if its rows do not start on 16-byte boundaries, which kernels on CUDA assume."""
+    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    if x.is_cuda and (x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in strides)):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def _dense_part(q: Tensor, k: Tensor, v: Tensor, sm_scale: float, *, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -381,8 +410,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, kv_cnt: Tensor, kv_idx: Tensor, sm_sc
     q_padded, kv_padded = (
         -(-length // BLOCK) * BLOCK if DYNAMIC_SHAPES else bucket(length) for length in (q_len, k.shape[2])
     )
-    q = _pad(q, (0, 0, 0, q_padded - q_len))
-    k, v = (_pad(x, (0, 0, 0, kv_padded - x.shape[2])) for x in (k, v))
+    q = _pad(_aligned(q), (0, 0, 0, q_padded - q_len))
+    k, v = (_pad(_aligned(x), (0, 0, 0, kv_padded - x.shape[2])) for x in (k, v))
     mask = block_mask(kv_cnt, kv_idx, past // BLOCK, q_padded, kv_padded)
     key = (q.device, q.dtype, sm_scale, q.shape[:2], k.shape[1], q.shape[3])
     if not DYNAMIC_SHAPES:

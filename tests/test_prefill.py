@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative_rms
 from torch import Tensor
 
@@ -179,13 +180,37 @@ def test_auto_is_dense_for_short_prompts_and_selects_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("alpha, backend", [(1, "dense"), (0.2, "reference")])
-def test_auto_goes_by_density(alpha, backend):
-    kv_len = DENSE_BELOW
+def test_auto_goes_by_density(alpha, backend, monkeypatch):
+    kv_len, limit = DENSE_BELOW, break_even_density(DENSE_BELOW, cuda=True)
+    monkeypatch.setattr(sys.modules["santa.prefill"], "break_even_density", lambda *_, **__: limit)
     q, k, v = make_qkv(256, kv_len, num_qo_heads=1, num_kv_heads=1)
     out, _, stats = santa.prefill(q, k, v, alpha=alpha, return_stats=True)
     assert stats.backend == backend and stats.heads.shape == (1, 1, 6)
-    assert (float(stats.heads[..., 0].mean()) > break_even_density(kv_len)) == (backend == "dense")
+    assert (float(stats.heads[..., 0].mean()) > limit) == (backend == "dense")
     assert torch.equal(out, santa.prefill(q, k, v, alpha=alpha, backend=backend)[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("q_len, kv_len", [(300, 300), (128, 384)])
+@pytest.mark.parametrize("sm_scale", [-0.2, 0.0])
+def test_dense_takes_every_scale(device, q_len, kv_len, sm_scale):
+    """Kernels mask with -inf before they scale: with a scale of 0 or below that is NaN."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = make_qkv(q_len, kv_len, dtype=dtype, device=device)
+    out, lse = santa.prefill(q, k, v, sm_scale=sm_scale, backend="dense")
+    expected, expected_lse = santa.prefill(q, k, v, alpha=1, sm_scale=sm_scale, backend="reference")
+    tolerance = 2e-2 if device == "cuda" else 1e-5
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3 if device == "cuda" else 1e-5, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["dense", "flex"])
+def test_rows_between_16_byte_boundaries(backend):
+    q, k, v = (F.pad(x, (1, 7))[..., 1:-7] for x in make_qkv(256, 256, dtype=torch.bfloat16, device="cuda"))
+    out, _ = santa.prefill(q, k, v, alpha=1, backend=backend)
+    expected, _ = santa.prefill(q, k, v, alpha=1, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
@@ -361,6 +386,13 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sink_blocks": ({"sink_blocks": True}, TypeError, r"santa: sink_blocks is a bool; it needs to be an int"),
     "window_blocks": ({"window_blocks": 0}, ValueError, r"santa: window_blocks is 0; it needs to be from 1 to .*"),
     "sm_scale": ({"sm_scale": "1"}, TypeError, r"santa: sm_scale is a str; it needs to be a float or None"),
+    "sm_scale nan": ({"sm_scale": math.nan}, ValueError, r"santa: sm_scale is nan; it needs to be finite .*"),
+    "many chunks": ({"num_chunks": 70000}, ValueError, r"santa: num_chunks is 70000; it needs to be at most 65535"),
+    "group": (
+        {"q": torch.zeros(1, 2048, 256, 64), "k": torch.zeros(1, 1, 256, 64), "v": torch.zeros(1, 1, 256, 64)},
+        ValueError,
+        r"santa: q has 2048 heads, k has 1; it needs to be at most 1024 times as many",
+    ),
     "min_mass": ({"min_mass": 2}, ValueError, r"santa: min_mass is 2; it needs to be from 0 to 1"),
     "gqa": ({"gqa": "all"}, ValueError, r"santa: gqa is 'all'; it needs to be one of 'per_head', 'union' .*"),
     "selection": ({"selection": 3}, ValueError, r"santa: selection is 3; it needs to be one of 'paper', 'joint' .*"),

@@ -172,8 +172,8 @@ inline AppendParams append_params(const char* name, const Tensor& features, cons
     fail("k_new has shape ", shape_of(rows), "; batch and num_kv_heads need to be at most ", kMaxBatch);
   }
   check_dtype("k_new", rows, dtype, (std::string(", the dtype of ") + name).c_str());
-  check_same_device("k_new", rows, features);
-  check_same_device("positions", positions, features);
+  check_same_device("k_new", rows, features, name);
+  check_same_device("positions", positions, features, name);
   check_size("k_new", rows, 2, features.size(1), "num_kv_heads");
   check_size("k_new", rows, 3, features.size(2), "head_dim");
   check_last_dim_contiguous(name, features);
@@ -230,7 +230,7 @@ void append_k_features_paged_op(Tensor k_pages, Tensor k_new, Tensor positions, 
   check_dtype("block_table", block_table, ScalarType::Int, "");
   check_rank("block_table", block_table, 2, "[batch, max_pages]");
   check_size("block_table", block_table, 0, k_new.size(0), "batch");
-  check_same_device("block_table", block_table, k_pages);
+  check_same_device("block_table", block_table, k_pages, "k_pages");
   p.block_table = block_table.const_data_ptr<int32_t>();
   p.stride_table_batch = block_table.stride(0), p.stride_table_page = block_table.stride(1);
   p.page_size = k_pages.size(3), p.num_pages = k_pages.size(0);

@@ -96,10 +96,10 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
   }
 }
 
-inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& q) {
+inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& q, const char* whose = "q") {
   const bool same = tensor.is_cuda() == q.is_cuda() && tensor.is_cpu() == q.is_cpu() &&
                     tensor.get_device_index() == q.get_device_index();
-  if (!same) fail(name, " is on ", device_of(tensor), "; it needs to be on q's device, ", device_of(q));
+  if (!same) fail(name, " is on ", device_of(tensor), "; it needs to be on ", whose, "'s device, ", device_of(q));
 }
 
 inline void check_last_dim_contiguous(const char* name, const Tensor& tensor) {
