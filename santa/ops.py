@@ -180,9 +180,10 @@ def decode(
     Returns:
         out: [batch, num_qo_heads, head_dim], q's dtype. Rows with kv_len 0 are zero.
         lse: [batch, num_qo_heads], float32: log-sum-exp of the scaled scores, natural logarithm; -inf for kv_len 0.
-        rows_read (with return_rows_read): [batch, num_kv_heads], int32: distinct V rows read for the KV head.
+        rows_read (with return_rows_read): [batch, num_kv_heads], int32: distinct V rows read for the KV head; on CUDA
+            -1 where the row's range lies outside the cache.
         features_read (with return_features_read): [batch, num_kv_heads], int32: key features, of head_dim, that any
-            head of the group reads; 0 for kv_len 0.
+            head of the group reads; 0 for kv_len 0, -1 as in rows_read.
 
     Raises:
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
