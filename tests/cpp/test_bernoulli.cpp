@@ -10,9 +10,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <iostream>
 #include <type_traits>
 #include <vector>
+
+#include "check.h"
 
 using namespace santa;
 
@@ -21,16 +22,6 @@ static_assert(std::is_trivially_copyable<AppendParams>::value, "kernels receive 
 static_assert(sizeof(BernoulliParams) <= 4096, "what a kernel's parameters may take on every architecture");
 
 namespace {
-
-int failures = 0;
-
-template <typename... Parts>
-void check(bool holds, const Parts&... what) {
-  if (holds) return;
-  ++failures;
-  std::cerr << "FAILED: ";
-  (std::cerr << ... << what) << '\n';
-}
 
 // A number that knows what was done to it.
 struct Counted {
@@ -126,5 +117,5 @@ int main() {
   test_certain_draws();
   test_no_multiplications();
   test_append_offsets();
-  return failures == 0 ? 0 : 1;
+  return exit_code();
 }

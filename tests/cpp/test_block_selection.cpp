@@ -8,9 +8,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <iostream>
 #include <type_traits>
 #include <vector>
+
+#include "check.h"
 
 using namespace santa;
 
@@ -18,16 +19,6 @@ using namespace santa;
 static_assert(std::is_trivially_copyable<SampleSelectParams>::value, "SampleSelectParams is plain data");
 
 namespace {
-
-int failures = 0;
-
-template <typename... Parts>
-void check(bool holds, const Parts&... what) {
-  if (holds) return;
-  ++failures;
-  std::cerr << "FAILED: ";
-  (std::cerr << ... << what) << '\n';
-}
 
 void test_sampled_blocks() {
   const int expected[][2] = {{1, 1}, {2, 2}, {100, 2}, {101, 3}, {256, 6}, {400, 8}, {8192, 8}};
@@ -127,5 +118,5 @@ int main() {
   test_priority();
   test_percentile();
   test_workspace();
-  return failures == 0 ? 0 : 1;
+  return exit_code();
 }

@@ -22,10 +22,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <iostream>
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "check.h"
 
 using namespace santa;
 
@@ -33,16 +34,6 @@ using namespace santa;
 static_assert(std::is_trivially_copyable<DecodeParams>::value, "DecodeParams is plain data");
 
 namespace {
-
-int failures = 0;
-
-template <typename... Parts>
-void check(bool holds, const Parts&... what) {
-  if (holds) return;
-  ++failures;
-  std::cerr << "FAILED: ";
-  (std::cerr << ... << what) << '\n';
-}
 
 // Known answers of Random123 (kat_vectors, philox4x32 10).
 void test_philox() {
@@ -307,6 +298,5 @@ int main() {
   test_kv_view();
   test_float8();
   test_scales();
-  if (failures > 0) std::cerr << failures << " checks failed\n";
-  return failures > 0 ? 1 : 0;
+  return exit_code();
 }

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <random>
+#include <type_traits>
 
 #include "core/float8.h"
 #include "cuda/common/launch.h"
@@ -25,6 +26,25 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   check_launch("combine_kernel");
 }
 
+// Calls function(std::integral_constant<int, head_dim>).
+template <typename Function>
+void with_head_dim(int head_dim, const Function& function) {
+  switch (head_dim) {
+    case 64:
+      return function(std::integral_constant<int, 64>{});
+    case 96:
+      return function(std::integral_constant<int, 96>{});
+    case 128:
+      return function(std::integral_constant<int, 128>{});
+    case 192:
+      return function(std::integral_constant<int, 192>{});
+    case 256:
+      return function(std::integral_constant<int, 256>{});
+    default:
+      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");  // the argument check is stricter
+  }
+}
+
 template <typename T, typename K, int HEAD_DIM>
 void launch_stages(const DecodeParams& p, cudaStream_t stream) {
   if (p.any_persistent()) launch_persistent<T, K, HEAD_DIM>(p, stream);
@@ -41,24 +61,6 @@ void launch_stages(const DecodeParams& p, cudaStream_t stream) {
   launch_combine<T>(p, stream);
 }
 
-template <typename T, typename K>
-void dispatch_head_dim(const DecodeParams& p, cudaStream_t stream) {
-  switch (p.head_dim) {
-    case 64:
-      return launch_stages<T, K, 64>(p, stream);
-    case 96:
-      return launch_stages<T, K, 96>(p, stream);
-    case 128:
-      return launch_stages<T, K, 128>(p, stream);
-    case 192:
-      return launch_stages<T, K, 192>(p, stream);
-    case 256:
-      return launch_stages<T, K, 256>(p, stream);
-    default:
-      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");  // the argument check is stricter
-  }
-}
-
 // A number that no other call of this process gets, and that memory from elsewhere holds with a probability of 2^-64:
 // a counter that starts at random, through a permutation of the 64-bit numbers (splitmix64). Not 0, under which memory
 // full of zeros would be sealed.
@@ -72,37 +74,21 @@ uint64_t next_seal() {
 }
 
 template <typename T>
-void dispatch_keys(const DecodeParams& p, cudaStream_t stream) {
-  if (p.k_dtype == Dtype::kFloat8E4M3) {
-    dispatch_head_dim<T, Float8>(p, stream);
-  } else {
-    dispatch_head_dim<T, T>(p, stream);
-  }
-}
-
-template <typename T>
-void launch_gather_of(const DecodeParams& p, cudaStream_t stream) {
-  switch (p.head_dim) {
-    case 64:
-      return launch_gather<T, 64>(p, stream);
-    case 96:
-      return launch_gather<T, 96>(p, stream);
-    case 128:
-      return launch_gather<T, 128>(p, stream);
-    case 192:
-      return launch_gather<T, 192>(p, stream);
-    case 256:
-      return launch_gather<T, 256>(p, stream);
-    default:
-      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");
-  }
+void launch_decode_of(const DecodeParams& p, cudaStream_t stream) {
+  with_head_dim(p.head_dim, [&](auto head_dim) {
+    if (p.k_dtype == Dtype::kFloat8E4M3) {
+      launch_stages<T, Float8, head_dim()>(p, stream);
+    } else {
+      launch_stages<T, T, head_dim()>(p, stream);
+    }
+  });
 }
 
 template <typename T>
 void launch_value_stages_of(const DecodeParams& p, cudaStream_t stream) {
   if (p.max_tiles > 0 && p.any_staged()) {
     launch_plan(p, stream);
-    launch_gather_of<T>(p, stream);
+    with_head_dim(p.head_dim, [&](auto head_dim) { launch_gather<T, head_dim()>(p, stream); });
   }
   launch_combine<T>(p, stream);
 }
@@ -129,9 +115,9 @@ void configure_decode(DecodeParams& p, int device_index) {
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.dtype == Dtype::kBFloat16) {
-    dispatch_keys<__nv_bfloat16>(p, stream);
+    launch_decode_of<__nv_bfloat16>(p, stream);
   } else {
-    dispatch_keys<__half>(p, stream);
+    launch_decode_of<__half>(p, stream);
   }
 }
 

@@ -30,8 +30,8 @@ constexpr int kFirstScoreWarp = kStateWarp + 1;
 static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % kStepCodedKeys == 0,
               "a step is pairs of matrix products, and ends inside the block");
 constexpr int kMaxBuffers = 3;
-constexpr int kRoundsAhead = 2;  // of its loads in flight; more were slower: they wait for nothing new
 constexpr int kStatesKept = 8;   // rounds of the plan warp
+constexpr int kRoundsAhead = 2;  // whose loads are in flight together; more were slower, polling is traffic
 
 // Level 1 of the CDF, as far as one block and stream need it.
 struct StreamPlan {

@@ -43,8 +43,7 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
     (void)cudaGetLastError();
     throw std::runtime_error(
         "santa on CUDA: sampled rows need a CTA on every multiprocessor of the device at the same time, and this "
-        "context "
-        "has fewer (MPS or a green context); num_samples=0, the exact path, has no such need");
+        "context has fewer (MPS or a green context); num_samples=0, the exact path, has no such need");
   }
   check(status, "persistent_kernel");
 }
