@@ -16,7 +16,6 @@ profiler); share of the key features read; time of the score stage over that of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from santa import reference_bernoulli
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import report
-from harness import Oracle, Problem, environment, make_problem, time_cpu_us, time_us
+from harness import Oracle, Problem, environment, make_problem, save_run, time_cpu_us, time_us
 from k_stream import KStream
 
 SHAPES = ("1x32768", "16x32768")
@@ -232,18 +231,7 @@ class Benchmark:
         derive(rows)
         self.rows += rows
         print("\n".join(lines(rows)) + "\n", flush=True)
-        self.save()
-
-    def save(self) -> None:
-        """After every shape, so that a run that is cut short keeps what it has."""
-        a = self.arguments
-        if a.json is None:
-            return
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        options = {name: value for name, value in vars(a).items() if not isinstance(value, Path)}
-        a.json.write_text(
-            json.dumps({"environment": environment(a.device), "options": options, "rows": self.rows}, indent=1)
-        )
+        save_run(self.arguments, self.rows)
 
 
 def plot(rows: list[Row], path: Path, device: str) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,17 @@ import competitors
 import report
 import targets
 from competitors import Competitor, Unsupported
-from harness import Oracle, Problem, Stopwatch, environment, geometric_lens, make_problem, time_cpu_us, time_us
+from harness import (
+    Oracle,
+    Problem,
+    Stopwatch,
+    environment,
+    geometric_lens,
+    make_problem,
+    save_run,
+    time_cpu_us,
+    time_us,
+)
 from k_stream import KStream
 
 SHAPES = (*targets.SAMPLED, *targets.SHORT)
@@ -251,19 +260,7 @@ class Benchmark:
             )
 
     def save(self) -> None:
-        """After every case, so that a run that is cut short keeps what it has."""
-        a = self.arguments
-        if a.json is None:
-            return
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "environment": environment(a.device),
-            "options": {name: value for name, value in vars(a).items() if not isinstance(value, Path)},
-            "missing": self.missing,
-            "seconds": self.total.seconds,
-            "rows": self.rows,
-        }
-        a.json.write_text(json.dumps(content, indent=1))
+        save_run(self.arguments, self.rows, missing=self.missing, seconds=self.total.seconds)
 
     def table(self) -> None:
         a = self.arguments

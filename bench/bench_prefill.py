@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import statistics
 import sys
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import competitors
 import report
 import targets
-from harness import ROUNDING, Stopwatch, environment
+from harness import ROUNDING, Stopwatch, environment, save_run
 from prefill_data import Planted, captured, planted_at
 
 # The package's attribute of that name is the function.
@@ -240,6 +239,9 @@ class Benchmark:
             )
         report.derive_prefill(row)
 
+    def save(self) -> None:
+        save_run(self.arguments, self.rows, missing=self.missing, seconds=self.watch.seconds)
+
     def time_dense(self, data: Planted, rows: Rows) -> dict[str, float]:
         """A dense kernel's time does not depend on the data: once for each length and head_dim."""
         key = (data.q.shape[2], data.q.shape[3])
@@ -255,21 +257,6 @@ class Benchmark:
                 else:
                     self.missing[f"{dense.name} at {key[0]:,}"] = f"wrong result: relative error {error:.3g}"
         return self.dense_ms[key]
-
-    def save(self) -> None:
-        """After every data set, so that a run that is cut short keeps what it has."""
-        a = self.arguments
-        if a.json is None:
-            return
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "environment": environment(a.device),
-            "options": {name: value for name, value in vars(a).items() if not isinstance(value, Path)},
-            "missing": self.missing,
-            "seconds": self.watch.seconds,
-            "rows": self.rows,
-        }
-        a.json.write_text(json.dumps(content, indent=1))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

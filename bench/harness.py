@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,3 +207,13 @@ def environment(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def save_run(arguments: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
+    """What a benchmark has so far, to arguments.json if that is given: a run that is cut short keeps what it has."""
+    if arguments.json is None:
+        return
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    options = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+    content = {"environment": environment(arguments.device), "options": options, **more, "rows": rows}
+    arguments.json.write_text(json.dumps(content, indent=1))
