@@ -8,9 +8,10 @@ oracle draws for the query. Times are medians; on CUDA of CUDA-graph replays ove
 
 The first rows of a shape are what Bernoulli scores have to beat: exact scores, exact scores of keys in float8. Then
 the draws B by the samplers of scores, on Gaussian queries; then queries made so that a given share of the features is
-read. Columns: microseconds of a call; of its score stage (CUDA: the kernels that draw and score, from torch's
-profiler); share of the key features read; time of the score stage over that of a kernel that only reads as many bytes
-(K stream times the share); speed-up over exact scores and over float8 keys; which of the three is the fastest.
+read. Columns: microseconds of a call; of its score stage, where that is a stage of its own (CUDA, --samples 0: the
+kernels that draw and score, from torch's profiler); share of the key features read; time of the call over that of a
+kernel that only reads as many bytes (K stream times the share); speed-up over exact scores and over float8 keys; which
+of the three is the fastest.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def derive(rows: list[Row]) -> None:
             row["over_exact"] = exact / row["us"]
         if fp8 is not None:
             row["over_fp8"] = fp8 / row["us"]
-        if stream is not None and row.get("score_us") is not None and row["features"] > 0:
-            row["over_stream"] = row["score_us"] / (stream * row["features"])
+        if stream is not None and row["features"] > 0:
+            row["over_stream"] = row["us"] / (stream * row["features"])
         row["verdict"] = verdict(row, exact, fp8)
 
 

@@ -17,6 +17,9 @@ SANTA_HD int score_heads_of(int gqa_group_size) {
   return gqa_group_size <= 1 ? 1 : gqa_group_size <= 2 ? 2 : gqa_group_size <= 4 ? 4 : 8;
 }
 
+// Query heads of a KV head that the persistent CUDA kernel takes.
+constexpr int kPersistentHeads = 8;
+
 struct BernoulliParams {
   // All but the keys. Its k is k_features [batch, num_kv_heads, head_dim, max_kv_len], contiguous along the sequence,
   // through stride_k_batch, stride_k_head and stride_k_feature; its `aligned` is that of q and v.
@@ -33,6 +36,9 @@ struct BernoulliParams {
   float* scales;      // [gqa_group_size]: scale_log2 max|q| / B
   int16_t* features;  // [head_dim]: those that any head of the group reads, ascending
   float* weights;     // [num_blocks, head_dim, score_heads]: counts of the listed features
+  // Rows of the persistent CUDA kernel have these instead of the list and the weights.
+  uint32_t* feature_bits;  // [head_dim / 32]
+  uint16_t* half_counts;   // [kPersistentHeads, head_dim]: counts in q's dtype, 0 for heads that there are not
 
   SANTA_HD int64_t counts_offset(int64_t group) const { return group * decode.gqa_group_size * decode.head_dim; }
   SANTA_HD int64_t weights_offset(int64_t group, int block) const {
@@ -49,11 +55,18 @@ inline int64_t place_bernoulli_workspace(BernoulliParams& p, void* base) {
   const int64_t staged = place_workspace(d, base);
   Workspace workspace(base == nullptr ? nullptr : static_cast<char*>(base) + staged);
   // A value stage that is exact works from scores too.
-  if (!d.any_staged()) workspace.take(d.scores, groups * d.scores_per_row);
+  if (d.any_exact() && !d.any_staged()) {
+    d.scores_per_row = (d.longest_exact() + kMaxTileKv) * d.group_pitch;
+    workspace.take(d.scores, groups * d.scores_per_row);
+  }
   workspace.take(p.counts, groups * d.gqa_group_size * d.head_dim);
   workspace.take(p.scales, groups * d.gqa_group_size);
   workspace.take(p.features, groups * d.head_dim);
   workspace.take(p.weights, groups * p.num_blocks * d.head_dim * score_heads);
+  if (d.any_persistent()) {
+    workspace.take(p.feature_bits, groups * (d.head_dim / 32));
+    workspace.take(p.half_counts, groups * kPersistentHeads * d.head_dim);
+  }
   return staged + workspace.used();
 }
 

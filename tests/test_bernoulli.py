@@ -253,6 +253,35 @@ def test_scores_of_sampled_rows(device, group):
     assert (rows.cpu().flatten() <= torch.tensor(lens)).all() and (rows > 0).all()
 
 
+@pytest.mark.parametrize("group, head_dim", [(1, 64), (3, 96), (4, 128), (8, 192), (2, 256)])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rows_of_any_share(device, group, head_dim, aligned):
+    """Elements of q of one magnitude are drawn for certain, so that scores are exact: the lse of rows that read from no
+    feature to all of them, of all lengths, in one call. A GPU copies lists of features ahead of what it adds, from block
+    to block and row to row; here they end anywhere."""
+    generator = torch.Generator().manual_seed(group)
+    batch, max_kv_len = (48, 6000) if device == "cuda" else (12, 1500)
+    q, k, v = make_qkv(batch, 2 * group, 2, max_kv_len + 8, head_dim, dtype=working_dtype(device), seed=group)
+    shares = torch.rand(batch, generator=generator)
+    shares[torch.arange(batch) % 4 == 1] = 0.0
+    shares[torch.arange(batch) % 4 == 2] = 1.5 / head_dim
+    kept = torch.rand(batch, 1, head_dim, generator=generator) < shares[:, None, None]
+    q = torch.where(kept, q.sign(), 0.0).to(q.dtype)  # one set of features per row, of either sign
+    lens = torch.randint(1, max_kv_len, (batch,), generator=generator).int()
+    lens[::5] = torch.randint(1, 300, (len(lens[::5]),), generator=generator).int()
+    lens[7], lens[8] = 0, max_kv_len
+    starts = torch.full((batch,), 8 if aligned else 5, dtype=torch.int32)
+    inputs = [x.to(device) for x in (q, feature_major(k), v)]
+    options = {"kv_lens": lens.to(device), "kv_starts": starts.to(device)}
+    out, lse, features = bernoulli(*inputs, num_draws=1, num_samples=64, return_features_read=True, **options)
+    for b in range(batch):
+        keys = k[b, starts[b] : starts[b] + lens[b]].double().repeat_interleave(group, dim=1)
+        expected = torch.einsum("hd,nhd->hn", q[b].double(), keys).mul(head_dim**-0.5).logsumexp(dim=-1)
+        assert torch.allclose(lse[b].double().cpu(), expected, rtol=0, atol=2e-5), b
+        assert (features[b].cpu() == (kept[b].sum() if lens[b] > 0 else 0)).all()
+    assert torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_values_are_unbiased_given_the_scores(device, sampler, budget):
@@ -400,26 +429,50 @@ def test_query_that_is_not_finite(device, value, num_samples):
 
 
 @pytest.mark.parametrize("num_samples", [0, 16])
-def test_features_that_a_head_did_not_draw_do_not_reach_it(device, num_samples):
+@pytest.mark.parametrize("group, head_dim, kv_len", [(4, 64, 700), (7, 128, 3000)])
+def test_features_that_a_head_did_not_draw_do_not_reach_it(device, num_samples, group, head_dim, kv_len):
     """NaN in every feature of a key that no head drew changes nothing; in one that some heads drew, those alone."""
-    q, k, v = make_qkv(1, 4, 1, 700, 64, dtype=working_dtype(device), device=device)
+    q, k, v = make_qkv(1, group, 1, kv_len, head_dim, dtype=working_dtype(device), device=device)
+    q = q.sign() * q.abs().pow(3)  # few large elements, so that some features are drawn by no head
     k = feature_major(k)
     options = {"num_samples": num_samples, "num_draws": 1, "sampler": "systematic"}
     expected, expected_lse = bernoulli(q, k, v, **options)
-    counts = draw(q, 1, 1, "independent", kv_lens=torch.tensor([700]))[0]
+    counts = draw(q, 1, 1, "independent", kv_lens=torch.tensor([kv_len]))[0]
     unread = (counts == 0).all(dim=0)
-    assert 0 < unread.sum() < 64
+    assert 0 < unread.sum() < head_dim
     hostile = k.clone()
     hostile[0, 0, unread.to(device)] = NAN
     for a, b in zip(bernoulli(q, hostile, v, **options), (expected, expected_lse), strict=True):
         assert torch.equal(a, b)
 
-    by_some = int((((counts != 0).sum(dim=0) > 0) & ((counts != 0).sum(dim=0) < 4)).nonzero()[0])
+    by_some = int((((counts != 0).sum(dim=0) > 0) & ((counts != 0).sum(dim=0) < group)).nonzero()[0])
     hostile[0, 0, by_some, 123] = NAN
     out, lse = bernoulli(q, hostile, v, **options)
     drew = (counts[:, by_some] != 0).to(device)
     assert torch.isnan(out[0, drew]).all() and torch.isnan(lse[0, drew]).all()
     assert torch.equal(out[0, ~drew], expected[0, ~drew]) and torch.equal(lse[0, ~drew], expected_lse[0, ~drew])
+
+
+@pytest.mark.parametrize("num_samples", [0, 64])
+@pytest.mark.parametrize("group", [4, 8])
+def test_infinite_keys(device, num_samples, group):
+    """A logit of -inf is a key that weighs nothing; one of +inf leaves the head undefined; a head that did not draw the
+    feature does not see it."""
+    q, k, v = make_qkv(1, group, 1, 1500, 64, dtype=working_dtype(device), device=device)
+    q = q.sign()  # drawn for certain: logits are exact
+    q[0, 0, 7] = 0.0
+    k = feature_major(k)
+    options = {"num_samples": num_samples, "num_draws": 1, "sampler": "systematic"}
+    expected = bernoulli(q, k, v, **options)
+    k[0, 0, 7, 1234] = -math.inf
+    out, lse = bernoulli(q, k, v, **options)
+    assert torch.equal(out[0, 0], expected[0][0, 0]) and torch.equal(lse[0, 0], expected[1][0, 0])
+    scores = torch.einsum("hd,dn->hn", q[0].double().cpu(), k[0, 0].double().cpu().nan_to_num(neginf=0.0)) / 8
+    scores[:, 1234] = -math.inf
+    without = q[0, :, 7] > 0
+    assert 0 < without.sum() < group - 1
+    assert (lse[0].double().cpu() - scores.logsumexp(dim=-1))[without.cpu()].abs().max() < 2e-5
+    assert torch.isfinite(out[0, without]).all() and torch.isnan(out[0, q[0, :, 7] < 0]).all()
 
 
 @pytest.mark.parametrize("num_samples", [0, 16])

@@ -52,7 +52,8 @@ struct BernoulliOutputs {
   Tensor features_read;
 };
 
-// `Backend::run_bernoulli(params, device_index)` does the work.
+// `Backend::configure_bernoulli(params, device_index)` chooses what depends on the device, `Backend::run_bernoulli` does
+// the work.
 template <typename Backend>
 BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler,
                                   bool want_rows_read) {
@@ -75,10 +76,12 @@ BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, i
   p.score_sampler = static_cast<ScoreSampler>(score_sampler);
   p.features_read = static_cast<int32_t*>(outputs.features_read.mutable_data_ptr());
 
+  const int device_index = a.q.is_cpu() ? -1 : a.q.get_device_index();
+  Backend::configure_bernoulli(p, device_index);
   const int64_t bytes = place_bernoulli_workspace(p, nullptr);
   const Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
   place_bernoulli_workspace(p, workspace.mutable_data_ptr());
-  Backend::run_bernoulli(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
+  Backend::run_bernoulli(p, device_index);
   return outputs;
 }
 

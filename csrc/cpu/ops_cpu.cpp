@@ -53,6 +53,7 @@ struct SampleSelectBackend {
 };
 
 struct BernoulliBackend {
+  static void configure_bernoulli(BernoulliParams&, int) {}
   static void run_bernoulli(const BernoulliParams& p, int) { decode_bernoulli(p); }
   static void run_ternary(const BernoulliParams& p, int32_t* counts, int) {
     draw_features(p);

@@ -1,8 +1,10 @@
-// The set-up of the persistent CUDA kernel for any device: what would hang or corrupt if it were wrong.
+// The set-up of the persistent CUDA kernels for any device: what would hang or corrupt if it were wrong.
 #include "cuda/decode/heuristics.h"
 
 #include <cstdio>
 #include <cstdlib>
+
+#include "cuda/bernoulli/heuristics.h"
 
 using namespace santa;
 using santa::cuda::DeviceLimits;
@@ -29,22 +31,26 @@ int main() {
       for (const int head_dim : {64, 96, 128, 192, 256}) {
         for (int group = 1; group <= 8; ++group) {
           for (const Sampler sampler : {Sampler::kGrouped, Sampler::kSystematic}) {
-            for (const Dtype k_dtype : {Dtype::kBFloat16, Dtype::kFloat8E4M3}) {
+            enum Keys { kHalfKeys, kCodedKeys, kFeatures };
+            for (const Keys keys : {kHalfKeys, kCodedKeys, kFeatures}) {
               int warps = -1;
               const int32_t any_lengths = 0;
               for (int i = 0; i < 20; ++i) {
                 const int max_kv_lens[] = {1, 512, 7240, 8192, 16384, 24577, 28672, 32768, 131072, 4 << 20};
                 const int max_kv_len = max_kv_lens[i / 2];
                 DecodeParams p{};
-                p.k_dtype = k_dtype, p.head_dim = head_dim, p.gqa_group_size = group, p.sampler = sampler,
-                p.max_kv_len = max_kv_len;
+                p.k_dtype = keys == kCodedKeys ? Dtype::kFloat8E4M3 : Dtype::kBFloat16, p.head_dim = head_dim,
+                p.gqa_group_size = group, p.sampler = sampler, p.max_kv_len = max_kv_len;
                 p.batch = 3, p.num_kv_heads = 2, p.num_samples = 128;
                 if (i % 2 == 1) p.kv_lens = &any_lengths;  // known on the device alone
-                p.persistent = cuda::plan_persistent(p, device);
+                const cuda::ScoreWarps score_warps =
+                    keys == kFeatures ? cuda::feature_score_warps(p) : cuda::key_score_warps(p);
+                p.persistent = cuda::plan_persistent(p, device, score_warps);
                 const PersistentPlan& plan = p.persistent;
                 if (plan.max_kv_len < 0) continue;
                 ++persistent;
-                check(cuda::persistent_shared_bytes(p) <= shared_bytes, "more shared memory than there is", p, device);
+                check(cuda::persistent_shared_bytes(p, score_warps) <= shared_bytes, "more shared memory than there is",
+                      p, device);
                 check(plan.num_ctas >= 1 && plan.num_ctas <= num_sms, "CTAs that cannot all be resident", p, device);
                 // A row with more blocks than buffers waits for itself.
                 const int64_t longest = plan.max_kv_len < max_kv_len ? plan.max_kv_len : max_kv_len;

@@ -1,5 +1,6 @@
 // Bernoulli scores, stage 1: one CTA per batch row and KV head draws the counts of its query heads, a warp each, and
-// lists the features that any of them reads.
+// lists the features that any of them reads. Rows of the persistent kernel have bits and halves instead of a list and
+// weights; see BernoulliParams.
 #pragma once
 
 #include "bernoulli_params.h"
@@ -22,8 +23,8 @@ __device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t value, int lane)
 
 // Counts of one query head, by one warp: lane l draws features 4 l to 4 l + 3, and those 128 above.
 template <typename T>
-__device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h, int kv_len,
-                                          uint32_t* read, int lane) {
+__device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h,
+                                          const RowShape& row, uint32_t* read, int lane) {
   const DecodeParams& d = p.decode;
   const int64_t group = d.group_index(batch_index, kv_head);
   const int qo_head = kv_head * d.gqa_group_size + h, num_chunks = d.head_dim / 4;
@@ -47,9 +48,10 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
 
   const int64_t row_seed = d.row_seeds != nullptr ? d.row_seeds[batch_index] : 0;
   const auto stream =
-      ScoreStream::make(d.seed, row_seed, kv_len, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
+      ScoreStream::make(d.seed, row_seed, row.kv_len, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
   const uint32_t offset = systematic_offset(stream);
   int16_t* counts = p.counts + p.counts_offset(group) + static_cast<int64_t>(h) * d.head_dim;
+  uint16_t* halves = p.half_counts + (group * kPersistentHeads + h) * d.head_dim;
   uint64_t total = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -72,11 +74,16 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
       count_draws(stream, static_cast<uint32_t>(chunk), p.num_draws, weights, drawn);
     }
     if (chunk < num_chunks) {
+      short4 words;  // counts, as numbers or as halves
+      int16_t* const word[4] = {&words.x, &words.y, &words.z, &words.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        counts[4 * chunk + i] = static_cast<int16_t>(x[step][i] < 0.0f ? -drawn[i] : drawn[i]);
+        const int count = x[step][i] < 0.0f ? -drawn[i] : drawn[i];
+        const T half = Half<T>::from_float(static_cast<float>(count));
+        *word[i] = row.persistent ? *reinterpret_cast<const int16_t*>(&half) : static_cast<int16_t>(count);
         if (drawn[i] != 0) atomicOr(read + 4 * chunk + i, 1u);
       }
+      *(row.persistent ? reinterpret_cast<short4*>(halves) + chunk : reinterpret_cast<short4*>(counts) + chunk) = words;
     }
   }
 }
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const __grid_constan
   for (int i = threadIdx.x; i < kMaxHeadDim; i += kDrawThreads) read[i] = 0;
   __syncthreads();
   for (int h = warp; h < d.gqa_group_size; h += kDrawWarps) {
-    draw_head<T>(p, batch_index, kv_head, h, row.kv_len, read, lane);
+    draw_head<T>(p, batch_index, kv_head, h, row, read, lane);
   }
   __syncthreads();
 
@@ -103,7 +110,9 @@ __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const __grid_constan
     for (int base = 0; base < d.head_dim; base += 32) {  // head_dim is a multiple of 32
       const bool wanted = row.kv_len > 0 && read[base + lane] != 0;
       const uint32_t bits = __ballot_sync(0xffffffffu, wanted);
-      if (wanted) {
+      if (row.persistent) {
+        if (lane == 0) p.feature_bits[(group * d.head_dim + base) / 32] = bits;
+      } else if (wanted) {
         const int slot = count + __popc(bits & ((1u << lane) - 1u));
         listed[slot] = static_cast<int16_t>(base + lane);
         p.features[group * d.head_dim + slot] = static_cast<int16_t>(base + lane);
@@ -116,6 +125,14 @@ __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const __grid_constan
     }
   }
   __syncthreads();
+
+  if (row.persistent) {  // zeros for heads that there are not
+    uint16_t* halves = p.half_counts + group * kPersistentHeads * d.head_dim;
+    for (int i = d.gqa_group_size * d.head_dim + threadIdx.x; i < kPersistentHeads * d.head_dim; i += kDrawThreads) {
+      halves[i] = 0;
+    }
+    return;
+  }
 
   // Counts as the weights that stage 2 adds with: exact, since float32 has all integers of 24 bits.
   const int score_heads = score_heads_of(d.gqa_group_size);

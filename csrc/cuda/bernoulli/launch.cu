@@ -8,6 +8,7 @@
 #include "cuda/bernoulli/append.cuh"
 #include "cuda/bernoulli/attend.cuh"
 #include "cuda/bernoulli/draw.cuh"
+#include "cuda/bernoulli/heuristics.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode/launch.h"
 
@@ -19,7 +20,11 @@ void launch_stages(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
   draw_kernel<T><<<dim3(d.num_kv_heads, d.batch), kDrawThreads, 0, stream>>>(p);
   check_launch("draw_kernel");
-  if (d.max_tiles > 0) launch_score_features<T>(p, stream);
+  if (d.any_persistent()) {
+    with_head_dim(d.head_dim, [&](auto head_dim) { launch_persistent_bernoulli<T, head_dim()>(p, stream); });
+  }
+  if (!d.any_exact() && !d.any_staged()) return;
+  if (d.max_tiles > 0 && (d.any_staged() || d.longest_exact() > 0)) launch_score_features<T>(p, stream);
   if (d.max_tiles > 0 && d.any_exact()) {
     const int head_blocks = (d.gqa_group_size + kAttendHeads - 1) / kAttendHeads;
     const int tiles =
@@ -38,6 +43,11 @@ __global__ void __launch_bounds__(256) widen_counts_kernel(const int16_t* counts
 }
 
 }  // namespace
+
+void configure_decode_bernoulli(BernoulliParams& p, int device_index) {
+  if (p.num_draws > max_persistent_draws(p.decode.dtype)) return;
+  configure_persistent(p.decode, device_index, feature_score_warps(p.decode));
+}
 
 void launch_decode_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
   if (p.decode.dtype == Dtype::kBFloat16) {

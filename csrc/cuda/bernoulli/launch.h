@@ -11,6 +11,13 @@ namespace santa::cuda {
 template <typename T>
 void launch_score_features(const BernoulliParams& p, cudaStream_t stream);
 
+// Sampled rows in one kernel; one explicit instantiation per dtype, head_dim and file in instantiations/.
+template <typename T, int HEAD_DIM>
+void launch_persistent_bernoulli(const BernoulliParams& p, cudaStream_t stream);
+
+// Fills p.decode.persistent for a device, before the workspace is placed.
+void configure_decode_bernoulli(BernoulliParams& p, int device_index);
+
 // All stages, in order.
 void launch_decode_bernoulli(const BernoulliParams& p, cudaStream_t stream);
 

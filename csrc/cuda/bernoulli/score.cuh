@@ -5,19 +5,20 @@
 // with nobody until its sums are complete. Features that are not listed cost nothing. A score is a sum of keys times
 // small integers, in float32, in the order of the features and of a head's own features alone.
 //
-// Sampled rows: also the softmax states of the tiles. The scores lie as stage 1 of exact scores leaves them
+// For rows that the persistent kernel does not take (persistent.cuh): exact values, very long rows, large groups. Of
+// sampled ones also the softmax states of the tiles. The scores lie as stage 1 of exact scores leaves them
 // (decode/tile.cuh), and the value stages are the same.
 #pragma once
 
 #include "bernoulli_params.h"
 #include "core/softmax_state.h"
+#include "cuda/bernoulli/features.cuh"
 #include "cuda/bernoulli/launch.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx.cuh"
 
 namespace santa::cuda {
 
-constexpr int kThreadKeys = 8;
 constexpr int kScoreThreads = 64;
 constexpr int kScoreKeys = kScoreThreads * kThreadKeys;  // of a CTA: one tile, or two or four smaller ones
 constexpr int kStageFeatures = 4;
@@ -36,41 +37,6 @@ struct ScoreShared {
   alignas(8) int16_t features[kMaxHeadDim];
   SoftmaxState states[kScoreThreads / 32][HEADS];
 };
-
-// Up to eight keys of one feature to a place in shared memory; those past `count` become zeros and are not read.
-template <typename T>
-__device__ __forceinline__ void load_some_keys(uint32_t place, const T* source, int count, bool aligned,
-                                               uint64_t policy) {
-  if (aligned) {
-    cp_async_up_to_16(place, source, count * static_cast<int>(sizeof(T)), policy);
-    return;
-  }
-  const auto* elements = reinterpret_cast<const uint16_t*>(source);
-  uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < kThreadKeys; ++i) {
-    if (i < count) words[i / 2] |= static_cast<uint32_t>(elements[i]) << (16 * (i % 2));
-  }
-  store_shared_16(place, {words[0], words[1], words[2], words[3]});
-}
-
-// acc[h] += weight[h] * key for the heads that drew the feature: what a head did not draw can't reach it, NaN included.
-template <typename T, int HEADS>
-__device__ __forceinline__ void add_feature(float (&acc)[HEADS][kThreadKeys], uint4 packed, const float* weights) {
-  const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
-                           Half<T>::unpack(packed.w)};
-#pragma unroll
-  for (int h = 0; h < HEADS; ++h) {
-    const float weight = weights[h];
-    if (weight != 0.0f) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        acc[h][2 * j] += weight * pairs[j].x;
-        acc[h][2 * j + 1] += weight * pairs[j].y;
-      }
-    }
-  }
-}
 
 // The softmax states of the CTA's tiles, from each thread's own scores.
 template <int HEADS>
@@ -125,7 +91,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(d, batch_index);
   const int64_t first_key = static_cast<int64_t>(chunk) * kScoreKeys;
-  if (first_key >= row.kv_len) return;
+  if (row.persistent || first_key >= row.kv_len) return;
 
   const int64_t group = d.group_index(batch_index, kv_head);
   const int first_head = block * HEADS, num_heads = min(HEADS, d.gqa_group_size - first_head);
@@ -227,7 +193,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
 template <typename T, int HEADS>
 void launch_score_heads(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
-  const int num_chunks = static_cast<int>(ceil_div(d.max_kv_len, kScoreKeys));
+  const int num_chunks = static_cast<int>(ceil_div(d.any_staged() ? d.max_kv_len : d.longest_exact(), kScoreKeys));
   const dim3 grid(static_cast<unsigned>(num_chunks) * d.num_kv_heads * p.num_blocks, d.batch);
   prefer_shared_memory(score_features_kernel<T, HEADS>);
   score_features_kernel<T, HEADS><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);

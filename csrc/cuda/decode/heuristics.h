@@ -28,8 +28,17 @@ constexpr int step_keys(int element_size) { return element_size == 1 ? kStepCode
 constexpr int step_bytes(int head_dim, int element_size) {
   return step_keys(element_size) * (element_size == 1 ? head_dim : slot_row_pitch(head_dim) * 2);
 }
-inline int ring_bytes(const DecodeParams& p) {
-  return kScoreSlots * step_bytes(p.head_dim, p.k_dtype == Dtype::kFloat8E4M3 ? 1 : 2);
+
+// What the score warps of a call take of shared memory, and how many there are at most.
+struct ScoreWarps {
+  int most;
+  int ring_bytes;    // of one of them
+  int shared_bytes;  // of all together
+};
+
+inline ScoreWarps key_score_warps(const DecodeParams& p) {
+  return {max_score_warps(p.head_dim), kScoreSlots * step_bytes(p.head_dim, p.k_dtype == Dtype::kFloat8E4M3 ? 1 : 2),
+          0};
 }
 
 struct DeviceLimits {
@@ -39,7 +48,7 @@ struct DeviceLimits {
 
 // The row's path may depend on the device, but on nothing of the batch: a longer cache changes the size of the buffers
 // only while all rows are short.
-inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits& device) {
+inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits& device, const ScoreWarps& warps) {
   PersistentPlan plan{};
   plan.max_kv_len = -1;
   if (p.num_samples == 0 || p.gqa_group_size > 8 || p.max_kv_len == 0) return plan;
@@ -58,13 +67,16 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
     const int64_t longest = std::min<int64_t>(p.max_kv_len, limit);
     // The sums of 4 heads, 8 numbers of each from every lane, take the place of 2 planes; those of 8 heads that of 4.
     const int pairs = (p.gqa_group_size + 1) / 2, partial_bytes = kSelectWarps * 32 * (pairs > 2 ? 8 : 4) * 8 * 4;
-    plan.plane_pitch = block_kv_of(longest) + 8;
-    if (pairs > 2) plan.plane_pitch = std::max(plan.plane_pitch, kMaxBlockKv + 8);
-    plan.buffer_bytes = round_up(std::max(pairs * plan.plane_pitch * 8, partial_bytes));
-    const int cumulative_bytes = p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0;
-    const int room = device.shared_bytes - kPersistentSharedBytes - buffers * plan.buffer_bytes - cumulative_bytes;
-    plan.num_score_warps = std::min(max_score_warps(p.head_dim), room / ring_bytes(p));
+    const bool grouped = p.sampler == Sampler::kGrouped;
+    const auto bytes_of_buffer = [&](int pitch) { return round_up(std::max(pairs * pitch * 8, partial_bytes)); };
+    // Sums over score warps must not depend on the length of the cache, so there is room for the largest blocks.
+    constexpr int kMaxPitch = kMaxBlockKv + 8;
+    const int room = device.shared_bytes - kPersistentSharedBytes - buffers * bytes_of_buffer(kMaxPitch) -
+                     (grouped ? kMaxPitch * 4 : 0) - warps.shared_bytes;
+    plan.num_score_warps = std::min(warps.most, room / warps.ring_bytes);
     if (plan.num_score_warps < (buffers > 1 ? 4 : 1)) continue;
+    plan.plane_pitch = pairs > 2 ? kMaxPitch : block_kv_of(longest) + 8;
+    plan.buffer_bytes = bytes_of_buffer(plan.plane_pitch);
     plan.max_kv_len = limit;
     plan.num_buffers = buffers;
     const int row_blocks = static_cast<int>(ceil_div(longest, block_kv_of(longest)));
@@ -79,10 +91,11 @@ inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits&
   return plan;
 }
 
-inline int persistent_shared_bytes(const DecodeParams& p) {
+inline int persistent_shared_bytes(const DecodeParams& p, const ScoreWarps& warps) {
   const PersistentPlan& plan = p.persistent;
   return kPersistentSharedBytes + plan.num_buffers * plan.buffer_bytes +
-         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + plan.num_score_warps * ring_bytes(p);
+         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + warps.shared_bytes +
+         plan.num_score_warps * warps.ring_bytes;
 }
 
 }  // namespace santa::cuda

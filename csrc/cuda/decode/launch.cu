@@ -3,12 +3,10 @@
 #include <atomic>
 #include <cstdint>
 #include <random>
-#include <type_traits>
 
 #include "core/float8.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode/combine.cuh"
-#include "cuda/decode/heuristics.h"
 #include "cuda/decode/plan.cuh"
 
 namespace santa::cuda {
@@ -24,25 +22,6 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   if (p.max_tiles == 1 && !p.any_staged()) return;  // no row has more than one tile
   combine_kernel<T><<<dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream>>>(p);
   check_launch("combine_kernel");
-}
-
-// Calls function(std::integral_constant<int, head_dim>).
-template <typename Function>
-void with_head_dim(int head_dim, const Function& function) {
-  switch (head_dim) {
-    case 64:
-      return function(std::integral_constant<int, 64>{});
-    case 96:
-      return function(std::integral_constant<int, 96>{});
-    case 128:
-      return function(std::integral_constant<int, 128>{});
-    case 192:
-      return function(std::integral_constant<int, 192>{});
-    case 256:
-      return function(std::integral_constant<int, 256>{});
-    default:
-      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");  // the argument check is stricter
-  }
 }
 
 template <typename T, typename K, int HEAD_DIM>
@@ -103,15 +82,17 @@ void launch_value_stages(const DecodeParams& p, cudaStream_t stream) {
   }
 }
 
-void configure_decode(DecodeParams& p, int device_index) {
+void configure_persistent(DecodeParams& p, int device_index, const ScoreWarps& warps) {
   p.seal = next_seal();
   DeviceLimits device{};
   check(cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, device_index),
         "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
         "cudaDeviceGetAttribute");
-  p.persistent = plan_persistent(p, device);
+  p.persistent = plan_persistent(p, device, warps);
 }
+
+void configure_decode(DecodeParams& p, int device_index) { configure_persistent(p, device_index, key_score_warps(p)); }
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.dtype == Dtype::kBFloat16) {

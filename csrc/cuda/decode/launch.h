@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/decode/heuristics.h"
 #include "params.h"
 
 namespace santa::cuda {
@@ -16,7 +17,8 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream);
 template <typename V, int HEAD_DIM>
 void launch_gather(const DecodeParams& p, cudaStream_t stream);
 
-// Fills p.persistent for a device, before the workspace is placed.
+// Fills p.persistent for a device, before the workspace is placed; `warps`: heuristics.h.
+void configure_persistent(DecodeParams& p, int device_index, const ScoreWarps& warps);
 void configure_decode(DecodeParams& p, int device_index);
 
 // From scores and softmax states of sampled rows, whose values are in p.dtype, to the output; of rows that are not

@@ -81,7 +81,8 @@ struct PersistentShared {
   int is_last;
 };
 
-// Dynamic shared memory: PersistentShared, the score buffers, cumulative weights (grouped), the rings.
+// Dynamic shared memory: PersistentShared, the score buffers, cumulative weights (grouped), what belongs to the score
+// warps: rings, and before them whatever else these have (ScoreWarps in heuristics.h).
 //
 // A buffer holds planes of float2, a plane per pair of heads: [pair][key], keys permuted (key_place). The pitch of a
 // plane shifts it by half the banks, so that the lanes of two pairs write side by side. When the block's rows are read,
@@ -109,9 +110,17 @@ struct PersistentMemory {
 // bank conflicts.
 __device__ __forceinline__ int key_place(int key) { return key ^ ((key >> 3) & 15); }
 
-// Roles meet here from different places, so the barrier says how many threads it is for: without, synccheck takes them
-// for divergent.
-__device__ __forceinline__ void cta_barrier() { asm volatile("bar.sync 2, %0;" ::"r"(blockDim.x) : "memory"); }
+// The state warp sets up the barriers in shared memory; the roles below it in the CTA and those above wait for it, each
+// by a barrier of its own. `barrier.sync` may be met from different places, `bar.sync` may not: synccheck sees to it.
+__device__ __forceinline__ void setup_barrier_below() { asm volatile("barrier.sync 2, 320;" ::: "memory"); }
+__device__ __forceinline__ void setup_barrier_above(int num_score_warps) {
+  asm volatile("barrier.sync 3, %0;" ::"r"((num_score_warps + 1) * 32) : "memory");
+}
+__device__ __forceinline__ void set_up(int num_score_warps) {
+  asm volatile("barrier.arrive 2, 320;" ::: "memory");
+  asm volatile("barrier.arrive 3, %0;" ::"r"((num_score_warps + 1) * 32) : "memory");
+}
+static_assert(kFirstScoreWarp * 32 == 320, "setup_barrier_below has the number");
 __device__ __forceinline__ void select_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 static_assert(kSelectThreads == 256, "select_barrier has the number");
 
@@ -122,11 +131,18 @@ __device__ __forceinline__ int first_power_of_2(int n) { return n <= 1 ? 1 : n <
 
 // ---- score warps
 
-// The lane, unknown to the compiler: what is computed from it is not kept for later, for want of registers.
+// The lane and the thread, unknown to the compiler: what is computed from them is not kept for later, for want of
+// registers.
 __device__ __forceinline__ int fresh_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+}
+
+__device__ __forceinline__ int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // What a score warp takes at a time.
@@ -226,42 +242,134 @@ __device__ __forceinline__ void score_keys(float (&scores)[4], uint32_t rows, co
   }
 }
 
+// Where a score warp leaves what it scores of a block, as matrix products have it: lane (g, t) holds heads 2 t, 2 t
+// + 1.
+struct TakenScores {
+  float2* plane;
+  float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+
+  __device__ TakenScores(const DecodeParams& p, unsigned char* buffer, int t)
+      : plane(reinterpret_cast<float2*>(buffer) + t * p.persistent.plane_pitch) {}
+
+  // Raw scores of 32 keys from `key` on: [half][key g, both heads; key g + 8, both heads]. `scale_0` and `scale_1` are
+  // the heads'.
+  __device__ __forceinline__ void take(const DecodeParams& p, float (&scores)[2][4], float scale_0, float scale_1,
+                                       int key, int num_keys, int g, int t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = (i & 1) == 0 ? scale_0 : scale_1;
+      scores[0][i] *= scale, scores[1][i] *= scale;
+    }
+    if (key + 32 > num_keys) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (key + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
+      }
+    }
+    if (2 * t < p.gqa_group_size) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        plane[key_place(key + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
+      const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
+      sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
+               ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
+                (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
+      running_max[j] = new_max;
+    }
+  }
+
+  // The softmax states of the warp's part, of 8 heads.
+  __device__ __forceinline__ void finish(SoftmaxState (&states)[kHeadBlock], int g, int t) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float warp_max = max_over_keys(running_max[j]);
+      sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
+      for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
+      if (g == 0) states[2 * t + j] = {warp_max, sum[j]};
+    }
+  }
+};
+
+// Scores of keys that lie in rows, by matrix products.
+//
+// How scores come about is a class like this one: all that the other roles see are scores and softmax states in a
+// buffer, and what the state warp says of the blocks to come. A thread has one for its whole life.
 template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void score_blocks(const DecodeParams& p, const PersistentMemory& memory) {
-  constexpr bool kFloat8 = std::is_same_v<K, Float8>;
-  constexpr int kKeys = StepShape<K, HEAD_DIM>::kKeys;
-  const int warp = (threadIdx.x >> 5) - kFirstScoreWarp, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  constexpr uint32_t kSlotBytes = StepShape<K, HEAD_DIM>::kBytes, kHalfBytes = kSlotBytes / (kKeys / 16);
+struct KeyScores {
+  // Lanes of the state warp that write in look_ahead.
+  static constexpr int kLookAheadLanes = 1;
+  // Heads for which select warps add up rows at a time: beyond 128 elements there are no registers for the sums of 8.
+  static constexpr int kMostGatherHeads = HEAD_DIM <= 128 ? kHeadBlock : kGatherHeads;
+  // Whether a select warp finds its role anew for each block, instead of keeping what follows from it in registers.
+  static constexpr bool kRoleAnew = false;
+
+  const DecodeParams& p;
+  const K* keys = nullptr;  // of the block that is scored
+  int num_keys = 0;
+  float score_scale = 0.0f;
+  QueryFragments<T, HEAD_DIM> query;
+
+  __device__ explicit KeyScores(const DecodeParams& params) : p(params) {}
+  __device__ void start(const PersistentMemory& memory);
+  __device__ void look_ahead(const PersistentMemory& memory, int n, bool has_block, const Block& block, int lane) const;
+  __device__ void score_blocks(const PersistentMemory& memory);
+
+ private:
+  static constexpr int kKeys = StepShape<K, HEAD_DIM>::kKeys;
+  static constexpr uint32_t kSlotBytes = StepShape<K, HEAD_DIM>::kBytes;
+
   // Two slots: one in flight while the other is scored. More were slower: what is in flight beyond need makes every
   // load wait longer, those of the select warps among them.
-  uint32_t slot = shared_address(memory.rings) + warp * kScoreSlots * kSlotBytes, other_slot = slot + kSlotBytes;
+  static __device__ uint32_t first_slot(const PersistentMemory& memory, int score_warp) {
+    return shared_address(memory.rings) + score_warp * kScoreSlots * kSlotBytes;
+  }
+};
+
+// The first keys are on their way before anything else, barriers among it. Blocks to come are found by the state warp:
+// that takes most of a microsecond, and few loads would be in flight meanwhile.
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::start(const PersistentMemory& memory) {
+  const int warp = (threadIdx.x >> 5) - kFirstScoreWarp;
+  Block block{};
+  if (BlockQueue(p, threadIdx.x & 31).find(blockIdx.x, block)) {
+    const BlockKeys first = block_keys_of<T, K>(p, block);
+    keys = static_cast<const K*>(first.keys);
+    num_keys = first.num_keys;
+    score_scale = first.score_scale;
+    const int key = warp * kKeys;
+    load_step<K, HEAD_DIM>(first_slot(memory, warp), keys + key * p.stride_k_token, p.stride_k_token, num_keys - key,
+                           p.aligned, fresh_lane());
+    query.load(static_cast<const T*>(first.query), p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane());
+  }
+  cp_async_commit();
+}
+
+// In round n: of the block after it.
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::look_ahead(const PersistentMemory& memory, int n,
+                                                                      bool has_block, const Block& block,
+                                                                      int lane) const {
+  if (lane == 0) {
+    memory.shared->next[n % p.persistent.num_buffers] = has_block ? block_keys_of<T, K>(p, block) : BlockKeys{};
+  }
+}
+
+template <typename T, typename K, int HEAD_DIM>
+__device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::score_blocks(const PersistentMemory& memory) {
+  constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  constexpr uint32_t kTileBytes = kSlotBytes / (kKeys / 16);
   constexpr bool kQueryAhead = HEAD_DIM <= 128;  // beyond, there are no registers for the next block's query
+  const int warp = (threadIdx.x >> 5) - kFirstScoreWarp, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  uint32_t slot = first_slot(memory, warp), other_slot = slot + kSlotBytes;
 
   // Which steps of a block: part, part + num_score_warps, ... The steps of all blocks are dealt in turn, so that no
   // warp waits at the end of a block; the part alone, not the warp, decides which keys are summed together.
   int part = warp;
-
-  // The first keys are on their way before anything else. Blocks to come are found by the state warp: that takes most
-  // of a microsecond, and few loads would be in flight meanwhile.
-  const K* keys = nullptr;
-  int num_keys = 0;
-  float score_scale = p.scale_log2;
-  QueryFragments<T, HEAD_DIM> query;
-  {
-    Block block{};
-    if (BlockQueue(p, lane).find(blockIdx.x, block)) {
-      const BlockKeys first = block_keys_of<T, K>(p, block);
-      keys = static_cast<const K*>(first.keys);
-      num_keys = first.num_keys;
-      score_scale = first.score_scale;
-      const int key = part * kKeys;
-      load_step<K, HEAD_DIM>(slot, keys + key * p.stride_k_token, p.stride_k_token, num_keys - key, p.aligned,
-                             fresh_lane());
-      query.load(static_cast<const T*>(first.query), p.stride_q_head, p.gqa_group_size, p.aligned, fresh_lane());
-    }
-    cp_async_commit();
-  }
-  cta_barrier();
 
   // Round n scores block n of this CTA and starts on the keys of the next.
   for (int n = 0; num_keys > 0; ++n) {
@@ -269,8 +377,7 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
     if (n >= p.persistent.num_buffers) mbarrier_wait(&memory.shared->released[buffer], (use - 1) & 1);
     BlockKeys next{};
     QueryFragments<T, HEAD_DIM> next_query;
-    float2* plane = reinterpret_cast<float2*>(memory.buffer(p, buffer)) + t * p.persistent.plane_pitch;
-    float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+    TakenScores taken(p, memory.buffer(p, buffer), t);
 
     const int block_steps = ceil_div_int(num_keys, kKeys), turned = (part - block_steps) % p.persistent.num_score_warps;
     const int next_part = turned < 0 ? turned + p.persistent.num_score_warps : turned;
@@ -312,38 +419,13 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
       if (first < num_keys) {
 #pragma unroll
         for (int group = 0; group < kKeys / 32; ++group) {
-          const uint32_t rows = slot + group * (kSlotBytes / (kKeys / 32));
-          const int key = first + group * 32;
-          float scores[2][4];  // [half][key g, heads 2 t and 2 t + 1; key g + 8, the same heads]
+          const uint32_t rows = slot + group * 2 * kTileBytes;
+          float scores[2][4];
           score_keys<T, K, HEAD_DIM>(scores[0], rows, query, lane);
-          if (HEAD_DIM > 192) __syncwarp();  // the loads of both halves at a time take more registers than there are
-          score_keys<T, K, HEAD_DIM>(scores[1], rows + kHalfBytes, query, lane);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float scale = kFloat8 ? head_scale[i & 1] : p.scale_log2;
-            scores[0][i] *= scale, scores[1][i] *= scale;
-          }
-          if (key + 32 > num_keys) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              if (key + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
-            }
-          }
-          if (2 * t < p.gqa_group_size) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              plane[key_place(key + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
-            }
-          }
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
-            const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
-            sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
-                     ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
-                      (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
-            running_max[j] = new_max;
-          }
+          if (HEAD_DIM > 192) __syncwarp();  // the loads of both tiles at a time take more registers than there are
+          score_keys<T, K, HEAD_DIM>(scores[1], rows + kTileBytes, query, lane);
+          taken.take(p, scores, kFloat8 ? head_scale[0] : p.scale_log2, kFloat8 ? head_scale[1] : p.scale_log2,
+                     first + group * 32, num_keys, g, t);
         }
       }
       const uint32_t scored_slot = slot;
@@ -351,13 +433,7 @@ __device__ __forceinline__ void score_blocks(const DecodeParams& p, const Persis
       other_slot = scored_slot;
     }
 
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float warp_max = max_over_keys(running_max[j]);
-      sum[j] *= exp2_approx(running_max[j] - finite_max(warp_max));
-      for (int offset = 4; offset < 32; offset <<= 1) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
-      if (g == 0) memory.shared->warp_state[buffer][part][2 * t + j] = {warp_max, sum[j]};
-    }
+    taken.finish(memory.shared->warp_state[buffer][part], g, t);
     mbarrier_arrive(&memory.shared->scored[buffer]);
     keys = static_cast<const K*>(next.keys);
     num_keys = next.num_keys;
@@ -399,8 +475,9 @@ __device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
   return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
 }
 
-template <typename T, typename K>
-__device__ __forceinline__ void publish_states(const DecodeParams& p, const PersistentMemory& memory) {
+template <typename Scores>
+__device__ __forceinline__ void publish_states(const DecodeParams& p, const PersistentMemory& memory,
+                                               const Scores& scores) {
   PersistentShared& shared = *memory.shared;
   const int lane = threadIdx.x & 31;
   BlockQueue queue(p, lane);
@@ -427,11 +504,9 @@ __device__ __forceinline__ void publish_states(const DecodeParams& p, const Pers
 
     block = Block{};
     has_block = queue.find(blockIdx.x + (n + 1) * gridDim.x, block);
-    if (lane == 0) {
-      shared.next[buffer] = has_block ? block_keys_of<T, K>(p, block) : BlockKeys{};
-      shared.is_final[buffer] = !has_block;
-      mbarrier_arrive(&shared.looked_ahead[buffer]);
-    }
+    scores.look_ahead(memory, n, has_block, block, lane);
+    if (lane == 0) shared.is_final[buffer] = !has_block;
+    if (lane < Scores::kLookAheadLanes) mbarrier_arrive(&shared.looked_ahead[buffer]);
 
     mbarrier_wait(&shared.scored[buffer], use & 1);
     const SoftmaxState state = merge_warp_states(shared.warp_state[buffer], p.persistent.num_score_warps, lane);
@@ -993,12 +1068,12 @@ __device__ __forceinline__ void forget_states(const DecodeParams& p, int batch_i
   }
 }
 
-template <typename T, typename K, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM, typename Scores>
 __device__ __forceinline__ void select_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const SelectRole role(p, warp);
   for (int n = 0;; ++n) {
+    const int thread = Scores::kRoleAnew ? fresh_thread() : threadIdx.x, warp = thread >> 5, lane = thread & 31;
+    const SelectRole role(p, warp);
     const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
     mbarrier_wait(&shared.started[buffer], use & 1);
     const Block& block = shared.block[buffer];
@@ -1023,13 +1098,13 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
 
     if (!role.grouped) {
       estimate<T, K, HEAD_DIM, 1>(p, shared, plan, scores, role, block, state, 0, warp, lane);
-    } else if (HEAD_DIM <= 128) {
+    } else if (Scores::kMostGatherHeads > kGatherHeads) {
       if (role.group_size <= kGatherHeads) {
         estimate<T, K, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, 0, warp, lane);
       } else {
         estimate<T, K, HEAD_DIM, kHeadBlock>(p, shared, plan, scores, role, block, state, 0, warp, lane);
       }
-    } else {  // there are no registers for the sums of 8 heads: the rows are read twice
+    } else {
       for (int head = 0; head < role.group_size; head += kGatherHeads) {
         estimate<T, K, HEAD_DIM, kGatherHeads>(p, shared, plan, scores, role, block, state, head, warp, lane);
       }
@@ -1064,16 +1139,22 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
   }
 }
 
-template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) * 32, 1)
-    persistent_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+// The body of the kernel: T of q and the output, K of keys and what comes with it, for values.
+template <typename T, typename K, int HEAD_DIM, typename Scores>
+__device__ __forceinline__ void play_roles(const DecodeParams& p, unsigned char* shared_bytes, Scores& scores) {
+  const PersistentMemory memory(p, shared_bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  if (warp < kFirstScoreWarp) {  // score warps meet them there once their first loads are under way
-    if (warp == kStateWarp && lane < p.persistent.num_buffers) {
-      PersistentShared* const shared = PersistentMemory(p, shared_bytes).shared;
+  if (warp < kPlanWarp) {
+    setup_barrier_below();
+    select_blocks<T, K, HEAD_DIM, Scores>(p, memory);
+  } else if (warp == kPlanWarp) {
+    setup_barrier_below();
+    plan_blocks(p, memory);
+  } else if (warp == kStateWarp) {
+    if (lane < p.persistent.num_buffers) {
+      PersistentShared* const shared = memory.shared;
       mbarrier_init(&shared->started[lane], 1);
-      mbarrier_init(&shared->looked_ahead[lane], 1);
+      mbarrier_init(&shared->looked_ahead[lane], Scores::kLookAheadLanes);
       mbarrier_init(&shared->scored[lane], p.persistent.num_score_warps * 32);
       mbarrier_init(&shared->published[lane], 32);
       mbarrier_init(&shared->lse_known[lane], 32);
@@ -1081,17 +1162,22 @@ __global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) 
       mbarrier_init(&shared->row_published[lane], 32);
       mbarrier_init(&shared->released[lane], kFirstScoreWarp * 32);
     }
-    cta_barrier();
-  }
-  if (warp < kPlanWarp) {
-    select_blocks<T, K, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
-  } else if (warp == kPlanWarp) {
-    plan_blocks(p, PersistentMemory(p, shared_bytes));
-  } else if (warp == kStateWarp) {
-    publish_states<T, K>(p, PersistentMemory(p, shared_bytes));
+    __syncwarp();
+    set_up(p.persistent.num_score_warps);
+    publish_states(p, memory, scores);
   } else {
-    score_blocks<T, K, HEAD_DIM>(p, PersistentMemory(p, shared_bytes));
+    scores.start(memory);
+    setup_barrier_above(p.persistent.num_score_warps);
+    scores.score_blocks(memory);
   }
+}
+
+template <typename T, typename K, int HEAD_DIM>
+__global__ void __launch_bounds__((kFirstScoreWarp + max_score_warps(HEAD_DIM)) * 32, 1)
+    persistent_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  KeyScores<T, K, HEAD_DIM> scores(p);
+  play_roles<T, K, HEAD_DIM>(p, shared_bytes, scores);
 }
 
 }  // namespace santa::cuda

@@ -22,10 +22,10 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   check_launch("tile_kernel");
 }
 
-template <typename T, typename K, int HEAD_DIM>
-void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
-  const int shared_bytes = persistent_shared_bytes(p);
-  const auto kernel = persistent_kernel<T, K, HEAD_DIM>;
+// A persistent kernel and its parameters, which contain p.
+template <typename Params>
+void launch_persistent_kernel(void (*kernel)(Params), Params argument, const DecodeParams& p, int shared_bytes,
+                              cudaStream_t stream) {
   allow_shared_memory(kernel, shared_bytes);
 
   // For a tool that takes reading memory before it is written for a mistake: see DecodeParams::seal.
@@ -34,7 +34,6 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
     const std::size_t states = static_cast<std::size_t>(p.batch) * p.num_kv_heads * p.max_blocks * p.gqa_group_size;
     check(cudaMemsetAsync(p.block_state, 0, states * 2 * sizeof(uint64_t), stream), "cudaMemsetAsync");
   }
-  DecodeParams argument = p;
   void* arguments[] = {&argument};
   const cudaError_t status = cudaLaunchCooperativeKernel(
       reinterpret_cast<const void*>(kernel), dim3(p.persistent.num_ctas),
@@ -46,6 +45,12 @@ void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
         "context has fewer (MPS or a green context); num_samples=0, the exact path, has no such need");
   }
   check(status, "persistent_kernel");
+}
+
+template <typename T, typename K, int HEAD_DIM>
+void launch_persistent(const DecodeParams& p, cudaStream_t stream) {
+  launch_persistent_kernel(persistent_kernel<T, K, HEAD_DIM>, p, p, persistent_shared_bytes(p, key_score_warps(p)),
+                           stream);
 }
 
 template <typename V, int HEAD_DIM>

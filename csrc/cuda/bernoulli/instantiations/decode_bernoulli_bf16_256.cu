@@ -1,0 +1,5 @@
+#include "cuda/bernoulli/persistent.cuh"
+
+namespace santa::cuda {
+template void launch_persistent_bernoulli<__nv_bfloat16, 256>(const BernoulliParams&, cudaStream_t);
+}  // namespace santa::cuda
