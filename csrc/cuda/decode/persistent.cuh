@@ -7,7 +7,7 @@
 //                 and for the two roles below;
 //   a plan warp   waits for the states of all blocks of the row and finds the block's place in level 1 of the CDF;
 //   select warps  weigh the block's rows (level 2), draw, read rows of V, and write the block's share of the estimate.
-//                 The CTA that finishes the last block of a (batch row, KV head) adds the shares up, in block order.
+//                 One CTA adds up the shares of a (batch row, KV head), in block order: see finish_block.
 //
 // Every sum has an order that depends on the row alone: which CTA does what, and when, changes no bit.
 //
@@ -30,6 +30,7 @@ constexpr int kFirstScoreWarp = kStateWarp + 1;
 static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % kStepCodedKeys == 0,
               "a step is pairs of matrix products, and ends inside the block");
 constexpr int kMaxBuffers = 3;
+constexpr int kMaxPending = 8;   // a power of two, and more than the blocks that CTAs can be apart: see finish_block
 constexpr int kStatesKept = 8;   // rounds of the plan warp
 constexpr int kRoundsAhead = 2;  // whose loads are in flight together; more were slower, polling is traffic
 
@@ -46,6 +47,21 @@ struct BlockPlan {
   float segment_lse[kHeadBlock];
   StreamPlan stream[kHeadBlock];
 };
+
+// What it takes to count a finished block, and to add up its row's.
+struct FinishedBlock {
+  int batch_index, kv_head, num_blocks;
+  uint32_t defined;  // bit h: head h has a finite log-sum-exp. A NaN or an infinite score leaves the output undefined
+};
+
+// Rows that a CTA has yet to add up, oldest first: a ring. Thread 0's alone.
+struct PendingRows {
+  FinishedBlock rows[kMaxPending];
+  int first, count;
+};
+
+// What to add up after a block: its own row, the complete one.
+enum class Todo : int { kNothing, kOwn, kComplete };
 
 // What the score warps have to know of a block.
 struct BlockKeys {
@@ -78,7 +94,9 @@ struct PersistentShared {
   uint32_t read_mask[kMaxBlockKv / 32];
   uint8_t order[kSelectWarps][32];
   float4 partial[kSelectThreads];  // of combine_blocks
-  int is_last;
+  PendingRows pending;
+  FinishedBlock complete;  // one of them, which is
+  Todo todo;
 };
 
 // Dynamic shared memory: PersistentShared, the score buffers, cumulative weights (grouped), what belongs to the score
@@ -1016,12 +1034,12 @@ __device__ __forceinline__ void estimate(const DecodeParams& p, PersistentShared
   }
 }
 
-// Adds up the blocks of a (batch row, KV head), in block order, and writes the output. Bit h of `defined`: head h has a
-// finite log-sum-exp; a NaN or an infinite score leaves the output undefined.
+// Adds up the blocks of a (batch row, KV head), in block order, and writes the output.
 template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* partial, int batch_index, int kv_head,
-                                               int num_blocks, uint32_t defined) {
+__device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* partial, const FinishedBlock& row) {
   constexpr int kLanes = HEAD_DIM / 4;
+  const int batch_index = row.batch_index, kv_head = row.kv_head, num_blocks = row.num_blocks;
+  const uint32_t defined = row.defined;
   const int64_t group = p.group_index(batch_index, kv_head);
   const int items = p.gqa_group_size * kLanes, slots = max(1, kSelectThreads / items);
   const float4* blocks = reinterpret_cast<const float4*>(p.o_accum + p.stats_offset(group) * HEAD_DIM);
@@ -1060,17 +1078,59 @@ __device__ __forceinline__ void combine_blocks(const DecodeParams& p, float4* pa
 }
 
 // All blocks are finished, so all CTAs have seen the states.
-__device__ __forceinline__ void forget_states(const DecodeParams& p, int batch_index, int kv_head, int num_blocks) {
-  uint64_t* const states = p.block_state + p.group_index(batch_index, kv_head) * p.max_blocks * p.gqa_group_size * 2;
+__device__ __forceinline__ void forget_states(const DecodeParams& p, const FinishedBlock& row) {
+  const int64_t group = p.group_index(row.batch_index, row.kv_head);
+  uint64_t* const states = p.block_state + group * p.max_blocks * p.gqa_group_size * 2;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num_blocks * p.gqa_group_size; i += kSelectThreads) {
+  for (int i = threadIdx.x; i < row.num_blocks * p.gqa_group_size; i += kSelectThreads) {
     store_relaxed(states + i * 2, {0, 0});
   }
+}
+
+// Which CTA adds up a row: the first to finish one of its blocks and have another to go on with. It is ahead of the
+// others and will wait for them anyway, so it looks after each of its blocks whether the row is complete by now. The
+// CTA that finishes last would stay last, and hold up all that wait for its scores. If nobody has another block, nobody
+// has to be spared: the last one does it, at once.
+//
+// A row's counter: its finished blocks, and from bit 16 on those of CTAs that went on.
+__device__ __forceinline__ uint32_t* counter_of(const DecodeParams& p, const FinishedBlock& row) {
+  return p.finished + p.group_index(row.batch_index, row.kv_head);
+}
+
+// By thread 0: takes the oldest row off the ring if it is complete. Acquires what other CTAs have written.
+__device__ __forceinline__ Todo take_oldest(const DecodeParams& p, PersistentShared& shared) {
+  PendingRows& pending = shared.pending;
+  const FinishedBlock row = pending.rows[pending.first];
+  if ((load_acquire(counter_of(p, row)) & 0xffff) != static_cast<uint32_t>(row.num_blocks)) return Todo::kNothing;
+  shared.complete = row;
+  pending.first = (pending.first + 1) % kMaxPending;
+  --pending.count;
+  return Todo::kComplete;
+}
+
+// By thread 0: counts a block. Releases what the CTA has written, acquires what others have.
+__device__ __forceinline__ Todo finish_block(const DecodeParams& p, PersistentShared& shared,
+                                             const FinishedBlock& block, bool is_final) {
+  const uint32_t before = add_acq_rel(counter_of(p, block), is_final ? 1 : 0x10001);
+  const bool is_last = (before & 0xffff) + 1 == static_cast<uint32_t>(block.num_blocks), is_own = before >> 16 == 0;
+  if (is_own && is_last) return Todo::kOwn;
+  PendingRows& pending = shared.pending;
+  Todo todo = Todo::kNothing;
+  // CTAs are a few blocks apart at most, num_buffers and one more, so the ring is never full, and if it was, what its
+  // oldest row lacks would not depend on this CTA.
+  if (pending.count > 0) {
+    do {
+      todo = take_oldest(p, shared);
+    } while (todo == Todo::kNothing && pending.count == kMaxPending);
+  }
+  if (is_own && !is_final) pending.rows[(pending.first + pending.count++) % kMaxPending] = block;
+  return todo;
 }
 
 template <typename T, typename K, int HEAD_DIM, typename Scores>
 __device__ __forceinline__ void select_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
+  if (threadIdx.x == 0) shared.pending.first = shared.pending.count = 0;
   for (int n = 0;; ++n) {
     const int thread = Scores::kRoleAnew ? fresh_thread() : threadIdx.x, warp = thread >> 5, lane = thread & 31;
     const SelectRole role(p, warp);
@@ -1118,24 +1178,31 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     }
 
     select_barrier();
-    // The buffer and the plan go back before the counter answers, and before the blocks are added up.
+    // The buffer and the plan go back before the counter answers, and before blocks are added up.
     const bool is_final = shared.is_final[buffer];
-    const int batch_index = block.batch_index, kv_head = block.kv_head, num_blocks = block.num_blocks;
-    uint32_t defined = 0;
-    for (int h = 0; h < role.group_size; ++h) defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
+    FinishedBlock finished = {block.batch_index, block.kv_head, block.num_blocks, 0};
+    for (int h = 0; h < role.group_size; ++h) finished.defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
     mbarrier_wait(&shared.row_published[buffer], use & 1);
     mbarrier_arrive(&shared.released[buffer]);
-    if (threadIdx.x == 0) {
-      // Releases what the CTA has written, acquires what others have.
-      shared.is_last =
-          add_acq_rel(&p.finished[p.group_index(batch_index, kv_head)], 1) + 1 == static_cast<uint32_t>(num_blocks);
-    }
+    if (threadIdx.x == 0) shared.todo = finish_block(p, shared, finished, is_final);
     select_barrier();
-    if (shared.is_last) {
-      combine_blocks<T, K, HEAD_DIM>(p, shared.partial, batch_index, kv_head, num_blocks, defined);
-      forget_states(p, batch_index, kv_head, num_blocks);
+    while (true) {
+      const Todo todo = shared.todo;
+      if (todo != Todo::kNothing) {
+        const FinishedBlock row = todo == Todo::kOwn ? finished : shared.complete;
+        combine_blocks<T, K, HEAD_DIM>(p, shared.partial, row);
+        forget_states(p, row);
+      }
+      if (!is_final) break;
+      if (shared.pending.count == 0) return;
+      select_barrier();
+      if (threadIdx.x == 0) {
+        do {
+          shared.todo = take_oldest(p, shared);
+        } while (shared.todo == Todo::kNothing);
+      }
+      select_barrier();
     }
-    if (is_final) break;
   }
 }
 
