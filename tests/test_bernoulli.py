@@ -257,8 +257,8 @@ def test_scores_of_sampled_rows(device, group):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_rows_of_any_share(device, group, head_dim, aligned):
     """Elements of q of one magnitude are drawn for certain, so that scores are exact: the lse of rows that read from no
-    feature to all of them, of all lengths, in one call. A GPU copies lists of features ahead of what it adds, from block
-    to block and row to row; here they end anywhere."""
+    feature to all of them, of all lengths, in one call. A GPU copies features ahead of what it adds, from block to
+    block and row to row; here their lists end anywhere."""
     generator = torch.Generator().manual_seed(group)
     batch, max_kv_len = (48, 6000) if device == "cuda" else (12, 1500)
     q, k, v = make_qkv(batch, 2 * group, 2, max_kv_len + 8, head_dim, dtype=working_dtype(device), seed=group)

@@ -52,8 +52,8 @@ struct BernoulliOutputs {
   Tensor features_read;
 };
 
-// `Backend::configure_bernoulli(params, device_index)` chooses what depends on the device, `Backend::run_bernoulli` does
-// the work.
+// `Backend::configure_bernoulli(params, device_index)` chooses what depends on the device, `Backend::run_bernoulli`
+// does the work.
 template <typename Backend>
 BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler,
                                   bool want_rows_read) {

@@ -76,9 +76,7 @@ struct SampleSelectBackend {
 };
 
 struct BernoulliBackend {
-  static void configure_bernoulli(BernoulliParams& p, int device_index) {
-    configure_decode_bernoulli(p, device_index);
-  }
+  static void configure_bernoulli(BernoulliParams& p, int device_index) { configure_decode_bernoulli(p, device_index); }
   static void run_bernoulli(const BernoulliParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
     launch_decode_bernoulli(p, current_stream(device_index));
