@@ -74,22 +74,22 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
       count_draws(stream, static_cast<uint32_t>(chunk), p.num_draws, weights, drawn);
     }
     if (chunk < num_chunks) {
-      short4 words;  // counts, as numbers or as halves
-      int16_t* const word[4] = {&words.x, &words.y, &words.z, &words.w};
+      int16_t words[4];  // counts, as numbers or as halves
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int count = x[step][i] < 0.0f ? -drawn[i] : drawn[i];
         const T half = Half<T>::from_float(static_cast<float>(count));
-        *word[i] = row.persistent ? *reinterpret_cast<const int16_t*>(&half) : static_cast<int16_t>(count);
+        words[i] = row.persistent ? *reinterpret_cast<const int16_t*>(&half) : static_cast<int16_t>(count);
         if (drawn[i] != 0) atomicOr(read + 4 * chunk + i, 1u);
       }
-      *(row.persistent ? reinterpret_cast<short4*>(halves) + chunk : reinterpret_cast<short4*>(counts) + chunk) = words;
+      auto* const to = reinterpret_cast<short4*>(row.persistent ? reinterpret_cast<int16_t*>(halves) : counts);
+      to[chunk] = {words[0], words[1], words[2], words[3]};
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kDrawThreads) draw_kernel(const __grid_constant__ BernoulliParams p) {
+__global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_constant__ BernoulliParams p) {
   __shared__ uint32_t read[kMaxHeadDim];
   __shared__ int16_t listed[kMaxHeadDim];
   __shared__ int num_listed;
