@@ -26,7 +26,7 @@ def test_ratios_and_verdicts() -> None:
         place | {"what": "shared B=8", "kind": "draws", "note": "failed: wrong result"},
     ]
     bench_bernoulli.derive(rows)
-    assert rows[3]["over_exact"] == 24 / 20 and rows[3]["over_fp8"] == 18 / 20 and rows[3]["over_stream"] == 10 / 8
+    assert rows[3]["over_exact"] == 24 / 20 and rows[3]["over_fp8"] == 18 / 20 and rows[3]["over_stream"] == 20 / 8
     assert [row.get("verdict") for row in rows[3:]] == ["fp8 keys", "bernoulli = fp8 keys", "bernoulli", None]
     text = "\n".join(bench_bernoulli.lines(rows))
     assert "failed: wrong result" in text and "bernoulli = fp8 keys" in text
