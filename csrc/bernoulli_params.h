@@ -17,9 +17,6 @@ SANTA_HD int score_heads_of(int gqa_group_size) {
   return gqa_group_size <= 1 ? 1 : gqa_group_size <= 2 ? 2 : gqa_group_size <= 4 ? 4 : 8;
 }
 
-// Query heads of a KV head that the persistent CUDA kernel takes.
-constexpr int kPersistentHeads = 8;
-
 struct BernoulliParams {
   // All but the keys. Its k is k_features [batch, num_kv_heads, head_dim, max_kv_len], contiguous along the sequence,
   // through stride_k_batch, stride_k_head and stride_k_feature; its `aligned` is that of q and v.

@@ -11,6 +11,8 @@ namespace santa {
 
 enum class Dtype : int { kBFloat16, kFloat16, kFloat32, kFloat8E4M3 };
 
+constexpr int kPersistentHeads = 8;  // query heads of a KV head that the persistent CUDA kernel takes, at most
+
 // How the persistent CUDA kernel is set up; decided per device, from its shared memory and multiprocessors.
 struct PersistentPlan {
   int64_t max_kv_len;  // the longest row it takes; -1: none

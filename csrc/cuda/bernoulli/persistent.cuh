@@ -23,7 +23,6 @@ namespace santa::cuda {
 
 constexpr int kStepTiles = kFeatureStepKeys / 16;  // matrix products of a stage
 constexpr int kStagesAhead = kFeatureStages - 1;
-static_assert(kPersistentHeads == kHeadBlock, "the N of the matrix product");
 
 // A block's keys and what was drawn for its group, in shared memory; counts [kPersistentHeads, count_pitch] follow.
 struct FeatureList {
@@ -82,13 +81,15 @@ struct FeatureScores {
     return static_cast<const T*>(p.k) + block.batch_index * p.stride_k_batch + block.kv_head * p.stride_k_head +
            block.kv_start + static_cast<int64_t>(block.index) * block.block_kv;
   }
-  __device__ bool keys_aligned(const Block& block) const { return params.aligned_keys && block.kv_start % 8 == 0; }
+  __device__ bool keys_aligned(const Block& block) const {
+    return params.aligned_keys && block.kv_start % kThreadKeys == 0;
+  }
   __device__ void fetch_list(FeatureList& list, const Block& block, int lane) const;
   __device__ void enter_step(const T* keys, int num_keys, int lane);
   __device__ void copy_stage(uint32_t slot, int stage, uint32_t bits, bool aligned, int lane) const;
   __device__ void enter_next(const PersistentMemory& memory, int n, int next_part, int lane);
   __device__ void copy_next(const PersistentMemory& memory, int n, int next_part, uint32_t ring, int lane);
-  __device__ void take_apart(float (&sums)[kStepTiles][4], FeatureList& block, int step_first, int lane) const;
+  __device__ void take_apart(float (&sums)[kStepTiles / 2][2][4], FeatureList& block, int step_first, int lane) const;
 };
 
 // By one warp.
@@ -126,7 +127,7 @@ __device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::fetch_list(FeatureLi
 // A lane copies 8 keys of every other feature.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::enter_step(const T* keys, int num_keys, int lane) {
-  const int key = first + lane % 16 * 8, there = min(max(num_keys - key, 0), 8);
+  const int key = first + lane % 16 * kThreadKeys, there = min(max(num_keys - key, 0), kThreadKeys);
   source = keys + (there > 0 ? key : 0) + lane / 16 * params.stride_k_feature;
   source_bytes = there * static_cast<int>(sizeof(T));
 }
@@ -240,8 +241,9 @@ __device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::copy_next(const Pers
 // The sums of a step once more, from memory, with zeros in place of keys that are not finite; then those keys, one by
 // one, for the heads that drew their features. Rare, so short rather than fast.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::take_apart(float (&sums)[kStepTiles][4], FeatureList& block,
-                                                                       int step_first, int lane) const {
+__device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::take_apart(float (&sums)[kStepTiles / 2][2][4],
+                                                                       FeatureList& block, int step_first,
+                                                                       int lane) const {
   const int g = lane >> 2, t = lane & 3;
   const auto* keys = static_cast<const uint16_t*>(block.keys);
   const uint16_t* own_counts = counts(block);
@@ -280,7 +282,10 @@ __device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::take_apart(float (&s
       }
     }
 #pragma unroll
-    for (int i = 0; i < kStepTiles * 4; ++i) sums[i / 4][i % 4] = i / 4 == tile ? redone[i % 4] : sums[i / 4][i % 4];
+    for (int i = 0; i < kStepTiles * 4; ++i) {
+      float& sum = sums[i / 8][i / 4 % 2][i % 4];
+      sum = i / 4 == tile ? redone[i % 4] : sum;
+    }
   }
 }
 
@@ -312,7 +317,7 @@ __device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::score_blocks(const P
 
 #pragma unroll 1
     for (int step_first = part * kFeatureStepKeys; step_first < num_keys; step_first += num_warps * kFeatureStepKeys) {
-      float sums[kStepTiles][4] = {};
+      float sums[kStepTiles / 2][2][4] = {};  // pairs of products, as they are taken
 #pragma unroll 1
       for (uint32_t left = block.stages; left != 0; left &= left - 1) {
         cp_async_wait<kStagesAhead - 1>();
@@ -326,17 +331,16 @@ __device__ __forceinline__ void FeatureScores<T, HEAD_DIM>::score_blocks(const P
 #pragma unroll
         for (int tile = 0; tile < kStepTiles; ++tile) {
           const uint4 a = ldmatrix_x4_transposed(slot + (fragment ^ (tile * 32)));
-          Half<T>::mma(sums[tile], {a.x, a.y, a.z, a.w}, low, high);
+          Half<T>::mma(sums[tile / 2][tile % 2], {a.x, a.y, a.z, a.w}, low, high);
         }
       }
       float largest = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kStepTiles * 4; ++i) largest += fabsf(sums[i / 4][i % 4]) * 0x1p-6f;
+      for (int i = 0; i < kStepTiles * 4; ++i) largest += fabsf(sums[i / 8][i / 4 % 2][i % 4]) * 0x1p-6f;
       if (__any_sync(0xffffffffu, !is_finite(largest))) take_apart(sums, block, step_first, lane);
 #pragma unroll
-      for (int tile = 0; tile < kStepTiles; tile += 2) {
-        auto& pair = reinterpret_cast<float (&)[2][4]>(sums[tile]);
-        taken.take(p, pair, block.scales[2 * t], block.scales[2 * t + 1], step_first + tile * 16, num_keys, g, t);
+      for (int pair = 0; pair < kStepTiles / 2; ++pair) {
+        taken.take(p, sums[pair], block.scales[2 * t], block.scales[2 * t + 1], step_first + pair * 32, num_keys, g, t);
       }
     }
     taken.finish(memory.shared->warp_state[buffer][part], g, t);

@@ -21,7 +21,7 @@ namespace santa::cuda {
 
 constexpr int kScoreThreads = 64;
 constexpr int kScoreKeys = kScoreThreads * kThreadKeys;  // of a CTA: one tile, or two or four smaller ones
-constexpr int kStageFeatures = 4;
+constexpr int kScoreFeatures = 4;
 constexpr int kScoreStages = 4;
 static_assert(kScoreKeys == kMaxTileKv, "a tile has to lie in one CTA");
 
@@ -30,13 +30,32 @@ struct ScoreShared {
   static constexpr int kUnits = 2 * HEADS;   // of 16 bytes: a thread's scores [kThreadKeys, HEADS]
   static constexpr int kPitch = kUnits + 1;  // odd: threads of a quarter warp write to different banks
   union {
-    uint4 ring[kScoreStages][kStageFeatures][kScoreThreads];
+    uint4 ring[kScoreStages][kScoreFeatures][kScoreThreads];
     float4 scores[kScoreThreads * kPitch];
   };
   alignas(16) float weights[kMaxHeadDim][HEADS];
   alignas(8) int16_t features[kMaxHeadDim];
   SoftmaxState states[kScoreThreads / 32][HEADS];
 };
+
+// acc[h] += weight[h] * key for the heads that drew the feature: what a head did not draw can't reach it, NaN included.
+template <typename T, int HEADS>
+__device__ __forceinline__ void add_feature(float (&acc)[HEADS][kThreadKeys], uint4 packed,
+                                            const float (&weights)[HEADS]) {
+  const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
+                           Half<T>::unpack(packed.w)};
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    const float weight = weights[h];
+    if (weight != 0.0f) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        acc[h][2 * j] += weight * pairs[j].x;
+        acc[h][2 * j + 1] += weight * pairs[j].y;
+      }
+    }
+  }
+}
 
 // The softmax states of the CTA's tiles, from each thread's own scores.
 template <int HEADS>
@@ -96,12 +115,12 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   const int64_t group = d.group_index(batch_index, kv_head);
   const int first_head = block * HEADS, num_heads = min(HEADS, d.gqa_group_size - first_head);
   const int num_features = p.features_read[group];
-  const int num_stages = (num_features + kStageFeatures - 1) / kStageFeatures;
+  const int num_stages = (num_features + kScoreFeatures - 1) / kScoreFeatures;
   const float* weights = p.weights + p.weights_offset(group, block);
   for (int i = threadIdx.x; i < num_features; i += kScoreThreads) {
     shared.features[i] = p.features[group * d.head_dim + i];
   }
-  for (int i = threadIdx.x; i < num_stages * kStageFeatures * HEADS; i += kScoreThreads) {
+  for (int i = threadIdx.x; i < num_stages * kScoreFeatures * HEADS; i += kScoreThreads) {
     (&shared.weights[0][0])[i] = i < num_features * HEADS ? weights[i] : 0.0f;
   }
   __syncthreads();
@@ -118,18 +137,18 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   const bool whole = aligned && first_key + kScoreKeys <= row.kv_len;
   const auto load_stage = [&](int stage) {
     if (stage < num_stages) {
-      const short4 listed = *reinterpret_cast<const short4*>(shared.features + stage * kStageFeatures);
-      const int features[kStageFeatures] = {listed.x, listed.y, listed.z, listed.w};
-      const uint32_t place = places + stage % kScoreStages * kStageFeatures * kPlaceBytes;
-      const int count = num_features - stage * kStageFeatures;
+      const short4 listed = *reinterpret_cast<const short4*>(shared.features + stage * kScoreFeatures);
+      const int features[kScoreFeatures] = {listed.x, listed.y, listed.z, listed.w};
+      const uint32_t place = places + stage % kScoreStages * kScoreFeatures * kPlaceBytes;
+      const int count = num_features - stage * kScoreFeatures;
       if (whole) {
 #pragma unroll
-        for (int u = 0; u < kStageFeatures; ++u) {
+        for (int u = 0; u < kScoreFeatures; ++u) {
           if (u < count) cp_async_whole_16(place + u * kPlaceBytes, source + features[u] * p.stride_k_feature, policy);
         }
       } else {
 #pragma unroll
-        for (int u = 0; u < kStageFeatures; ++u) {
+        for (int u = 0; u < kScoreFeatures; ++u) {
           if (u < count) {
             load_some_keys(place + u * kPlaceBytes, source + features[u] * p.stride_k_feature, num_keys, aligned,
                            policy);
@@ -148,9 +167,9 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
     cp_async_wait<kScoreStages - 2>();
     load_stage(stage + kScoreStages - 1);
 #pragma unroll
-    for (int u = 0; u < kStageFeatures; ++u) {
-      const uint32_t place = places + (stage % kScoreStages * kStageFeatures + u) * kPlaceBytes;
-      add_feature<T, HEADS>(acc, load_shared_16(place), shared.weights[stage * kStageFeatures + u]);
+    for (int u = 0; u < kScoreFeatures; ++u) {
+      const uint32_t place = places + (stage % kScoreStages * kScoreFeatures + u) * kPlaceBytes;
+      add_feature<T, HEADS>(acc, load_shared_16(place), shared.weights[stage * kScoreFeatures + u]);
     }
   }
   cp_async_wait<0>();

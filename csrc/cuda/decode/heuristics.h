@@ -51,7 +51,7 @@ struct DeviceLimits {
 inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits& device, const ScoreWarps& warps) {
   PersistentPlan plan{};
   plan.max_kv_len = -1;
-  if (p.num_samples == 0 || p.gqa_group_size > 8 || p.max_kv_len == 0) return plan;
+  if (p.num_samples == 0 || p.gqa_group_size > kPersistentHeads || p.max_kv_len == 0) return plan;
   const auto round_up = [](int bytes) { return (bytes + 127) / 128 * 128; };
 
   // If few multiprocessors are lost by it, the number of CTAs is a multiple of the blocks of a row's KV head, so that

@@ -29,6 +29,7 @@ constexpr int kStateWarp = kPlanWarp + 1;
 constexpr int kFirstScoreWarp = kStateWarp + 1;
 static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % kStepCodedKeys == 0,
               "a step is pairs of matrix products, and ends inside the block");
+static_assert(kPersistentHeads == kHeadBlock, "the N of the matrix product");
 constexpr int kMaxBuffers = 3;
 constexpr int kMaxPending = 8;   // a power of two, and more than the blocks that CTAs can be apart: see finish_block
 constexpr int kStatesKept = 8;   // rounds of the plan warp
@@ -260,8 +261,8 @@ __device__ __forceinline__ void score_keys(float (&scores)[4], uint32_t rows, co
   }
 }
 
-// Where a score warp leaves what it scores of a block, as matrix products have it: lane (g, t) holds heads 2 t, 2 t
-// + 1.
+// Where a score warp leaves what it scores of a block, as matrix products have it: lane (g, t) holds two heads, 2 t and
+// the next.
 struct TakenScores {
   float2* plane;
   float running_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
