@@ -44,12 +44,11 @@ Row = dict[str, Any]
 
 
 def query_of_share(q: Tensor, share: float) -> Tensor:
-    """q with elements of one magnitude in the first `share` of its features and zeros elsewhere: one draw reads just
-    those, whatever the sampler."""
-    kept = round(share * q.shape[-1])
-    out = torch.zeros_like(q)
-    out[..., :kept] = torch.where(q[..., :kept] < 0, -1.0, 1.0)
-    return out
+    """q with elements of one magnitude in `share` of its features, evenly spread, and zeros elsewhere: one draw reads
+    just those, whatever the sampler."""
+    head_dim = q.shape[-1]
+    below = torch.arange(head_dim + 1, device=q.device) * round(share * head_dim) // head_dim
+    return torch.where(below.diff() > 0, torch.where(q < 0, -1.0, 1.0), 0.0).to(q.dtype)
 
 
 def drawn_query(q: Tensor, problem: Problem, num_draws: int, score_sampler: str) -> Tensor:

@@ -31,11 +31,11 @@ struct BernoulliParams {
   int num_blocks;
   int16_t* counts;    // [gqa_group_size, head_dim], in [-B, B]
   float* scales;      // [gqa_group_size]: scale_log2 max|q| / B
-  int16_t* features;  // [head_dim]: those that any head of the group reads, ascending
+  uint8_t* features;  // [head_dim]: those that any head of the group reads, ascending
   float* weights;     // [num_blocks, head_dim, score_heads]: counts of the listed features
-  // Rows of the persistent CUDA kernel have these instead of the list and the weights.
-  uint32_t* feature_bits;  // [head_dim / 32]
-  uint16_t* half_counts;   // [kPersistentHeads, head_dim]: counts in q's dtype, 0 for heads that there are not
+  // Rows of the persistent CUDA kernel have these instead of counts and weights: [kPersistentHeads, head_dim], counts
+  // of the listed features in q's dtype, 0 after them and for heads that there are not.
+  uint16_t* half_weights;
 
   SANTA_HD int64_t counts_offset(int64_t group) const { return group * decode.gqa_group_size * decode.head_dim; }
   SANTA_HD int64_t weights_offset(int64_t group, int block) const {
@@ -61,8 +61,7 @@ inline int64_t place_bernoulli_workspace(BernoulliParams& p, void* base) {
   workspace.take(p.features, groups * d.head_dim);
   workspace.take(p.weights, groups * p.num_blocks * d.head_dim * score_heads);
   if (d.any_persistent()) {
-    workspace.take(p.feature_bits, groups * (d.head_dim / 32));
-    workspace.take(p.half_counts, groups * kPersistentHeads * d.head_dim);
+    workspace.take(p.half_weights, groups * kPersistentHeads * d.head_dim);
   }
   return staged + workspace.used();
 }

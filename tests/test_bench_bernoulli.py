@@ -34,7 +34,9 @@ def test_ratios_and_verdicts() -> None:
 
 def test_a_query_reads_the_share_it_was_made_for() -> None:
     q = bench_bernoulli.query_of_share(torch.randn(2, 8, 64), 0.375)
-    assert ((q != 0).sum(dim=-1) == 24).all() and (q.abs().amax(dim=-1) == 1).all()
+    kept = q != 0
+    assert (kept.sum(dim=-1) == 24).all() and (q.abs().amax(dim=-1) == 1).all()
+    assert (kept.unflatten(-1, (8, 8)).sum(dim=-1) == 3).all()  # spread evenly
 
 
 def test_the_benchmark_runs_on_the_cpu(

@@ -57,7 +57,7 @@ void score_by_features(const BernoulliParams& p, TileIndex at, const RowShape& r
   const int64_t group = d.group_index(at.batch_index, at.kv_head), size = element_size(d.k_dtype);
   const char* keys = static_cast<const char*>(d.k) +
                      (at.batch_index * d.stride_k_batch + at.kv_head * d.stride_k_head + row.kv_start + first) * size;
-  const int16_t* features = p.features + group * d.head_dim;
+  const uint8_t* features = p.features + group * d.head_dim;
   for (int h = 0; h < d.gqa_group_size; ++h) std::fill_n(scores + h * stride, count, 0.0f);
   std::vector<float> block(count);
   for (int item = 0; item < p.features_read[group]; ++item) {
@@ -91,7 +91,7 @@ void draw_features(const BernoulliParams& p) {
       for (int feature = 0; row.kv_len > 0 && feature < d.head_dim; ++feature) {
         bool read = false;
         for (int h = 0; h < d.gqa_group_size; ++h) read |= counts[static_cast<int64_t>(h) * d.head_dim + feature] != 0;
-        if (read) p.features[group * d.head_dim + listed++] = static_cast<int16_t>(feature);
+        if (read) p.features[group * d.head_dim + listed++] = static_cast<uint8_t>(feature);
       }
       p.features_read[group] = listed;
     }

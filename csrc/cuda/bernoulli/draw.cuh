@@ -1,6 +1,5 @@
 // Bernoulli scores, stage 1: one CTA per batch row and KV head draws the counts of its query heads, a warp each, and
-// lists the features that any of them reads. Rows of the persistent kernel have bits and halves instead of a list and
-// weights; see BernoulliParams.
+// lists the features that any of them reads.
 #pragma once
 
 #include "bernoulli_params.h"
@@ -21,10 +20,11 @@ __device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t value, int lane)
   return value;
 }
 
-// Counts of one query head, by one warp: lane l draws features 4 l to 4 l + 3, and those 128 above.
+// Counts of one query head, by one warp: lane l draws features 4 l to 4 l + 3, and those 128 above. `read`: features
+// that are drawn.
 template <typename T>
 __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h,
-                                          const RowShape& row, uint32_t* read, int lane) {
+                                          const RowShape& row, int16_t* counts, uint32_t* read, int lane) {
   const DecodeParams& d = p.decode;
   const int64_t group = d.group_index(batch_index, kv_head);
   const int qo_head = kv_head * d.gqa_group_size + h, num_chunks = d.head_dim / 4;
@@ -50,8 +50,6 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
   const auto stream =
       ScoreStream::make(d.seed, row_seed, row.kv_len, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
   const uint32_t offset = systematic_offset(stream);
-  int16_t* counts = p.counts + p.counts_offset(group) + static_cast<int64_t>(h) * d.head_dim;
-  uint16_t* halves = p.half_counts + (group * kPersistentHeads + h) * d.head_dim;
   uint64_t total = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -74,16 +72,14 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
       count_draws(stream, static_cast<uint32_t>(chunk), p.num_draws, weights, drawn);
     }
     if (chunk < num_chunks) {
-      int16_t words[4];  // counts, as numbers or as halves
+      int16_t signed_counts[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int count = x[step][i] < 0.0f ? -drawn[i] : drawn[i];
-        const T half = Half<T>::from_float(static_cast<float>(count));
-        words[i] = row.persistent ? *reinterpret_cast<const int16_t*>(&half) : static_cast<int16_t>(count);
+        signed_counts[i] = static_cast<int16_t>(x[step][i] < 0.0f ? -drawn[i] : drawn[i]);
         if (drawn[i] != 0) atomicOr(read + 4 * chunk + i, 1u);
       }
-      auto* const to = reinterpret_cast<short4*>(row.persistent ? reinterpret_cast<int16_t*>(halves) : counts);
-      to[chunk] = {words[0], words[1], words[2], words[3]};
+      reinterpret_cast<short4*>(counts)[chunk] = {signed_counts[0], signed_counts[1], signed_counts[2],
+                                                  signed_counts[3]};
     }
   }
 }
@@ -91,17 +87,19 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
 template <typename T>
 __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_constant__ BernoulliParams p) {
   __shared__ uint32_t read[kMaxHeadDim];
-  __shared__ int16_t listed[kMaxHeadDim];
+  __shared__ uint8_t listed[kMaxHeadDim];
   __shared__ int num_listed;
+  __shared__ alignas(8) int16_t group_counts[kPersistentHeads * kMaxHeadDim];
   const DecodeParams& d = p.decode;
   const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const RowShape row = row_shape_of(d, batch_index);
   const int64_t group = d.group_index(batch_index, kv_head);
+  int16_t* const counts = row.persistent ? group_counts : p.counts + p.counts_offset(group);
 
   for (int i = threadIdx.x; i < kMaxHeadDim; i += kDrawThreads) read[i] = 0;
   __syncthreads();
   for (int h = warp; h < d.gqa_group_size; h += kDrawWarps) {
-    draw_head<T>(p, batch_index, kv_head, h, row, read, lane);
+    draw_head<T>(p, batch_index, kv_head, h, row, counts + h * d.head_dim, read, lane);
   }
   __syncthreads();
 
@@ -110,12 +108,10 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
     for (int base = 0; base < d.head_dim; base += 32) {  // head_dim is a multiple of 32
       const bool wanted = row.kv_len > 0 && read[base + lane] != 0;
       const uint32_t bits = __ballot_sync(0xffffffffu, wanted);
-      if (row.persistent) {
-        if (lane == 0) p.feature_bits[(group * d.head_dim + base) / 32] = bits;
-      } else if (wanted) {
+      if (wanted) {
         const int slot = count + __popc(bits & ((1u << lane) - 1u));
-        listed[slot] = static_cast<int16_t>(base + lane);
-        p.features[group * d.head_dim + slot] = static_cast<int16_t>(base + lane);
+        listed[slot] = static_cast<uint8_t>(base + lane);
+        p.features[group * d.head_dim + slot] = static_cast<uint8_t>(base + lane);
       }
       count += __popc(bits);
     }
@@ -126,10 +122,17 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   }
   __syncthreads();
 
-  if (row.persistent) {  // zeros for heads that there are not
-    uint16_t* halves = p.half_counts + group * kPersistentHeads * d.head_dim;
-    for (int i = d.gqa_group_size * d.head_dim + threadIdx.x; i < kPersistentHeads * d.head_dim; i += kDrawThreads) {
-      halves[i] = 0;
+  if (row.persistent) {
+    uint16_t* weights = p.half_weights + group * kPersistentHeads * d.head_dim;
+    for (int slot = num_listed + threadIdx.x; slot < d.head_dim; slot += kDrawThreads) {
+      p.features[group * d.head_dim + slot] = 0;
+    }
+    for (int h = warp; h < kPersistentHeads; h += kDrawWarps) {
+      for (int slot = lane; slot < d.head_dim; slot += 32) {
+        const bool there = h < d.gqa_group_size && slot < num_listed;
+        const T weight = Half<T>::from_float(there ? counts[h * d.head_dim + listed[slot]] : 0.0f);
+        weights[h * d.head_dim + slot] = *reinterpret_cast<const uint16_t*>(&weight);
+      }
     }
     return;
   }
@@ -140,9 +143,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
     float* weights = p.weights + p.weights_offset(group, block);
     for (int item = threadIdx.x; item < num_listed * score_heads; item += kDrawThreads) {
       const int h = block * score_heads + item % score_heads, feature = listed[item / score_heads];
-      weights[item] = h < d.gqa_group_size
-                          ? p.counts[p.counts_offset(group) + static_cast<int64_t>(h) * d.head_dim + feature]
-                          : 0.0f;
+      weights[item] = h < d.gqa_group_size ? counts[static_cast<int64_t>(h) * d.head_dim + feature] : 0.0f;
     }
   }
 }

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(256) widen_counts_kernel(const int16_t* counts
 }  // namespace
 
 void configure_decode_bernoulli(BernoulliParams& p, int device_index) {
-  if (p.num_draws > max_persistent_draws(p.decode.dtype)) return;
+  if (!may_be_persistent(p)) return;
   configure_persistent(p.decode, device_index, feature_score_warps(p.decode));
 }
 

@@ -13,7 +13,7 @@ constexpr int kMaxScoreWarps = 6;
 constexpr int kScoreSlots = 2;      // of a score warp's ring
 constexpr int kStepKeys = 32;       // that a score warp takes at a time: two matrix products' worth, for the latencies
 constexpr int kStepCodedKeys = 64;  // the same for keys in 8 bits: as many bytes in flight
-constexpr int kPersistentSharedBytes = 10752;  // PersistentShared, rounded up; persistent.cuh checks it
+constexpr int kPersistentSharedBytes = 11008;  // PersistentShared, rounded up; persistent.cuh checks it
 
 // At 256 elements per row a ring takes 32 KB. Four are what 227 KB hold beside two grouped buffers, and what was
 // measured.

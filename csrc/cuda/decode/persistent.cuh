@@ -4,10 +4,10 @@
 //   score warps   stream the keys of a block through rings of shared-memory slots that run on across blocks, and leave
 //                 scores and softmax states in one of the buffers;
 //   a state warp  finds the blocks for all, merges the score warps' states and publishes the block's, for other CTAs
-//                 and for the two roles below;
+//                 and for the two roles below; counts finished blocks, and says which rows are complete;
 //   a plan warp   waits for the states of all blocks of the row and finds the block's place in level 1 of the CDF;
 //   select warps  weigh the block's rows (level 2), draw, read rows of V, and write the block's share of the estimate.
-//                 One CTA adds up the shares of a (batch row, KV head), in block order: see finish_block.
+//                 One CTA adds up the shares of a (batch row, KV head), in block order: see count_block.
 //
 // Every sum has an order that depends on the row alone: which CTA does what, and when, changes no bit.
 //
@@ -31,7 +31,7 @@ static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % k
               "a step is pairs of matrix products, and ends inside the block");
 static_assert(kPersistentHeads == kHeadBlock, "the N of the matrix product");
 constexpr int kMaxBuffers = 3;
-constexpr int kMaxPending = 8;   // a power of two, and more than the blocks that CTAs can be apart: see finish_block
+constexpr int kMaxPending = 16;  // a power of two, and more than the blocks that CTAs can be apart: see count_block
 constexpr int kStatesKept = 8;   // rounds of the plan warp
 constexpr int kRoundsAhead = 2;  // whose loads are in flight together; more were slower, polling is traffic
 
@@ -49,20 +49,32 @@ struct BlockPlan {
   StreamPlan stream[kHeadBlock];
 };
 
-// What it takes to count a finished block, and to add up its row's.
+// What it takes to count a finished block, and to add up its row's. With num_blocks 0: there is none.
 struct FinishedBlock {
   int batch_index, kv_head, num_blocks;
   uint32_t defined;  // bit h: head h has a finite log-sum-exp. A NaN or an infinite score leaves the output undefined
 };
 
-// Rows that a CTA has yet to add up, oldest first: a ring. Thread 0's alone.
+// Rows that a CTA has yet to add up, oldest first: a ring. Of one thread: of the state warp, from the last block on of
+// the select warps.
 struct PendingRows {
   FinishedBlock rows[kMaxPending];
   int first, count;
 };
 
-// What to add up after a block: its own row, the complete one.
-enum class Todo : int { kNothing, kOwn, kComplete };
+// Block n of a CTA: its buffer, and the parity of this use of the buffer, by which barriers are waited for. (That of
+// the use before is the other one; before the first use there is nothing to wait for.)
+struct Turn {
+  int n = 0, buffer = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance(int num_buffers) {
+    ++n;
+    if (++buffer == num_buffers) buffer = 0, parity ^= 1;
+  }
+  // n modulo twice the number of buffers.
+  __device__ __forceinline__ int place(int num_buffers) const { return parity == 0 ? buffer : buffer + num_buffers; }
+};
 
 // What the score warps have to know of a block.
 struct BlockKeys {
@@ -83,6 +95,7 @@ struct PersistentShared {
   uint64_t planned[kMaxBuffers];
   uint64_t row_published[kMaxBuffers];  // what other CTAs did before they published the row's states has been done
   uint64_t released[kMaxBuffers];       // all other roles are done with the buffer and what goes with it
+  uint64_t handed_over;                 // pending is the select warps', all blocks before the last one are counted
 
   Block block[kMaxBuffers];     // with num_blocks 0: there is none
   BlockKeys next[kMaxBuffers];  // of the block after it
@@ -95,9 +108,11 @@ struct PersistentShared {
   uint32_t read_mask[kMaxBlockKv / 32];
   uint8_t order[kSelectWarps][32];
   float4 partial[kSelectThreads];  // of combine_blocks
+  // By the turn, modulo twice the number of buffers: a place is read for as long as the buffer, and then some.
+  FinishedBlock finished[2 * kMaxBuffers];  // the block, to be counted when it is released
+  FinishedBlock complete[2 * kMaxBuffers];  // rows to add up after the block; comes with published
+  FinishedBlock last_complete;              // after the last block
   PendingRows pending;
-  FinishedBlock complete;  // one of them, which is
-  Todo todo;
 };
 
 // Dynamic shared memory: PersistentShared, the score buffers, cumulative weights (grouped), what belongs to the score
@@ -270,34 +285,55 @@ struct TakenScores {
   __device__ TakenScores(const DecodeParams& p, unsigned char* buffer, int t)
       : plane(reinterpret_cast<float2*>(buffer) + t * p.persistent.plane_pitch) {}
 
-  // Raw scores of 32 keys from `key` on: [half][key g, both heads; key g + 8, both heads]. `scale_0` and `scale_1` are
-  // the heads'.
-  __device__ __forceinline__ void take(const DecodeParams& p, float (&scores)[2][4], float scale_0, float scale_1,
-                                       int key, int num_keys, int g, int t) {
+  // Raw scores of 32 PAIRS keys from `key` on, [pair][half][key g, both heads; key g + 8, both heads], times the heads'
+  // scales; -infinity past the last key. Returns the largest of the lane by head, NaN if there is one.
+  template <int PAIRS>
+  static __device__ __forceinline__ float2 scale(float (&scores)[PAIRS][2][4], float scale_0, float scale_1, int key,
+                                                 int num_keys, int g) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = (i & 1) == 0 ? scale_0 : scale_1;
-      scores[0][i] *= scale, scores[1][i] *= scale;
-    }
-    if (key + 32 > num_keys) {
+    for (int i = 0; i < 8 * PAIRS; ++i) scores[i >> 3][i >> 2 & 1][i & 3] *= (i & 1) == 0 ? scale_0 : scale_1;
+    if (key + 32 * PAIRS > num_keys) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (key + (i >> 1) * 8 + g >= num_keys) scores[i >> 2][i & 3] = -INFINITY;
+      for (int i = 0; i < 8 * PAIRS; ++i) {
+        if (key + (i >> 1) * 8 + g >= num_keys) scores[i >> 3][i >> 2 & 1][i & 3] = -INFINITY;
       }
     }
+    float max[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; ++pair) {
+        const float (&own)[2][4] = scores[pair];
+        const float pair_max = max_or_nan(max_or_nan(own[0][j], own[0][2 + j]), max_or_nan(own[1][j], own[1][2 + j]));
+        max[j] = pair == 0 ? pair_max : max_or_nan(max[j], pair_max);
+      }
+    }
+    return {max[0], max[1]};
+  }
+
+  // What `scale` leaves.
+  template <int PAIRS>
+  __device__ __forceinline__ void take(const DecodeParams& p, const float (&scores)[PAIRS][2][4], float2 max, int key,
+                                       int g, int t) {
     if (2 * t < p.gqa_group_size) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        plane[key_place(key + i * 8 + g)] = {scores[i >> 1][(i & 1) * 2], scores[i >> 1][(i & 1) * 2 + 1]};
+      for (int i = 0; i < 4 * PAIRS; ++i) {
+        const float* both = scores[i >> 2][i >> 1 & 1] + (i & 1) * 2;
+        plane[key_place(key + i * 8 + g)] = {both[0], both[1]};
       }
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float step_max = fmaxf(fmaxf(scores[0][j], scores[0][2 + j]), fmaxf(scores[1][j], scores[1][2 + j]));
-      const float new_max = fmaxf(running_max[j], step_max), below = finite_max(new_max);
-      sum[j] = sum[j] * exp2_approx(running_max[j] - below) +
-               ((exp2_approx(scores[0][j] - below) + exp2_approx(scores[0][2 + j] - below)) +
-                (exp2_approx(scores[1][j] - below) + exp2_approx(scores[1][2 + j] - below)));
+      const float new_max = fmaxf(running_max[j], j == 0 ? max.x : max.y), below = finite_max(new_max);
+      float step_sum = 0.0f;
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; ++pair) {
+        const float (&own)[2][4] = scores[pair];
+        const float pair_sum = (exp2_approx(own[0][j] - below) + exp2_approx(own[0][2 + j] - below)) +
+                               (exp2_approx(own[1][j] - below) + exp2_approx(own[1][2 + j] - below));
+        step_sum = pair == 0 ? pair_sum : step_sum + pair_sum;
+      }
+      sum[j] = sum[j] * exp2_approx(running_max[j] - below) + step_sum;
       running_max[j] = new_max;
     }
   }
@@ -335,7 +371,8 @@ struct KeyScores {
 
   __device__ explicit KeyScores(const DecodeParams& params) : p(params) {}
   __device__ void start(const PersistentMemory& memory);
-  __device__ void look_ahead(const PersistentMemory& memory, int n, bool has_block, const Block& block, int lane) const;
+  __device__ void look_ahead(const PersistentMemory& memory, const Turn& turn, bool has_block, const Block& block,
+                             int lane) const;
   __device__ void score_blocks(const PersistentMemory& memory);
 
  private:
@@ -368,13 +405,13 @@ __device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::start(const Persisten
   cp_async_commit();
 }
 
-// In round n: of the block after it.
+// Of the block after the turn's.
 template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::look_ahead(const PersistentMemory& memory, int n,
+__device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::look_ahead(const PersistentMemory& memory, const Turn& turn,
                                                                       bool has_block, const Block& block,
                                                                       int lane) const {
   if (lane == 0) {
-    memory.shared->next[n % p.persistent.num_buffers] = has_block ? block_keys_of<T, K>(p, block) : BlockKeys{};
+    memory.shared->next[turn.buffer] = has_block ? block_keys_of<T, K>(p, block) : BlockKeys{};
   }
 }
 
@@ -390,10 +427,10 @@ __device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::score_blocks(const Pe
   // warp waits at the end of a block; the part alone, not the warp, decides which keys are summed together.
   int part = warp;
 
-  // Round n scores block n of this CTA and starts on the keys of the next.
-  for (int n = 0; num_keys > 0; ++n) {
-    const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    if (n >= p.persistent.num_buffers) mbarrier_wait(&memory.shared->released[buffer], (use - 1) & 1);
+  // A turn scores its block and starts on the keys of the next.
+  for (Turn turn; num_keys > 0; turn.advance(p.persistent.num_buffers)) {
+    const int buffer = turn.buffer;
+    mbarrier_wait(&memory.shared->released[buffer], turn.parity ^ 1);
     BlockKeys next{};
     QueryFragments<T, HEAD_DIM> next_query;
     TakenScores taken(p, memory.buffer(p, buffer), t);
@@ -418,7 +455,7 @@ __device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::score_blocks(const Pe
       const K* rows = keys;
       int num_rows = num_keys, first_row = ((step + 1) * p.persistent.num_score_warps + part) * kKeys;
       if (wraps) {
-        mbarrier_wait(&memory.shared->looked_ahead[buffer], use & 1);
+        mbarrier_wait(&memory.shared->looked_ahead[buffer], turn.parity);
         next = memory.shared->next[buffer];
         rows = static_cast<const K*>(next.keys);
         num_rows = next.num_keys;
@@ -439,12 +476,14 @@ __device__ __forceinline__ void KeyScores<T, K, HEAD_DIM>::score_blocks(const Pe
 #pragma unroll
         for (int group = 0; group < kKeys / 32; ++group) {
           const uint32_t rows = slot + group * 2 * kTileBytes;
-          float scores[2][4];
-          score_keys<T, K, HEAD_DIM>(scores[0], rows, query, lane);
+          float scores[1][2][4];
+          score_keys<T, K, HEAD_DIM>(scores[0][0], rows, query, lane);
           if (HEAD_DIM > 192) __syncwarp();  // the loads of both tiles at a time take more registers than there are
-          score_keys<T, K, HEAD_DIM>(scores[1], rows + kTileBytes, query, lane);
-          taken.take(p, scores, kFloat8 ? head_scale[0] : p.scale_log2, kFloat8 ? head_scale[1] : p.scale_log2,
-                     first + group * 32, num_keys, g, t);
+          score_keys<T, K, HEAD_DIM>(scores[0][1], rows + kTileBytes, query, lane);
+          const int key = first + group * 32;
+          const float2 max = taken.scale(scores, kFloat8 ? head_scale[0] : p.scale_log2,
+                                         kFloat8 ? head_scale[1] : p.scale_log2, key, num_keys, g);
+          taken.take(p, scores, max, key, g, t);
         }
       }
       const uint32_t scored_slot = slot;
@@ -494,6 +533,50 @@ __device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
   return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
 }
 
+// Which CTA adds up a row: the first to finish one of its blocks and have another to go on with. It is ahead of the
+// others and will wait for them anyway, so it looks after each of its blocks whether the row is complete by now. The
+// CTA that finishes last would stay last, and hold up all that wait for its scores. If nobody has another block, nobody
+// has to be spared: the last one does it, at once.
+//
+// The state warp counts, when the buffer comes back, and finds what is complete: a count is answered after most of a
+// microsecond, for which the select warps need not wait. They do so after the CTA's last block alone.
+//
+// A row's counter: its finished blocks, and from bit 16 on those of CTAs that went on.
+__device__ __forceinline__ uint32_t* counter_of(const DecodeParams& p, const FinishedBlock& row) {
+  return p.finished + p.group_index(row.batch_index, row.kv_head);
+}
+
+__device__ __forceinline__ void push(PendingRows& pending, const FinishedBlock& row) {
+  pending.rows[(pending.first + pending.count++) % kMaxPending] = row;
+}
+
+// Takes the oldest row off the ring if it is complete. Acquires what other CTAs have written.
+__device__ __forceinline__ FinishedBlock take_oldest(const DecodeParams& p, PendingRows& pending) {
+  if (pending.count == 0) return {};
+  const FinishedBlock row = pending.rows[pending.first];
+  // CTAs are a few blocks apart at most, so the ring is never full, and if it was, what its oldest row lacks would not
+  // depend on this CTA.
+  do {
+    if ((load_acquire(counter_of(p, row)) & 0xffff) == static_cast<uint32_t>(row.num_blocks)) {
+      pending.first = (pending.first + 1) % kMaxPending;
+      --pending.count;
+      return row;
+    }
+  } while (pending.count == kMaxPending);
+  return {};
+}
+
+// Counts a block. Its row, if this CTA is to add it up, is returned if it is complete and pending otherwise. Releases
+// what the CTA has written, acquires what others have.
+__device__ __forceinline__ FinishedBlock count_block(const DecodeParams& p, PendingRows& pending,
+                                                     const FinishedBlock& block, bool is_final) {
+  const uint32_t before = add_acq_rel(counter_of(p, block), is_final ? 1 : 0x10001);
+  const bool is_last = (before & 0xffff) + 1 == static_cast<uint32_t>(block.num_blocks), is_own = before >> 16 == 0;
+  if (is_own && is_last) return block;
+  if (is_own && !is_final) push(pending, block);
+  return {};
+}
+
 template <typename Scores>
 __device__ __forceinline__ void publish_states(const DecodeParams& p, const PersistentMemory& memory,
                                                const Scores& scores) {
@@ -502,13 +585,16 @@ __device__ __forceinline__ void publish_states(const DecodeParams& p, const Pers
   BlockQueue queue(p, lane);
   Block block{};
   bool has_block = queue.find(blockIdx.x, block);
+  const int num_buffers = p.persistent.num_buffers;
   if (!has_block && lane == 0) {  // a CTA without any block says so in the place of its first
     shared.block[0] = Block{};
     mbarrier_arrive(&shared.started[0]);
   }
-  for (int n = 0; has_block; ++n) {
-    const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    if (use > 0) mbarrier_wait(&shared.released[buffer], (use - 1) & 1);
+  if (lane == 0) shared.pending.first = shared.pending.count = 0;
+  Turn counted;  // the next block to count
+  for (Turn turn; has_block; turn.advance(num_buffers)) {
+    const int buffer = turn.buffer;
+    mbarrier_wait(&shared.released[buffer], turn.parity ^ 1);
     if (lane == 0) {
       shared.block[buffer] = block;
       mbarrier_arrive(&shared.started[buffer]);
@@ -522,17 +608,46 @@ __device__ __forceinline__ void publish_states(const DecodeParams& p, const Pers
     }
 
     block = Block{};
-    has_block = queue.find(blockIdx.x + (n + 1) * gridDim.x, block);
-    scores.look_ahead(memory, n, has_block, block, lane);
+    has_block = queue.find(blockIdx.x + (turn.n + 1) * gridDim.x, block);
+    scores.look_ahead(memory, turn, has_block, block, lane);
     if (lane == 0) shared.is_final[buffer] = !has_block;
     if (lane < Scores::kLookAheadLanes) mbarrier_arrive(&shared.looked_ahead[buffer]);
 
-    mbarrier_wait(&shared.scored[buffer], use & 1);
+    // Blocks are counted as soon as they are finished, while this one is scored. Those that had the buffer have to be.
+    FinishedBlock complete{};
+    while (counted.n < turn.n) {
+      const bool finished = mbarrier_test(&shared.released[counted.buffer], counted.parity);
+      if (__all_sync(0xffffffffu, finished)) {
+        if (lane == 0) {
+          const FinishedBlock row = count_block(p, shared.pending, shared.finished[counted.place(num_buffers)], false);
+          if (complete.num_blocks > 0) {
+            if (row.num_blocks > 0) push(shared.pending, row);
+          } else {
+            complete = row.num_blocks > 0 ? row : take_oldest(p, shared.pending);
+          }
+        }
+        counted.advance(num_buffers);
+      } else if (__any_sync(0xffffffffu, mbarrier_test(&shared.scored[buffer], turn.parity))) {
+        break;
+      }
+    }
+    mbarrier_wait(&shared.scored[buffer], turn.parity);
     const SoftmaxState state = merge_warp_states(shared.warp_state[buffer], p.persistent.num_score_warps, lane);
     if (lane < p.gqa_group_size) store_relaxed(address, sealed(bits_of(state), p.seal));
     if (lane < kHeadBlock) shared.state[buffer][lane] = state;
+    if (lane == 0) shared.complete[turn.place(num_buffers)] = complete;
     mbarrier_arrive(&shared.published[buffer]);
     mbarrier_arrive(&shared.released[buffer]);
+    if (has_block) continue;
+
+    for (; counted.n < turn.n; counted.advance(num_buffers)) {
+      mbarrier_wait(&shared.released[counted.buffer], counted.parity);
+      if (lane == 0) {
+        const FinishedBlock row = count_block(p, shared.pending, shared.finished[counted.place(num_buffers)], false);
+        if (row.num_blocks > 0) push(shared.pending, row);
+      }
+    }
+    mbarrier_arrive(&shared.handed_over);
   }
 }
 
@@ -549,9 +664,9 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
   const bool has_head = head < group_size;
   constexpr unsigned kAll = 0xffffffffu;
 
-  for (int n = 0;; ++n) {
-    const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    mbarrier_wait(&shared.started[buffer], use & 1);
+  for (Turn turn;; turn.advance(p.persistent.num_buffers)) {
+    const int buffer = turn.buffer;
+    mbarrier_wait(&shared.started[buffer], turn.parity);
     const Block block = shared.block[buffer];
     if (block.num_blocks == 0) break;
     BlockPlan& plan = shared.plan[buffer];
@@ -568,10 +683,10 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
                                            block.kv_len, grouped ? block.kv_head : block.kv_head * group_size + head);
     const uint64_t random_bits = random.bits(segment, 0);
 
-    if (use > 0) mbarrier_wait(&shared.released[buffer], (use - 1) & 1);
-    mbarrier_wait(&shared.looked_ahead[buffer], use & 1);
+    mbarrier_wait(&shared.released[buffer], turn.parity ^ 1);
+    mbarrier_wait(&shared.looked_ahead[buffer], turn.parity);
     const bool is_final = shared.is_final[buffer];
-    mbarrier_wait(&shared.published[buffer], use & 1);
+    mbarrier_wait(&shared.published[buffer], turn.parity);
 
     // First pass: the maximum.
     float max = -INFINITY;
@@ -626,6 +741,11 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
       plan.segment_lse[head] = segment_lse;
     }
     mbarrier_arrive(&shared.lse_known[buffer]);
+    const uint32_t defined = __ballot_sync(kAll, place == 0 && has_head && is_finite(row_lse));
+    if (lane == 0) {
+      shared.finished[turn.place(p.persistent.num_buffers)] = {block.batch_index, block.kv_head, block.num_blocks,
+                                                               defined};
+    }
 
     // Third pass: level 1 of the CDF. A stream's columns of lanes agree on it.
     const float per_sum =
@@ -681,20 +801,19 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
 struct SelectRole {
   bool grouped;
   int group_size;
-  int stream, num_parts, part;
-  bool active;     // there is such a stream
-  int first_head;  // of the stream
-  int num_heads;
+  int stream, num_parts, parts_log2, part;
+  bool active;  // there is such a stream
 
   __device__ SelectRole(const DecodeParams& p, int warp) {
     grouped = p.sampler == Sampler::kGrouped;
     group_size = p.gqa_group_size;
-    num_parts = kSelectWarps / first_power_of_2(p.num_streams());
-    stream = warp / num_parts;
-    part = warp % num_parts;
+    const int num_streams = p.num_streams();  // shifts: a division takes longer than a shared-memory access
+    parts_log2 = num_streams <= 1 ? 3 : num_streams <= 2 ? 2 : num_streams <= 4 ? 1 : 0;
+    static_assert(kSelectWarps == 8, "their logarithm");
+    num_parts = 1 << parts_log2;
+    stream = warp >> parts_log2;
+    part = warp & (num_parts - 1);
     active = stream < p.num_streams();
-    first_head = grouped ? 0 : stream;
-    num_heads = grouped ? group_size : 1;
   }
 };
 
@@ -714,7 +833,7 @@ struct BlockScores {
     cumulative = role.grouped ? memory.cumulative
                               : reinterpret_cast<uint32_t*>(planes + (role.stream >> 1) * pitch) + (role.stream & 1);
     cumulative_stride = role.grouped ? 1 : 2;
-    part_keys = block.block_kv / role.num_parts;
+    part_keys = block.block_kv >> role.parts_log2;
     num_keys = block.num_keys();
   }
   __device__ float* plane_of(int h) const { return reinterpret_cast<float*>(planes + (h >> 1) * pitch) + (h & 1); }
@@ -743,7 +862,7 @@ __device__ __forceinline__ void for_each_round(const BlockScores& scores, const 
 __device__ __forceinline__ float stream_factor(const SelectRole& role, SoftmaxState state, const float* segment_lse,
                                                int lane) {
   const int head = lane & 7;
-  const bool in_stream = head >= role.first_head && head < role.first_head + role.num_heads;
+  const bool in_stream = role.grouped ? head < role.group_size : head == role.stream;
   const float own_factor = in_stream ? tile_factor(state.max, segment_lse[head]) : 0.0f;
   float share_sum = own_factor > 0.0f ? own_factor * state.sum : 0.0f;
   for (int offset = 1; offset < 8; offset <<= 1) share_sum += __shfl_xor_sync(0xffffffffu, share_sum, offset);
@@ -827,14 +946,14 @@ __device__ __forceinline__ uint32_t weigh(const BlockScores& scores, const Selec
   return running;
 }
 
-// Row of the block at `position` of the level-2 CDF, and its weight. `part_end` of lane j: weights up to part j.
-__device__ __forceinline__ int find_row(const BlockScores& scores, const SelectRole& role, uint32_t part_end,
+// Row of the block at `position` of the level-2 CDF, and its weight.
+__device__ __forceinline__ int find_row(const BlockScores& scores, const SelectRole& role, const uint32_t* part_weights,
                                         uint32_t position, uint32_t& weight) {
   int part = 0;
-  uint32_t below = 0;
+  uint32_t below = 0, end = 0;
 #pragma unroll
   for (int j = 0; j + 1 < kSelectWarps; ++j) {
-    const uint32_t end = __shfl_sync(0xffffffffu, part_end, j);
+    end += j + 1 < role.num_parts ? part_weights[j] : 0;
     const bool beyond = j + 1 < role.num_parts && position >= end;
     part = beyond ? j + 1 : part;
     below = beyond ? end : below;
@@ -908,16 +1027,13 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
                                                 const SelectRole& role, const Block& block, SoftmaxState state,
                                                 int head_base, int warp, int lane) {
   const StreamPlan& plan = block_plan.stream[role.stream];
-  const uint32_t count = plan.last_draw - plan.first_draw, share = (count + role.num_parts - 1) / role.num_parts;
+  const uint32_t count = plan.last_draw - plan.first_draw, share = (count + role.num_parts - 1) >> role.parts_log2;
   const uint32_t first = plan.first_draw + min(count, share * role.part), last = min(first + share, plan.last_draw);
   if (first >= last) return;
-  uint32_t part_end = lane < role.num_parts ? shared.part_weight[role.stream * role.num_parts + lane] : 0;
+  const uint32_t* part_weights = shared.part_weight + (role.stream << role.parts_log2);
+  uint32_t weight_sum = 0;
 #pragma unroll
-  for (int offset = 1; offset < kSelectWarps; offset <<= 1) {
-    const uint32_t before = __shfl_up_sync(0xffffffffu, part_end, offset);
-    if (lane >= offset) part_end += before;
-  }
-  const uint32_t weight_sum = __shfl_sync(0xffffffffu, part_end, role.num_parts - 1);
+  for (int j = 0; j < kSelectWarps; ++j) weight_sum += j < role.num_parts ? part_weights[j] : 0;
   if (weight_sum == 0) return;
 
   const Draws& draws = plan.draws;  // what is needed in one place only stays in shared memory
@@ -935,7 +1051,7 @@ __device__ __forceinline__ void draw_and_gather(float (&acc)[HEADS][8], const De
     const bool drawn = m < last && plan.positions.contains(threshold);
     const uint32_t position = drawn ? plan.positions.position(threshold, weight_sum) : 0;
     uint32_t weight;
-    const int key = find_row(scores, role, part_end, position, weight);
+    const int key = find_row(scores, role, part_weights, position, weight);
     const BlockValues<T, K> values(p, block);
     if (drawn) values.visit([&](const auto& view) { prefetch_row<HEAD_DIM>(view.row(key)); });
     const int previous = __shfl_up_sync(0xffffffffu, drawn ? key : -1, 1);
@@ -1088,65 +1204,26 @@ __device__ __forceinline__ void forget_states(const DecodeParams& p, const Finis
   }
 }
 
-// Which CTA adds up a row: the first to finish one of its blocks and have another to go on with. It is ahead of the
-// others and will wait for them anyway, so it looks after each of its blocks whether the row is complete by now. The
-// CTA that finishes last would stay last, and hold up all that wait for its scores. If nobody has another block, nobody
-// has to be spared: the last one does it, at once.
-//
-// A row's counter: its finished blocks, and from bit 16 on those of CTAs that went on.
-__device__ __forceinline__ uint32_t* counter_of(const DecodeParams& p, const FinishedBlock& row) {
-  return p.finished + p.group_index(row.batch_index, row.kv_head);
-}
-
-// By thread 0: takes the oldest row off the ring if it is complete. Acquires what other CTAs have written.
-__device__ __forceinline__ Todo take_oldest(const DecodeParams& p, PersistentShared& shared) {
-  PendingRows& pending = shared.pending;
-  const FinishedBlock row = pending.rows[pending.first];
-  if ((load_acquire(counter_of(p, row)) & 0xffff) != static_cast<uint32_t>(row.num_blocks)) return Todo::kNothing;
-  shared.complete = row;
-  pending.first = (pending.first + 1) % kMaxPending;
-  --pending.count;
-  return Todo::kComplete;
-}
-
-// By thread 0: counts a block. Releases what the CTA has written, acquires what others have.
-__device__ __forceinline__ Todo finish_block(const DecodeParams& p, PersistentShared& shared,
-                                             const FinishedBlock& block, bool is_final) {
-  const uint32_t before = add_acq_rel(counter_of(p, block), is_final ? 1 : 0x10001);
-  const bool is_last = (before & 0xffff) + 1 == static_cast<uint32_t>(block.num_blocks), is_own = before >> 16 == 0;
-  if (is_own && is_last) return Todo::kOwn;
-  PendingRows& pending = shared.pending;
-  Todo todo = Todo::kNothing;
-  // CTAs are a few blocks apart at most, num_buffers and one more, so the ring is never full, and if it was, what its
-  // oldest row lacks would not depend on this CTA.
-  if (pending.count > 0) {
-    do {
-      todo = take_oldest(p, shared);
-    } while (todo == Todo::kNothing && pending.count == kMaxPending);
-  }
-  if (is_own && !is_final) pending.rows[(pending.first + pending.count++) % kMaxPending] = block;
-  return todo;
-}
-
 template <typename T, typename K, int HEAD_DIM, typename Scores>
 __device__ __forceinline__ void select_blocks(const DecodeParams& p, const PersistentMemory& memory) {
   PersistentShared& shared = *memory.shared;
-  if (threadIdx.x == 0) shared.pending.first = shared.pending.count = 0;
-  for (int n = 0;; ++n) {
+  for (Turn turn;; turn.advance(p.persistent.num_buffers)) {
     const int thread = Scores::kRoleAnew ? fresh_thread() : threadIdx.x, warp = thread >> 5, lane = thread & 31;
     const SelectRole role(p, warp);
-    const int buffer = n % p.persistent.num_buffers, use = n / p.persistent.num_buffers;
-    mbarrier_wait(&shared.started[buffer], use & 1);
+    const int buffer = turn.buffer;
+    mbarrier_wait(&shared.started[buffer], turn.parity);
     const Block& block = shared.block[buffer];
     const BlockPlan& plan = shared.plan[buffer];
     if (block.num_blocks == 0) break;
-    if (p.rows_read != nullptr && threadIdx.x < kMaxBlockKv / 32) shared.read_mask[threadIdx.x] = 0;
+    if (p.rows_read != nullptr && warp == 0) {
+      for (int word = lane; word < kMaxBlockKv / 32; word += 32) shared.read_mask[word] = 0;
+    }
     const BlockScores scores(p, memory, buffer, role, block);
-    mbarrier_wait(&shared.looked_ahead[buffer], use & 1);
-    mbarrier_wait(&shared.scored[buffer], use & 1);
-    mbarrier_wait(&shared.published[buffer], use & 1);
+    mbarrier_wait(&shared.looked_ahead[buffer], turn.parity);
+    mbarrier_wait(&shared.scored[buffer], turn.parity);
+    mbarrier_wait(&shared.published[buffer], turn.parity);
     const SoftmaxState state = shared.state[buffer][lane & 7];  // lane h: head h
-    const auto wait_for_lse = [&] { mbarrier_wait(&shared.lse_known[buffer], use & 1); };
+    const auto wait_for_lse = [&] { mbarrier_wait(&shared.lse_known[buffer], turn.parity); };
     uint32_t weight = 0;
     if (role.active) {
       weight = weigh(scores, role, state, plan.segment_lse, lane, wait_for_lse);
@@ -1154,7 +1231,7 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
       wait_for_lse();
     }
     if (lane == 0) shared.part_weight[warp] = weight;
-    mbarrier_wait(&shared.planned[buffer], use & 1);
+    mbarrier_wait(&shared.planned[buffer], turn.parity);
     select_barrier();  // all weights are there
 
     if (!role.grouped) {
@@ -1178,31 +1255,36 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
       if (lane == 0) p.tile_rows[p.stream_offset(group, 0) + block.index] = rows;
     }
 
-    select_barrier();
-    // The buffer and the plan go back before the counter answers, and before blocks are added up.
     const bool is_final = shared.is_final[buffer];
-    FinishedBlock finished = {block.batch_index, block.kv_head, block.num_blocks, 0};
-    for (int h = 0; h < role.group_size; ++h) finished.defined |= (is_finite(plan.row_lse[h]) ? 1u : 0u) << h;
-    mbarrier_wait(&shared.row_published[buffer], use & 1);
+    const int place = turn.place(p.persistent.num_buffers);
     mbarrier_arrive(&shared.released[buffer]);
-    if (threadIdx.x == 0) shared.todo = finish_block(p, shared, finished, is_final);
-    select_barrier();
-    while (true) {
-      const Todo todo = shared.todo;
-      if (todo != Todo::kNothing) {
-        const FinishedBlock row = todo == Todo::kOwn ? finished : shared.complete;
+    if (is_final) {
+      select_barrier();  // all shares are written
+      if (threadIdx.x == 0) {
+        mbarrier_wait(&shared.row_published[buffer], turn.parity);
+        mbarrier_wait(&shared.handed_over, 0);
+        shared.last_complete = count_block(p, shared.pending, shared.finished[place], true);
+      }
+      select_barrier();
+    }
+    FinishedBlock row = shared.complete[place];
+    for (bool first = true;; first = false) {
+      if (row.num_blocks > 0) {
         combine_blocks<T, K, HEAD_DIM>(p, shared.partial, row);
         forget_states(p, row);
       }
       if (!is_final) break;
-      if (shared.pending.count == 0) return;
-      select_barrier();
-      if (threadIdx.x == 0) {
-        do {
-          shared.todo = take_oldest(p, shared);
-        } while (shared.todo == Todo::kNothing);
+      if (!first) {
+        if (shared.pending.count == 0) return;
+        select_barrier();
+        if (threadIdx.x == 0) {
+          do {
+            shared.last_complete = take_oldest(p, shared.pending);
+          } while (shared.last_complete.num_blocks == 0);
+        }
+        select_barrier();
       }
-      select_barrier();
+      row = shared.last_complete;
     }
   }
 }
@@ -1229,6 +1311,7 @@ __device__ __forceinline__ void play_roles(const DecodeParams& p, unsigned char*
       mbarrier_init(&shared->planned[lane], 32);
       mbarrier_init(&shared->row_published[lane], 32);
       mbarrier_init(&shared->released[lane], kFirstScoreWarp * 32);
+      if (lane == 0) mbarrier_init(&shared->handed_over, 32);
     }
     __syncwarp();
     set_up(p.persistent.num_score_warps);
