@@ -93,9 +93,8 @@ struct PersistentShared {
   uint64_t published[kMaxBuffers];     // state is
   uint64_t lse_known[kMaxBuffers];
   uint64_t planned[kMaxBuffers];
-  uint64_t row_published[kMaxBuffers];  // what other CTAs did before they published the row's states has been done
-  uint64_t released[kMaxBuffers];       // all other roles are done with the buffer and what goes with it
-  uint64_t handed_over;                 // pending is the select warps', all blocks before the last one are counted
+  uint64_t released[kMaxBuffers];  // all other roles are done with the block, its buffer and what goes with it
+  uint64_t handed_over;            // pending is the select warps', all blocks before the last one are counted
 
   Block block[kMaxBuffers];     // with num_blocks 0: there is none
   BlockKeys next[kMaxBuffers];  // of the block after it
@@ -784,8 +783,8 @@ __device__ __forceinline__ void plan_blocks(const DecodeParams& p, const Persist
                            static_cast<float>(num_draws) * approximate_quotient(mass, total), draws};
     }
     mbarrier_arrive(&shared.planned[buffer]);
-    __threadfence();  // here, where nobody waits for it
-    mbarrier_arrive(&shared.row_published[buffer]);
+    // Released with the block: what other CTAs did before they published the row's states. Here, where nobody waits.
+    __threadfence();
     mbarrier_arrive(&shared.released[buffer]);
     if (place == 0 && has_head && block.index == 0) {
       p.lse[static_cast<int64_t>(block.batch_index) * p.num_qo_heads + block.kv_head * group_size + head] =
@@ -1259,9 +1258,8 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
     const int place = turn.place(p.persistent.num_buffers);
     mbarrier_arrive(&shared.released[buffer]);
     if (is_final) {
-      select_barrier();  // all shares are written
       if (threadIdx.x == 0) {
-        mbarrier_wait(&shared.row_published[buffer], turn.parity);
+        mbarrier_wait(&shared.released[buffer], turn.parity);  // all shares are written
         mbarrier_wait(&shared.handed_over, 0);
         shared.last_complete = count_block(p, shared.pending, shared.finished[place], true);
       }
@@ -1274,9 +1272,10 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
         forget_states(p, row);
       }
       if (!is_final) break;
+      const bool more = first || shared.pending.count > 0;
+      if (!more) return;
+      if (!first || row.num_blocks > 0) select_barrier();  // all are done with what is written next
       if (!first) {
-        if (shared.pending.count == 0) return;
-        select_barrier();
         if (threadIdx.x == 0) {
           do {
             shared.last_complete = take_oldest(p, shared.pending);
@@ -1309,7 +1308,6 @@ __device__ __forceinline__ void play_roles(const DecodeParams& p, unsigned char*
       mbarrier_init(&shared->published[lane], 32);
       mbarrier_init(&shared->lse_known[lane], 32);
       mbarrier_init(&shared->planned[lane], 32);
-      mbarrier_init(&shared->row_published[lane], 32);
       mbarrier_init(&shared->released[lane], kFirstScoreWarp * 32);
       if (lane == 0) mbarrier_init(&shared->handed_over, 32);
     }
