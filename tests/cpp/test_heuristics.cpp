@@ -73,6 +73,18 @@ int main() {
       }
     }
   }
+  BernoulliParams bernoulli{};
+  const auto may_be = [&](Dtype dtype, int num_draws, int64_t stride_k_feature) {
+    bernoulli.decode.dtype = dtype, bernoulli.num_draws = num_draws, bernoulli.stride_k_feature = stride_k_feature;
+    return cuda::may_be_persistent(bernoulli);
+  };
+  const int64_t beyond = int64_t{1} << 31;
+  if (!may_be(Dtype::kBFloat16, 256, beyond - 1) || may_be(Dtype::kBFloat16, 257, 4096) ||
+      !may_be(Dtype::kFloat16, 2048, 4096) || may_be(Dtype::kFloat16, 2049, 4096) ||
+      may_be(Dtype::kFloat16, 1, beyond)) {
+    ++failures;
+    std::printf("counts that are not whole, or features that are out of reach\n");
+  }
   if (persistent < 1000) {
     ++failures;
     std::printf("only %d set-ups were persistent\n", persistent);

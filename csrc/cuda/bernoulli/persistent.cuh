@@ -6,8 +6,8 @@
 // which are whole numbers in q's dtype; what is copied runs ahead of what is added, from step to step and into the next
 // block. Features that were not drawn cost neither traffic nor a place in the products.
 //
-// What a head did not draw is multiplied with a count of zero, which adds nothing, but lets NaN and infinity through:
-// where a step's sums are not all finite it is done over, see take_apart.
+// What a head did not draw is multiplied with a count of zero, which adds nothing, but makes NaN of NaN and infinity:
+// a step with a NaN among its sums is done over, see take_apart.
 //
 // What was drawn comes from draw_kernel; the state warp fetches it for the next block.
 #pragma once
@@ -60,7 +60,7 @@ struct FeatureScores {
   // What is copied next: `left` features from `item` on, of the step that begins at key `first` of the block.
   int item = 0, left = 0;
   int first = 0;
-  int listed_in = 0;    // place of the block's list; another one than that of the block that is scored: the next block
+  int listed_in = 0;    // place of the block's list: that of the block that is scored, or of the next one
   uint32_t copied = 0;  // stages so far
   const T* source;      // the lane's keys of the step, feature 0
   int source_keys;      // of 8, that are there; less than 0 if they have to be copied one by one
