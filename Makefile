@@ -56,7 +56,7 @@ SANITIZED := tests/test_invariance.py tests/test_hostile.py tests/test_exact.py 
   tests/test_bernoulli.py \
   -k "alone_or_in_a_batch or gaps or short_and_odd_lengths or empty_rows or given_the_cdf or group_sizes or \
   rows_below_min or what_lies_around or exact_values_of_noisy or no_key_and_one_key or infinite_keys or \
-  did_not_draw or test_append"
+  did_not_draw or rows_of_any_share or test_append"
 
 sanitize: $(INSTALL) ## run GPU tests under each tool of compute-sanitizer
 	@for tool in memcheck racecheck synccheck initcheck; do echo "== $$tool"; \

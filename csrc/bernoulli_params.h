@@ -10,7 +10,7 @@
 
 namespace santa {
 
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 256;  // features are listed by bytes
 
 // Query heads that a CUDA thread scores at a time: the weights of a feature are stored in blocks of as many.
 SANTA_HD int score_heads_of(int gqa_group_size) {

@@ -15,9 +15,7 @@ from typing import NamedTuple
 
 # Bytes of stack by (architecture, pattern of the kernel's name). The score role of head_dim 256 keeps 32 registers of
 # query; on sm_90 a few addresses go to the stack once at its start and come back once per block of keys, not per step.
-ALLOWED = {
-    ("sm_90", r"persistent_kernel<(\w+), \1, 256>"): 8,
-}
+ALLOWED = {("sm_90", r"persistent_kernel<(\w+), \1, 256>"): 8}
 
 
 class Usage(NamedTuple):

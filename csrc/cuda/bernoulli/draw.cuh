@@ -23,8 +23,8 @@ __device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t value, int lane)
 // Counts of one query head, by one warp: lane l draws features 4 l to 4 l + 3, and those 128 above. `read`: features
 // that are drawn.
 template <typename T>
-__device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h,
-                                          const RowShape& row, int16_t* counts, uint32_t* read, int lane) {
+__device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h, int kv_len,
+                                          int16_t* counts, uint32_t* read, int lane) {
   const DecodeParams& d = p.decode;
   const int64_t group = d.group_index(batch_index, kv_head);
   const int qo_head = kv_head * d.gqa_group_size + h, num_chunks = d.head_dim / 4;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
 
   const int64_t row_seed = d.row_seeds != nullptr ? d.row_seeds[batch_index] : 0;
   const auto stream =
-      ScoreStream::make(d.seed, row_seed, row.kv_len, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
+      ScoreStream::make(d.seed, row_seed, kv_len, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
   const uint32_t offset = systematic_offset(stream);
   uint64_t total = 0;
 #pragma unroll
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   __shared__ uint32_t read[kMaxHeadDim];
   __shared__ uint8_t listed[kMaxHeadDim];
   __shared__ int num_listed;
-  __shared__ alignas(8) int16_t group_counts[kPersistentHeads * kMaxHeadDim];
+  __shared__ alignas(8) int16_t group_counts[kPersistentHeads * kMaxHeadDim];  // of persistent rows, which keep none
   const DecodeParams& d = p.decode;
   const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const RowShape row = row_shape_of(d, batch_index);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   for (int i = threadIdx.x; i < kMaxHeadDim; i += kDrawThreads) read[i] = 0;
   __syncthreads();
   for (int h = warp; h < d.gqa_group_size; h += kDrawWarps) {
-    draw_head<T>(p, batch_index, kv_head, h, row, counts + h * d.head_dim, read, lane);
+    draw_head<T>(p, batch_index, kv_head, h, row.kv_len, counts + h * d.head_dim, read, lane);
   }
   __syncthreads();
 

@@ -31,7 +31,7 @@ static_assert(kStepKeys % 32 == 0 && kStepCodedKeys % 32 == 0 && kMinBlockKv % k
               "a step is pairs of matrix products, and ends inside the block");
 static_assert(kPersistentHeads == kHeadBlock, "the N of the matrix product");
 constexpr int kMaxBuffers = 3;
-constexpr int kMaxPending = 16;  // a power of two, and more than the blocks that CTAs can be apart: see count_block
+constexpr int kMaxPending = 16;  // a power of two, and more than the blocks that CTAs can be apart: see take_oldest
 constexpr int kStatesKept = 8;   // rounds of the plan warp
 constexpr int kRoundsAhead = 2;  // whose loads are in flight together; more were slower, polling is traffic
 
@@ -537,8 +537,8 @@ __device__ __forceinline__ SoftmaxState state_of(uint64_t bits) {
 // CTA that finishes last would stay last, and hold up all that wait for its scores. If nobody has another block, nobody
 // has to be spared: the last one does it, at once.
 //
-// The state warp counts, when the buffer comes back, and finds what is complete: a count is answered after most of a
-// microsecond, for which the select warps need not wait. They do so after the CTA's last block alone.
+// The state warp counts a block when it is released, and finds what is complete: a count is answered after most of a
+// microsecond, for which the select warps need not wait. They count the CTA's last block alone.
 //
 // A row's counter: its finished blocks, and from bit 16 on those of CTAs that went on.
 __device__ __forceinline__ uint32_t* counter_of(const DecodeParams& p, const FinishedBlock& row) {
@@ -1272,8 +1272,7 @@ __device__ __forceinline__ void select_blocks(const DecodeParams& p, const Persi
         forget_states(p, row);
       }
       if (!is_final) break;
-      const bool more = first || shared.pending.count > 0;
-      if (!more) return;
+      if (!first && shared.pending.count <= 0) return;
       if (!first || row.num_blocks > 0) select_barrier();  // all are done with what is written next
       if (!first) {
         if (threadIdx.x == 0) {
