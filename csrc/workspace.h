@@ -8,12 +8,6 @@
 
 namespace santa {
 
-// Upper bound of the blocks of a row: see block_kv_of.
-inline int max_num_blocks(int64_t max_kv_len) {
-  const int64_t long_row = ceil_div(max_kv_len, kMaxBlockKv);
-  return long_row > kShortRowBlocks ? static_cast<int>(long_row) : kShortRowBlocks;
-}
-
 // Carves aligned arrays out of one allocation; with a null base it only measures.
 class Workspace {
  public:
@@ -32,14 +26,13 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// Fills the workspace fields of p, whose inputs and options are set, and returns the bytes needed at `base`.
+// Fills the workspace fields of p, whose inputs and plan are set, and returns the bytes needed at `base`.
 inline int64_t place_workspace(DecodeParams& p, void* base) {
-  const bool blocks_only = !p.any_exact() && !p.any_staged();
-  p.max_blocks = max_num_blocks(p.max_kv_len);
+  const CallPlan& plan = p.plan;
   p.max_tiles = 0;
-  if (p.any_persistent()) p.max_tiles = p.max_blocks;
-  if (p.any_staged()) p.max_tiles = std::max(p.max_tiles, max_num_tiles(p.max_kv_len));
-  if (p.any_exact()) p.max_tiles = std::max(p.max_tiles, max_exact_tiles(p.longest_exact()));
+  if (plan.one_pass) p.max_tiles = plan.max_parts;
+  if (plan.proportional) p.max_tiles = std::max(p.max_tiles, max_num_tiles(p.max_kv_len));
+  if (plan.exact) p.max_tiles = std::max(p.max_tiles, max_exact_tiles(plan.longest_exact));
   p.group_pitch = p.gqa_group_size == 1 ? 1 : (p.gqa_group_size + 1) / 2 * 2;
   p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;
 
@@ -47,25 +40,17 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
   const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   const int64_t tiles = groups * p.max_tiles, stats = tiles * p.gqa_group_size;
   workspace.take(p.o_accum, stats * p.head_dim);
-  if (p.any_persistent()) {
-    workspace.take(p.block_state, groups * p.max_blocks * p.gqa_group_size * 2);
-    workspace.take(p.finished, groups);
-  }
-  if (p.num_samples > 0 && (p.rows_read != nullptr || p.any_staged())) {
-    workspace.take(p.tile_rows, tiles * p.num_streams());
-  }
-  if (blocks_only) return workspace.used();
-
   workspace.take(p.tile_max, stats);
   workspace.take(p.tile_sum, stats);
-  if (p.any_staged()) {
+  if (plan.one_pass && p.rows_read != nullptr) workspace.take(p.tile_rows, tiles * p.num_head_blocks());
+  if (plan.proportional) {
+    workspace.take(p.tile_rows, tiles * p.num_streams());
     workspace.take(p.scores, groups * p.scores_per_row);
     workspace.take(p.row_lse, groups * p.gqa_group_size);
-    workspace.take(p.segment_lse, stats);
     workspace.take(p.tile_start, tiles * p.num_streams());
     workspace.take(p.tile_mass, tiles * p.num_streams());
     workspace.take(p.tile_draw, tiles * p.num_streams());
-    workspace.take(p.segment_draws, tiles * p.num_streams());
+    workspace.take(p.draws, groups * p.num_streams());
     if (p.rows_read != nullptr) workspace.take(p.read_mask, tiles * kMaskWords);
   }
   return workspace.used();

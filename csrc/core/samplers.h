@@ -19,7 +19,7 @@
 namespace santa {
 
 enum class Sampler : int { kMultinomial = 0, kStratified = 1, kSystematic = 2, kGrouped = 3 };
-enum class Budget : int { kProportional = 0, kUniform = 1 };
+enum class Budget : int { kProportional = 0, kUniform = 1, kStreaming = 2 };
 
 constexpr float kTileMassScale = 2147483648.0f;   // 2^31
 constexpr float kRowWeightScale = 1073741824.0f;  // 2^30

@@ -1,8 +1,9 @@
-// How a row of keys is cut: into tiles (the unit of work and of partial results) and into segments (runs of tiles that
-// share one CDF and one budget). Both depend on kv_len and num_samples alone, never on batch size or device: that is
-// what makes results batch-invariant.
+// How a row is cut: its keys into tiles (what is drawn from in one go) and parts (runs of tiles that leave one partial
+// result), the query heads of a KV head into blocks that share their samples. All of it depends on the row's length and
+// on the shape of the model, never on the batch or on the device: that is what makes results batch-invariant.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/macros.h"
@@ -50,34 +51,35 @@ inline int max_exact_tiles(int64_t max_kv_len) {
   return bound;
 }
 
-// Keys per block of a sampled row: the unit of the uniform budget, and the tile of the persistent CUDA kernel, which
-// keeps the scores of a block on chip. A sixteenth of the row, so that 8 KV heads fill a GPU, from 512 keys (a block
-// costs a partial result) to 2,048 (its scores have to fit). A multiple of the row's tile.
-constexpr int kMinBlockKv = 512;
-constexpr int kMaxBlockKv = 2048;
-constexpr int kShortRowBlocks = 16;  // the most that a row has as long as its blocks are below kMaxBlockKv
+// Query heads of a KV head that are scored with one read of its keys and, under `grouped` in one pass, share their
+// samples: the N of the matrix instruction. Larger groups are cut into blocks as equal as can be.
+constexpr int kHeadBlock = 8;
 
-SANTA_HD int block_kv_of(int64_t kv_len) {
-  if (kv_len > 16 * (kMaxBlockKv - kMaxTileKv)) return kMaxBlockKv;
-  const unsigned length = static_cast<unsigned>(kv_len), tile = static_cast<unsigned>(tile_kv_of(kv_len));
-  const unsigned block = ((length + 15) / 16 + tile - 1) & ~(tile - 1);
-  return block <= kMinBlockKv ? kMinBlockKv : static_cast<int>(block);
+SANTA_HD int num_head_blocks_of(int gqa_group_size) { return ceil_div_int(gqa_group_size, kHeadBlock); }
+
+// The tile of a row that is sampled in one pass: what a warp scores, draws from and hands on.
+constexpr int kDrawTileKv = 128;
+
+// Keys per part of such a row. One row alone should keep a GPU busy: 256 parts over all its KV heads and head blocks.
+// A part costs a partial result, so it has 512 keys at least; beyond 4,096 keys longer parts save nothing.
+constexpr int kMinPartKv = 512;
+constexpr int kMaxPartKv = 4096;
+constexpr int kPartsWanted = 256;
+
+SANTA_HD int part_kv_of(int64_t kv_len, int num_units) {
+  int part_kv = kMinPartKv;
+  while (part_kv < kMaxPartKv && static_cast<int64_t>(part_kv) * kPartsWanted < kv_len * num_units) part_kv *= 2;
+  return part_kv;
 }
 
-// The budget of one row. Proportional: one segment, the whole row, with all S draws. Uniform: segments of equally many
-// blocks, at most S of them, each with ceil(S / num_segments) draws; the total is below 2 S.
-struct SegmentPlan {
-  int tiles_per_segment;
-  int num_segments;
-  int draws;  // per query head and segment
-};
-
-SANTA_HD SegmentPlan plan_segments(int num_tiles, int tiles_per_block, int num_samples, bool uniform) {
-  if (!uniform || num_tiles == 0) return {num_tiles, num_tiles > 0 ? 1 : 0, num_samples};
-  const int num_blocks = ceil_div_int(num_tiles, tiles_per_block);
-  const int tiles_per_segment = ceil_div_int(num_blocks, num_samples) * tiles_per_block;
-  const int num_segments = ceil_div_int(num_tiles, tiles_per_segment);
-  return {tiles_per_segment, num_segments, ceil_div_int(num_samples, num_segments)};
+// Upper bound over all lengths up to max_kv_len: a row has most parts just before its parts grow, or at the end.
+inline int max_num_parts(int64_t max_kv_len, int num_units) {
+  int bound = static_cast<int>(ceil_div(max_kv_len, part_kv_of(max_kv_len, num_units)));
+  for (int64_t part_kv = kMinPartKv; part_kv < kMaxPartKv; part_kv *= 2) {
+    const int64_t longest = part_kv * kPartsWanted / num_units;  // with parts of this size
+    if (longest < max_kv_len) bound = std::max(bound, static_cast<int>(ceil_div(longest, part_kv)));
+  }
+  return bound;
 }
 
 // Rows below this length take the exact path when the caller gives no min_sampled_len. Sampling reads kv_len keys and
