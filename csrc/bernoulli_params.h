@@ -12,6 +12,9 @@ namespace santa {
 
 constexpr int kMaxHeadDim = 256;  // features are listed by bytes
 
+// A feature of neighbouring keys lies side by side: the pilot takes its keys in runs of one 16-byte load (draw.h).
+constexpr int kFeaturePilotRun = 8;
+
 // Query heads that a CUDA thread scores at a time: the weights of a feature are stored in blocks of as many.
 SANTA_HD int score_heads_of(int gqa_group_size) {
   return gqa_group_size <= 1 ? 1 : gqa_group_size <= 2 ? 2 : gqa_group_size <= 4 ? 4 : 8;
@@ -27,19 +30,23 @@ struct BernoulliParams {
   ScoreSampler score_sampler;
   int32_t* features_read;  // [batch, num_kv_heads], an output: features in the list below
 
-  // Workspace: what was drawn, per batch row and KV head. Blocks of heads: score_heads_of(gqa_group_size), num_blocks.
-  int num_blocks;
+  // Workspace: what was drawn, per (batch row, KV head).
   int16_t* counts;    // [gqa_group_size, head_dim], in [-B, B]
   float* scales;      // [gqa_group_size]: scale_log2 max|q| / B
   uint8_t* features;  // [head_dim]: those that any head of the group reads, ascending
-  float* weights;     // [num_blocks, head_dim, score_heads]: counts of the listed features
-  // Rows of the persistent CUDA kernel have these instead of counts and weights: [kPersistentHeads, head_dim], counts
-  // of the listed features in q's dtype, 0 after them and for heads that there are not.
-  uint16_t* half_weights;
+  // The counts of the listed features once more, in the order in which the CUDA kernels of a row's kind multiply with
+  // them; null if the call has no such rows.
+  int num_blocks;          // of score_heads_of(gqa_group_size) heads
+  float* weights;          // exact and proportional: [num_blocks, head_dim, score_heads]
+  uint16_t* half_weights;  // one pass: [head blocks, kHeadBlock, head_dim] in q's dtype; 0 after the listed features
+                           // and for heads that there are not
 
   SANTA_HD int64_t counts_offset(int64_t group) const { return group * decode.gqa_group_size * decode.head_dim; }
   SANTA_HD int64_t weights_offset(int64_t group, int block) const {
     return (group * num_blocks + block) * decode.head_dim * score_heads_of(decode.gqa_group_size);
+  }
+  SANTA_HD int64_t half_weights_offset(int64_t group, int head_block) const {
+    return (group * decode.num_head_blocks() + head_block) * kHeadBlock * decode.head_dim;
   }
 };
 
@@ -49,21 +56,21 @@ inline int64_t place_bernoulli_workspace(BernoulliParams& p, void* base) {
   const int64_t groups = static_cast<int64_t>(d.batch) * d.num_kv_heads;
   const int score_heads = score_heads_of(d.gqa_group_size);
   p.num_blocks = static_cast<int>(ceil_div(d.gqa_group_size, score_heads));
-  const int64_t staged = place_workspace(d, base);
-  Workspace workspace(base == nullptr ? nullptr : static_cast<char*>(base) + staged);
-  // A value stage that is exact works from scores too.
-  if (d.any_exact() && !d.any_staged()) {
-    d.scores_per_row = (d.longest_exact() + kMaxTileKv) * d.group_pitch;
-    workspace.take(d.scores, groups * d.scores_per_row);
-  }
+  const int64_t stages = place_workspace(d, base);
+  Workspace workspace(base == nullptr ? nullptr : static_cast<char*>(base) + stages);
   workspace.take(p.counts, groups * d.gqa_group_size * d.head_dim);
   workspace.take(p.scales, groups * d.gqa_group_size);
   workspace.take(p.features, groups * d.head_dim);
-  workspace.take(p.weights, groups * p.num_blocks * d.head_dim * score_heads);
-  if (d.any_persistent()) {
-    workspace.take(p.half_weights, groups * kPersistentHeads * d.head_dim);
+  if (d.plan.exact || d.plan.proportional) {
+    workspace.take(p.weights, groups * p.num_blocks * d.head_dim * score_heads);
   }
-  return staged + workspace.used();
+  if (d.plan.one_pass) workspace.take(p.half_weights, groups * d.num_head_blocks() * kHeadBlock * d.head_dim);
+  // Where all values are read, it is from scores in memory too.
+  if (d.plan.exact && !d.plan.proportional) {
+    d.scores_per_row = (static_cast<int64_t>(d.plan.longest_exact) + kMaxTileKv) * d.group_pitch;
+    workspace.take(d.scores, groups * d.scores_per_row);
+  }
+  return stages + workspace.used();
 }
 
 // Rows of keys or values to feature-major memory. `elements` are 2 or 4 bytes.

@@ -3,36 +3,31 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(santa, m) {
+  // rows_read: int32 [batch, num_kv_heads], written in place if given.
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, SymInt num_samples=256, "
-      "int sampler=3, int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, "
-      "SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)");
-  m.def(
-      "decode_rows_read(Tensor q, Tensor k, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, "
-      "SymInt num_samples=256, int sampler=3, int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, "
-      "Tensor? row_seeds=None, SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None) "
-      "-> (Tensor out, Tensor lse, Tensor rows_read)");
+      "int sampler=3, int? budget=None, int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, "
+      "Tensor? positions=None, SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor(a!)? rows_read=None) -> (Tensor out, Tensor lse)");
   m.def(
       "decode_bernoulli(Tensor q, Tensor k_features, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, "
-      "SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, int budget=0, int kv_layout=0, "
-      "float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, SymInt? min_sampled_len=None) "
-      "-> (Tensor out, Tensor lse, Tensor features_read)");
-  m.def(
-      "decode_bernoulli_rows_read(Tensor q, Tensor k_features, Tensor v, *, Tensor? kv_lens=None, "
-      "Tensor? kv_starts=None, SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, "
-      "int budget=0, int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, "
-      "SymInt? min_sampled_len=None) -> (Tensor out, Tensor lse, Tensor features_read, Tensor rows_read)");
+      "SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, int? budget=None, "
+      "int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, Tensor? positions=None, "
+      "SymInt? min_sampled_len=None, Tensor(a!)? rows_read=None) -> (Tensor out, Tensor lse, Tensor features_read)");
   m.def("append_k_features(Tensor(a!) k_features, Tensor k_new, Tensor positions) -> ()");
   m.def("append_k_features_paged(Tensor(a!) k_pages, Tensor k_new, Tensor positions, Tensor block_table) -> ()");
   m.def(
       "sample_select(Tensor q, Tensor k, *, float alpha_c=0.95, float alpha_s=0.95, SymInt num_chunks=0, "
       "SymInt sink_blocks=1, SymInt window_blocks=2, float? sm_scale=None, int gqa=0, int selection=0, "
       "float min_mass=0.0) -> (Tensor kv_cnt, Tensor kv_idx, Tensor stats)");
-  // For tests: the draws of one segment, given the integer CDF. tile_mass int64 [rows, tiles], row_weights int32
-  // [rows, tiles, tile_kv], row_seeds int64 [rows] -> counts int32 [rows, tiles, tile_kv].
+  // For tests: the draws of a row under the proportional budget, given the integer CDF. tile_mass int64 [rows, tiles],
+  // row_weights int32 [rows, tiles, tile_kv], row_seeds int64 [rows] -> counts int32 [rows, tiles, tile_kv].
   m.def(
       "_select(Tensor tile_mass, Tensor row_weights, Tensor row_seeds, SymInt num_draws, int sampler, SymInt seed) "
       "-> Tensor counts");
+  // For tests: the draws of a row under the streaming budget. units int32 [rows, tiles, 128]: what each key expects, in
+  // 2^-unit_bits draws; row_seeds int64 [rows] -> counts int32 [rows, tiles, 128].
+  m.def("_draw(Tensor units, Tensor row_seeds, int unit_bits, SymInt seed) -> Tensor counts");
   // For tests: the draws of Bernoulli scores. q as in decode, kv_lens int32 [batch], row_seeds int64 [batch] -> counts
   // int32 [batch, num_qo_heads, head_dim].
   m.def(

@@ -45,7 +45,7 @@ struct SampleSelectParams {
   Selection selection;
 
   // Workspace of the CUDA kernels. The heads are done in passes of heads_per_pass, whole groups each, so that it stays
-  // below kMaxSelectWorkspace (or is that of one group). Shapes are per head of a pass.
+  // below kMaxSelectWorkspace (or is that of one group). Shapes are per head of a pass. Without passes there is none.
   int heads_per_pass;
   int first_head;        // of the pass, among batch * num_qo_heads
   float* block_lse;      // [num_chunks, nk, 128], base 2: of the sampled rows on each key block up to the diagonal
@@ -73,15 +73,18 @@ struct SampleSelectParams {
 
 constexpr int64_t kMaxSelectWorkspace = int64_t{512} << 20;
 
-// Fills the workspace fields of p, the rest of which is set, and returns the bytes needed at `base`.
-inline int64_t place_select_workspace(SampleSelectParams& p, void* base) {
+// heads_per_pass of p, the inputs of which are set.
+inline int select_heads_per_pass(const SampleSelectParams& p) {
   const int64_t rows = static_cast<int64_t>(p.num_chunks) * kSelectBlock, nk = p.nk;
   const int64_t bytes_per_head = rows * nk * 4 + rows * 24 + p.num_chunks * (nk * 8 + 4) + 2 * nk * (8 + 4 + 1);
   const int64_t groups = kMaxSelectWorkspace / (bytes_per_head * p.gqa_group_size);
   const int64_t all_groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
-  const int64_t heads = (groups < 1 ? 1 : groups < all_groups ? groups : all_groups) * p.gqa_group_size;
-  p.heads_per_pass = static_cast<int>(heads);
+  return static_cast<int>((groups < 1 ? 1 : groups < all_groups ? groups : all_groups) * p.gqa_group_size);
+}
 
+// Fills the workspace fields of p, the rest of which is set, and returns the bytes needed at `base`.
+inline int64_t place_select_workspace(SampleSelectParams& p, void* base) {
+  const int64_t rows = static_cast<int64_t>(p.num_chunks) * kSelectBlock, nk = p.nk, heads = p.heads_per_pass;
   Workspace workspace(base);
   workspace.take(p.block_lse, heads * rows * nk);
   workspace.take(p.row_lse, heads * rows);

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from santa.ops import _autograd, _call, _check_same_device, _check_tensor
+from santa.ops import _autograd, _call, _check_same_device, _check_tensor, _decode_outputs
 
 
 def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
@@ -54,27 +54,10 @@ def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, b
 
 
 @torch.library.register_fake("santa::decode_bernoulli")
-def _decode_bernoulli_fake(
-    q: Tensor,
-    k_features: Tensor,
-    v: Tensor,
-    *,
-    kv_lens: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-    row_seeds: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_same_device(q, k_features=k_features, v=v, kv_lens=kv_lens, kv_starts=kv_starts, row_seeds=row_seeds)
-    features_read = q.new_empty((q.shape[0], k_features.shape[1]), dtype=torch.int32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), features_read
-
-
-@torch.library.register_fake("santa::decode_bernoulli_rows_read")
-def _decode_bernoulli_rows_read_fake(
-    q: Tensor, k_features: Tensor, v: Tensor, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, lse, features_read = _decode_bernoulli_fake(q, k_features, v, **options)
-    return out, lse, features_read, torch.empty_like(features_read)
+def _decode_bernoulli_fake(q: Tensor, k_features: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
+    _check_same_device(q, k_features=k_features, v=v, **tensors)
+    return *_decode_outputs(q), q.new_empty((q.shape[0], k_features.shape[1]), dtype=torch.int32)
 
 
 @torch.library.register_fake("santa::_ternary_counts")

@@ -26,7 +26,8 @@ class SantaConfig:
         num_samples: S, the draws per query head and step, 0 to 2^20; 0 is exact attention.
         sampler: "multinomial", "stratified", "systematic" or "grouped", or a `santa.Sampler` or its integer;
             stored as the `santa.Sampler`.
-        budget: "proportional" or "uniform", or a `santa.Budget` or its integer; stored as the `santa.Budget`.
+        budget: "streaming", "proportional" or "uniform", or a `santa.Budget` or its integer, stored as the
+            `santa.Budget`; None is what `santa.decode` chooses for the sampler.
         seed: base of the random streams, 0 to 2^62 - 1. Layer i draws from stream `seed + i`, so runs that
             must be independent of each other need seeds further apart than the model has layers.
         min_context: rows with fewer valid keys are exact (the operator's `min_sampled_len`); None is
@@ -48,7 +49,7 @@ class SantaConfig:
 
     num_samples: int = 256
     sampler: Sampler | int | str = Sampler.GROUPED
-    budget: Budget | int | str = Budget.PROPORTIONAL
+    budget: Budget | int | str | None = None
     seed: int = 0
     min_context: int | None = None
     layers: Collection[int] | None = None
@@ -66,7 +67,13 @@ class SantaConfig:
             _check_int("min_context", self.min_context, _MAX_INT32)
         # The class is frozen for its users; its own normalisation goes around that.
         object.__setattr__(self, "sampler", _choice("sampler", self.sampler, Sampler))
-        object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
+        if self.budget is not None:
+            object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
+            if self.budget != Budget.PROPORTIONAL and self.sampler in (Sampler.MULTINOMIAL, Sampler.STRATIFIED):
+                raise ValueError(
+                    f"santa: budget is {self.budget.name.lower()!r} while sampler is {self.sampler.name.lower()!r}, "
+                    "which needs budget='proportional'"
+                )
         object.__setattr__(self, "score_sampler", _choice("score_sampler", self.score_sampler, ScoreSampler))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         _check_int("num_draws", self.num_draws, _MAX_DRAWS, minimum=1)

@@ -21,12 +21,14 @@ class Sampler(enum.IntEnum):
 class Budget(enum.IntEnum):
     """How the draws are shared out along the KV axis.
 
-    PROPORTIONAL: over the whole row, in proportion to probability mass (S2ANTA-Prop). UNIFORM: equally many draws for
-    each segment of the row (S2ANTA-Flash).
+    STREAMING: tile by tile as the keys stream by, in proportion to the tile's mass against a pilot's estimate of the
+    row's. UNIFORM: the same, in proportion to the tile's keys (S2ANTA-Flash). PROPORTIONAL: over the whole row, in
+    proportion to probability mass, once all keys are scored (S2ANTA-Prop).
     """
 
     PROPORTIONAL = 0
     UNIFORM = 1
+    STREAMING = 2
 
 
 class KvLayout(enum.IntEnum):
@@ -122,11 +124,12 @@ def decode(
     kv_starts: Tensor | None = None,
     num_samples: int = 256,
     sampler: Sampler | int | str = Sampler.GROUPED,
-    budget: Budget | int | str = Budget.PROPORTIONAL,
+    budget: Budget | int | str | None = None,
     kv_layout: KvLayout | int | str = KvLayout.NHD,
     sm_scale: float | None = None,
     seed: int = 0,
     row_seeds: Tensor | None = None,
+    positions: Tensor | None = None,
     min_sampled_len: int | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -160,13 +163,17 @@ def decode(
         kv_starts: int32 [batch]: position of each row's first valid key (left padding). None: 0.
         num_samples: S, draws per query head, 0 to 2^20. 0 is exact attention.
         sampler: "multinomial", "stratified", "systematic" or "grouped" (or `Sampler`).
-        budget: "proportional" or "uniform" (or `Budget`). Uniform draws num_segments * ceil(S / num_segments) samples,
-            below 2 S.
+        budget: "streaming", "proportional" or "uniform" (or `Budget`). None: streaming for the samplers that can draw
+            tile by tile, "grouped" and "systematic"; proportional, which the other two need, for them. Proportional
+            makes S draws exactly; uniform expects S; streaming expects S where its pilot, 256 of the row's keys, has
+            the row's log-sum-exp right, more where it is too low. ``rows_read`` says what was read.
         kv_layout: "NHD" or "HND" (or `KvLayout`).
         sm_scale: softmax scale; None is 1 / sqrt(head_dim).
-        seed: 64-bit seed. The draws are a function of (seed, row seed, kv_len, head) alone: the same in any batch, on
-            any device, and fresh at each step of a growing row.
+        seed: 64-bit seed. The random numbers are a function of (seed, row seed, position, head) alone: the same in any
+            batch and on any device.
         row_seeds: int64 [batch]: a random stream for each request. None: 0 for every row.
+        positions: int32 [batch]: what sets the steps of a request apart. None: kv_len, so that a growing row draws
+            fresh numbers at each step. A window of constant length needs its last token's position here.
         min_sampled_len: rows with fewer keys take the exact path. None: `default_min_sampled_len`; 0: always sample.
         k_scale, v_scale: what a float8 k or v is to be multiplied with: float32, on q's device, [] or [1] for the whole
             tensor or [num_kv_heads], contiguous. None: 1. Only for a k or v that is float8_e4m3fn.
@@ -180,8 +187,9 @@ def decode(
     Returns:
         out: [batch, num_qo_heads, head_dim], q's dtype. Rows with kv_len 0 are zero.
         lse: [batch, num_qo_heads], float32: log-sum-exp of the scaled scores, natural logarithm; -inf for kv_len 0.
-        rows_read (with return_rows_read): [batch, num_kv_heads], int32: distinct V rows read for the KV head; on CUDA
-            -1 where the row's range lies outside the cache.
+        rows_read (with return_rows_read): [batch, num_kv_heads], int32: V rows read for the KV head, each counted once
+            (streaming and uniform: once for each block of up to 8 query heads, which share what they read); on CUDA -1
+            where the row's range lies outside the cache.
         features_read (with return_features_read): [batch, num_kv_heads], int32: key features, of head_dim, that any
             head of the group reads; 0 for kv_len 0, -1 as in rows_read.
 
@@ -197,6 +205,7 @@ def decode(
     _check_tensor("kv_lens", kv_lens, optional=True)
     _check_tensor("kv_starts", kv_starts, optional=True)
     _check_tensor("row_seeds", row_seeds, optional=True)
+    _check_tensor("positions", positions, optional=True)
     _check_tensor("k_scale", k_scale, optional=True)
     _check_tensor("v_scale", v_scale, optional=True)
     _check_int64("num_samples", num_samples)
@@ -210,11 +219,12 @@ def decode(
         "kv_starts": kv_starts,
         "num_samples": num_samples,
         "sampler": _choice("sampler", sampler, Sampler),
-        "budget": _choice("budget", budget, Budget),
+        "budget": None if budget is None else _choice("budget", budget, Budget),
         "kv_layout": _choice("kv_layout", kv_layout, KvLayout),
         "sm_scale": sm_scale,
         "seed": seed,
         "row_seeds": row_seeds,
+        "positions": positions,
         "min_sampled_len": min_sampled_len,
     }
     if score == "bernoulli":
@@ -236,8 +246,16 @@ def decode(
     ):
         if given:
             raise ValueError(f"santa: {name} is given with score='exact'; it needs score='bernoulli'")
-    op = torch.ops.santa.decode_rows_read if return_rows_read else torch.ops.santa.decode
-    return _call(op, q, k, v, k_scale=k_scale, v_scale=v_scale, **options)
+    rows_read = _empty_rows_read(q, k, 1 if options["kv_layout"] == KvLayout.HND else 2) if return_rows_read else None
+    outputs = _call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
+    return outputs if rows_read is None else (*outputs, rows_read)
+
+
+def _empty_rows_read(q: Tensor, k: Tensor, head_axis: int) -> Tensor:
+    """For the operator to fill. It also says what is wrong with q and k, so any shape will do for those it refuses."""
+    batch = q.shape[0] if q.dim() == 3 else 0
+    num_kv_heads = k.shape[head_axis] if k.dim() == 4 else 0
+    return q.new_empty((batch, num_kv_heads), dtype=torch.int32)
 
 
 def _decode_bernoulli(
@@ -256,10 +274,21 @@ def _decode_bernoulli(
     _check_int64("num_draws", num_draws)
     score_sampler = ScoreSampler.INDEPENDENT if score_sampler is None else score_sampler
     chosen = _choice("score_sampler", score_sampler, ScoreSampler)
-    ops = torch.ops.santa
-    op = ops.decode_bernoulli_rows_read if return_rows_read else ops.decode_bernoulli
-    out, lse, features_read, *rows_read = _call(op, *tensors, num_draws=num_draws, score_sampler=chosen, **options)
-    return (out, lse, *rows_read, *([features_read] if return_features_read else []))
+    rows_read = _empty_rows_read(tensors[0], tensors[1], 1) if return_rows_read else None
+    out, lse, features_read = _call(
+        torch.ops.santa.decode_bernoulli,
+        *tensors,
+        num_draws=num_draws,
+        score_sampler=chosen,
+        rows_read=rows_read,
+        **options,
+    )
+    return (
+        out,
+        lse,
+        *([] if rows_read is None else [rows_read]),
+        *([features_read] if return_features_read else []),
+    )
 
 
 def default_min_sampled_len(num_samples: int, gqa_group_size: int) -> int:
@@ -278,36 +307,24 @@ def _check_same_device(q: Tensor, whose: str = "q", /, **others: Tensor | None) 
             raise ValueError(f"santa: {name} is on {tensor.device}; it needs to be on {whose}'s device, {q.device}")
 
 
-@torch.library.register_fake("santa::decode")
-def _decode_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    kv_lens: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-    row_seeds: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    _check_same_device(
-        q, k=k, v=v, kv_lens=kv_lens, kv_starts=kv_starts, row_seeds=row_seeds, k_scale=k_scale, v_scale=v_scale
-    )
+def _decode_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("santa::decode_rows_read")
-def _decode_rows_read_fake(
-    q: Tensor, k: Tensor, v: Tensor, *, kv_layout: int = 0, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_kv_heads = k.shape[1 if kv_layout == KvLayout.HND else 2]
-    return *_decode_fake(q, k, v, **options), q.new_empty((q.shape[0], num_kv_heads), dtype=torch.int32)
+@torch.library.register_fake("santa::decode")
+def _decode_fake(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    _check_same_device(q, k=k, v=v, **{name: x for name, x in options.items() if isinstance(x, Tensor)})
+    return _decode_outputs(q)
 
 
 @torch.library.register_fake("santa::_select")
 def _select_fake(tile_mass: Tensor, row_weights: Tensor, *_: Any) -> Tensor:
     return row_weights.new_empty(row_weights.shape)
+
+
+@torch.library.register_fake("santa::_draw")
+def _draw_fake(units: Tensor, *_: Any) -> Tensor:
+    return units.new_empty(units.shape)
 
 
 class _InferenceOnly(torch.autograd.Function):
@@ -333,6 +350,12 @@ class _InferenceOnly(torch.autograd.Function):
 
 def _autograd_kernel(op: Any) -> Any:
     def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        outputs = run(tensors, options)
+        if options.get("rows_read") is not None:
+            torch.autograd.graph.increment_version(options["rows_read"])
+        return outputs
+
+    def run(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
         # Every tensor that could ask for a gradient; autograd sees those that are positional alone.
         names = tuple(name for name in ("k_scale", "v_scale") if options.get(name) is not None)
         differentiable = (*(options[name] for name in names), *tensors)
@@ -347,5 +370,5 @@ def _autograd_kernel(op: Any) -> Any:
 
 # Not torch.library.register_autograd: it does not take schemas with keyword-only tensors.
 _autograd = torch.library.Library("santa", "IMPL")
-for _name in ("decode", "decode_rows_read", "decode_bernoulli", "decode_bernoulli_rows_read"):
+for _name in ("decode", "decode_bernoulli"):
     _autograd.impl(_name, _autograd_kernel(getattr(torch.ops.santa, _name).default), "Autograd")

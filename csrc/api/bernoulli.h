@@ -15,10 +15,20 @@ inline void check_score_sampling(int64_t num_draws, int64_t score_sampler) {
   check_range("score_sampler", score_sampler, 0, 2);
 }
 
+// The one pass of CUDA multiplies keys with counts in q's dtype, whose whole numbers go so far without a gap.
+inline void check_cuda_num_draws(const DecodeArguments& a, int64_t num_draws) {
+  if (!a.q.is_cuda() || a.num_samples == 0 || budget_of(a) == Budget::kProportional) return;
+  const int64_t most = a.q.scalar_type() == ScalarType::BFloat16 ? 256 : 2048;
+  if (num_draws > most) {
+    fail("num_draws is ", num_draws, "; on CUDA it needs to be at most ", most, " for ", name_of(a.q.scalar_type()),
+         ", or budget='proportional'");
+  }
+}
+
 // `a.k` is k_features.
 inline void check_decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler) {
   check_range("kv_layout", a.kv_layout, 0, 1);
-  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
+  const bool hnd = a.hnd();
   check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
   check_rank("k_features", a.k, 4, kFeatureShape);
   check_rank(
@@ -43,8 +53,9 @@ inline void check_decode_bernoulli(const DecodeArguments& a, int64_t num_draws, 
   check_last_dim_contiguous("q", a.q);
   check_last_dim_contiguous("k_features", a.k);
   check_last_dim_contiguous("v", a.v);
-  check_options(a);
+  check_options(a, a.k.size(1));
   check_score_sampling(num_draws, score_sampler);
+  check_cuda_num_draws(a, num_draws);
 }
 
 struct BernoulliOutputs {
@@ -52,15 +63,11 @@ struct BernoulliOutputs {
   Tensor features_read;
 };
 
-// `Backend::configure_bernoulli(params, device_index)` chooses what depends on the device, `Backend::run_bernoulli`
-// does the work.
 template <typename Backend>
-BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler,
-                                  bool want_rows_read) {
+BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler) {
   check_decode_bernoulli(a, num_draws, score_sampler);
   const int64_t batch = a.q.size(0), num_kv_heads = a.k.size(1);
-  BernoulliOutputs outputs{empty_outputs(a, num_kv_heads, want_rows_read),
-                           empty<2>({batch, num_kv_heads}, ScalarType::Int, a.q)};
+  BernoulliOutputs outputs{empty_outputs(a), empty<2>({batch, num_kv_heads}, ScalarType::Int, a.q)};
   if (batch == 0) return outputs;
 
   BernoulliParams p{};
@@ -76,41 +83,35 @@ BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, i
   p.score_sampler = static_cast<ScoreSampler>(score_sampler);
   p.features_read = static_cast<int32_t*>(outputs.features_read.mutable_data_ptr());
 
-  const int device_index = a.q.is_cpu() ? -1 : a.q.get_device_index();
-  Backend::configure_bernoulli(p, device_index);
-  const int64_t bytes = place_bernoulli_workspace(p, nullptr);
-  const Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
-  place_bernoulli_workspace(p, workspace.mutable_data_ptr());
-  Backend::run_bernoulli(p, device_index);
+  run_backend<Backend>(p, a.q, place_bernoulli_workspace);
   return outputs;
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> decode_bernoulli_op(Tensor q, Tensor k_features, Tensor v,
-                                                       std::optional<Tensor> kv_lens, std::optional<Tensor> kv_starts,
-                                                       int64_t num_draws, int64_t score_sampler, int64_t num_samples,
-                                                       int64_t sampler, int64_t budget, int64_t kv_layout,
-                                                       std::optional<double> sm_scale, int64_t seed,
-                                                       std::optional<Tensor> row_seeds,
-                                                       std::optional<int64_t> min_sampled_len) {
-  const BernoulliOutputs outputs =
-      decode_bernoulli<Backend>({q, k_features, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
-                                 sm_scale, seed, row_seeds, min_sampled_len, std::nullopt, std::nullopt},
-                                num_draws, score_sampler, /*want_rows_read=*/false);
-  return {outputs.decode.out, outputs.decode.lse, outputs.features_read};
-}
-
-template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> decode_bernoulli_rows_read_op(
+std::tuple<Tensor, Tensor, Tensor> decode_bernoulli_op(
     Tensor q, Tensor k_features, Tensor v, std::optional<Tensor> kv_lens, std::optional<Tensor> kv_starts,
-    int64_t num_draws, int64_t score_sampler, int64_t num_samples, int64_t sampler, int64_t budget, int64_t kv_layout,
-    std::optional<double> sm_scale, int64_t seed, std::optional<Tensor> row_seeds,
-    std::optional<int64_t> min_sampled_len) {
-  const BernoulliOutputs outputs =
-      decode_bernoulli<Backend>({q, k_features, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
-                                 sm_scale, seed, row_seeds, min_sampled_len, std::nullopt, std::nullopt},
-                                num_draws, score_sampler, /*want_rows_read=*/true);
-  return {outputs.decode.out, outputs.decode.lse, outputs.features_read, *outputs.decode.rows_read};
+    int64_t num_draws, int64_t score_sampler, int64_t num_samples, int64_t sampler, std::optional<int64_t> budget,
+    int64_t kv_layout, std::optional<double> sm_scale, int64_t seed, std::optional<Tensor> row_seeds,
+    std::optional<Tensor> positions, std::optional<int64_t> min_sampled_len, std::optional<Tensor> rows_read) {
+  const BernoulliOutputs outputs = decode_bernoulli<Backend>({.q = q,
+                                                              .k = k_features,
+                                                              .v = v,
+                                                              .kv_lens = kv_lens,
+                                                              .kv_starts = kv_starts,
+                                                              .num_samples = num_samples,
+                                                              .sampler = sampler,
+                                                              .budget = budget,
+                                                              .kv_layout = kv_layout,
+                                                              .sm_scale = sm_scale,
+                                                              .seed = seed,
+                                                              .row_seeds = row_seeds,
+                                                              .positions = positions,
+                                                              .min_sampled_len = min_sampled_len,
+                                                              .k_scale = std::nullopt,
+                                                              .v_scale = std::nullopt,
+                                                              .rows_read = rows_read},
+                                                             num_draws, score_sampler);
+  return {outputs.decode.out, outputs.decode.lse, outputs.features_read};
 }
 
 // For tests: the counts of q, with the functions that the score stage draws with.
@@ -145,13 +146,11 @@ Tensor ternary_counts_op(Tensor q, Tensor kv_lens, Tensor row_seeds, int64_t num
 
   // Only the draws' part of the workspace; no tile is scored.
   const int64_t heads = batch * num_qo_heads;
-  p.num_blocks = static_cast<int>(ceil_div(d.gqa_group_size, score_heads_of(d.gqa_group_size)));
   const auto place = [&](void* base) {
     Workspace workspace(base);
     workspace.take(p.counts, heads * head_dim);
     workspace.take(p.scales, heads);
     workspace.take(p.features, batch * num_kv_heads * head_dim);
-    workspace.take(p.weights, batch * num_kv_heads * p.num_blocks * head_dim * score_heads_of(d.gqa_group_size));
     workspace.take(p.features_read, batch * num_kv_heads);
     return workspace.used();
   };

@@ -159,4 +159,16 @@ inline void check_per_row(const char* name, const Tensor& tensor, const Tensor& 
   }
 }
 
+// The output that is written in place.
+inline void check_rows_read(const Tensor& rows_read, const Tensor& q, int64_t num_kv_heads) {
+  check_dtype("rows_read", rows_read, ScalarType::Int, "");
+  check_rank("rows_read", rows_read, 2, "[batch, num_kv_heads]");
+  check_size("rows_read", rows_read, 0, q.size(0), "batch");
+  check_size("rows_read", rows_read, 1, num_kv_heads, "num_kv_heads");
+  check_same_device("rows_read", rows_read, q);
+  if (!rows_read.is_contiguous()) {
+    fail("rows_read has strides [", rows_read.stride(0), ", ", rows_read.stride(1), "]; it needs to be contiguous");
+  }
+}
+
 }  // namespace santa::api

@@ -40,6 +40,7 @@ Tensor empty(const std::array<int64_t, RANK>& sizes, ScalarType dtype, const Ten
   return Tensor(handle);
 }
 
+// The arguments that santa::decode and santa::decode_bernoulli share, and the scales of the first. Filled by name.
 struct DecodeArguments {
   const Tensor& q;
   const Tensor& k;
@@ -48,15 +49,45 @@ struct DecodeArguments {
   const std::optional<Tensor>& kv_starts;
   int64_t num_samples;
   int64_t sampler;
-  int64_t budget;
+  std::optional<int64_t> budget;
   int64_t kv_layout;
   std::optional<double> sm_scale;
   int64_t seed;
   const std::optional<Tensor>& row_seeds;
+  const std::optional<Tensor>& positions;
   std::optional<int64_t> min_sampled_len;
-  const std::optional<Tensor>& k_scale;
-  const std::optional<Tensor>& v_scale;
+  std::optional<Tensor> k_scale;
+  std::optional<Tensor> v_scale;
+  const std::optional<Tensor>& rows_read;
+
+  bool hnd() const { return kv_layout == static_cast<int64_t>(KvLayout::kHND); }
+  int head_axis() const { return hnd() ? 1 : 2; }
+  int token_axis() const { return hnd() ? 2 : 1; }
 };
+
+inline const char* name_of(Sampler sampler) {
+  switch (sampler) {
+    case Sampler::kMultinomial:
+      return "multinomial";
+    case Sampler::kStratified:
+      return "stratified";
+    case Sampler::kSystematic:
+      return "systematic";
+    default:
+      return "grouped";
+  }
+}
+
+// Whether draws can be made tile by tile. The thresholds of the other two samplers are spread over the row's whole CDF.
+inline bool can_draw_in_one_pass(Sampler sampler) {
+  return sampler == Sampler::kSystematic || sampler == Sampler::kGrouped;
+}
+
+// Of arguments that were checked.
+inline Budget budget_of(const DecodeArguments& a) {
+  if (a.budget) return static_cast<Budget>(*a.budget);
+  return can_draw_in_one_pass(static_cast<Sampler>(a.sampler)) ? Budget::kStreaming : Budget::kProportional;
+}
 
 inline void check_query_dtype(const Tensor& q) {
   const ScalarType dtype = q.scalar_type();
@@ -84,14 +115,27 @@ inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads)
   }
 }
 
+inline void check_budget(const DecodeArguments& a) {
+  check_range("sampler", a.sampler, 0, 3);
+  if (!a.budget) return;
+  check_range("budget", *a.budget, 0, 2);
+  const auto sampler = static_cast<Sampler>(a.sampler);
+  const auto budget = static_cast<Budget>(*a.budget);
+  if (budget != Budget::kProportional && !can_draw_in_one_pass(sampler)) {
+    fail("budget is ", budget == Budget::kUniform ? "'uniform'" : "'streaming'", " while sampler is '",
+         name_of(sampler), "', which needs budget='proportional'");
+  }
+}
+
 // What is said of rows, samples and scores beside the cache.
-inline void check_options(const DecodeArguments& a) {
+inline void check_options(const DecodeArguments& a, int64_t num_kv_heads) {
   if (a.kv_lens) check_per_row("kv_lens", *a.kv_lens, a.q, ScalarType::Int);
   if (a.kv_starts) check_per_row("kv_starts", *a.kv_starts, a.q, ScalarType::Int);
   if (a.row_seeds) check_per_row("row_seeds", *a.row_seeds, a.q, ScalarType::Long);
+  if (a.positions) check_per_row("positions", *a.positions, a.q, ScalarType::Int);
+  if (a.rows_read) check_rows_read(*a.rows_read, a.q, num_kv_heads);
   check_range("num_samples", a.num_samples, 0, kMaxNumSamples);
-  check_range("sampler", a.sampler, 0, 3);
-  check_range("budget", a.budget, 0, 1);
+  check_budget(a);
   if (a.sm_scale && !(std::abs(*a.sm_scale) <= kMaxScale)) {
     fail("sm_scale is ", *a.sm_scale, "; it needs to be finite and at most ", kMaxScale, " in magnitude");
   }
@@ -102,9 +146,8 @@ inline void check_options(const DecodeArguments& a) {
 
 inline void check_decode(const DecodeArguments& a) {
   check_range("kv_layout", a.kv_layout, 0, 1);
-  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
-  const char* kv_shape =
-      hnd ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)" : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
+  const char* kv_shape = a.hnd() ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)"
+                                 : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
   check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
   check_rank("k", a.k, 4, kv_shape);
   check_rank("v", a.v, 4, kv_shape);
@@ -115,19 +158,18 @@ inline void check_decode(const DecodeArguments& a) {
   check_same_device("v", a.v, a.q);
 
   check_head_dim(a.q);
-  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
   check_size("k", a.k, 0, a.q.size(0), "batch");
   check_size("k", a.k, 3, a.q.size(2), "head_dim");
   for (int dim = 0; dim < 4; ++dim) check_size("v", a.v, dim, a.k.size(dim), "as in k");
-  const int64_t num_kv_heads = a.k.size(head_axis);
+  const int64_t num_kv_heads = a.k.size(a.head_axis());
   check_heads(a.q, "k", num_kv_heads);
-  if (a.k.size(token_axis) > kMaxKvLen) {
-    fail("k has max_kv_len ", a.k.size(token_axis), "; it needs to be at most ", kMaxKvLen);
+  if (a.k.size(a.token_axis()) > kMaxKvLen) {
+    fail("k has max_kv_len ", a.k.size(a.token_axis()), "; it needs to be at most ", kMaxKvLen);
   }
   check_last_dim_contiguous("q", a.q);
   check_last_dim_contiguous("k", a.k);
   check_last_dim_contiguous("v", a.v);
-  check_options(a);
+  check_options(a, num_kv_heads);
   if (a.k_scale) check_scale("k_scale", *a.k_scale, "k", a.k, a.q, num_kv_heads);
   if (a.v_scale) check_scale("v_scale", *a.v_scale, "v", a.v, a.q, num_kv_heads);
 }
@@ -149,7 +191,6 @@ inline Dtype dtype_of(const Tensor& tensor) {
 struct DecodeOutputs {
   Tensor out;
   Tensor lse;
-  std::optional<Tensor> rows_read;
 };
 
 // Whether every row of a tensor, its last dimension, starts on a 16-byte boundary. Strides of dimensions of size 1 are
@@ -163,20 +204,16 @@ inline bool rows_are_aligned(const Tensor& tensor) {
   return true;
 }
 
-inline DecodeOutputs empty_outputs(const DecodeArguments& a, int64_t num_kv_heads, bool want_rows_read) {
+inline DecodeOutputs empty_outputs(const DecodeArguments& a) {
   const int64_t batch = a.q.size(0), num_qo_heads = a.q.size(1);
-  DecodeOutputs outputs{empty<3>({batch, num_qo_heads, a.q.size(2)}, a.q.scalar_type(), a.q),
-                        empty<2>({batch, num_qo_heads}, ScalarType::Float, a.q), std::nullopt};
-  if (want_rows_read) outputs.rows_read = empty<2>({batch, num_kv_heads}, ScalarType::Int, a.q);
-  return outputs;
+  return {empty<3>({batch, num_qo_heads, a.q.size(2)}, a.q.scalar_type(), a.q),
+          empty<2>({batch, num_qo_heads}, ScalarType::Float, a.q)};
 }
 
 // All but the keys and what depends on them: k, its strides, scales and alignment.
-inline DecodeParams params_beside_keys(const DecodeArguments& a, DecodeOutputs& outputs) {
-  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
-  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
+inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOutputs& outputs) {
   const int64_t num_qo_heads = a.q.size(1), head_dim = a.q.size(2);
-  const int64_t num_kv_heads = a.v.size(head_axis), group_size = num_qo_heads / num_kv_heads;
+  const int64_t num_kv_heads = a.v.size(a.head_axis()), group_size = num_qo_heads / num_kv_heads;
 
   DecodeParams p{};
   p.q = a.q.const_data_ptr();
@@ -184,14 +221,16 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, DecodeOutputs& 
   p.kv_lens = a.kv_lens ? a.kv_lens->const_data_ptr<int32_t>() : nullptr;
   p.kv_starts = a.kv_starts ? a.kv_starts->const_data_ptr<int32_t>() : nullptr;
   p.row_seeds = a.row_seeds ? a.row_seeds->const_data_ptr<int64_t>() : nullptr;
+  p.positions = a.positions ? a.positions->const_data_ptr<int32_t>() : nullptr;
   p.v_scale = a.v_scale ? a.v_scale->const_data_ptr<float>() : nullptr;
   p.stride_v_scale = a.v_scale && a.v_scale->numel() > 1 ? 1 : 0;
   p.out = outputs.out.mutable_data_ptr();
   p.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
-  p.rows_read = outputs.rows_read ? static_cast<int32_t*>(outputs.rows_read->mutable_data_ptr()) : nullptr;
+  p.rows_read = a.rows_read ? static_cast<int32_t*>(a.rows_read->mutable_data_ptr()) : nullptr;
 
   p.stride_q_batch = a.q.stride(0), p.stride_q_head = a.q.stride(1);
-  p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(token_axis), p.stride_v_head = a.v.stride(head_axis);
+  p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(a.token_axis());
+  p.stride_v_head = a.v.stride(a.head_axis());
 
   p.dtype = dtype_of(a.q), p.v_dtype = dtype_of(a.v);
   p.batch = static_cast<int>(a.q.size(0));
@@ -199,29 +238,38 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, DecodeOutputs& 
   p.num_kv_heads = static_cast<int>(num_kv_heads);
   p.gqa_group_size = static_cast<int>(group_size);
   p.head_dim = static_cast<int>(head_dim);
-  p.max_kv_len = static_cast<int>(a.v.size(token_axis));
+  p.max_kv_len = static_cast<int>(a.v.size(a.token_axis()));
 
   const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));
   p.sampler = static_cast<Sampler>(a.sampler);
-  p.budget = static_cast<Budget>(a.budget);
+  p.budget = budget_of(a);
   p.num_samples = static_cast<int>(a.num_samples);
   p.min_sampled_len = a.min_sampled_len ? *a.min_sampled_len : default_min_sampled_len(a.num_samples, group_size);
   p.seed = a.seed;
 
   // Known on the host: no row can be long enough to be sampled.
   if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
-  p.persistent.max_kv_len = -1;
+  p.plan = plan_call(p);
   return p;
 }
 
-// `Backend::configure(params, device_index)` chooses what depends on the device, `Backend::run` does the work.
+// The one protocol of all backends: `Backend::plan(params, device_index)` settles what depends on the device, then the
+// workspace is placed (`place(params, base)` returns its size, and with a base fills in the addresses), then
+// `Backend::run(params, device_index)` does the work.
+template <typename Backend, typename Params, typename Place>
+void run_backend(Params& p, const Tensor& like, const Place& place) {
+  const int device_index = like.is_cpu() ? -1 : like.get_device_index();
+  Backend::plan(p, device_index);
+  const Tensor workspace = empty<1>({place(p, nullptr)}, ScalarType::Byte, like);
+  place(p, workspace.mutable_data_ptr());
+  Backend::run(p, device_index);
+}
+
 template <typename Backend>
-DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
+DecodeOutputs decode(const DecodeArguments& a) {
   check_decode(a);
-  const bool hnd = a.kv_layout == static_cast<int64_t>(KvLayout::kHND);
-  const int head_axis = hnd ? 1 : 2, token_axis = hnd ? 2 : 1;
-  DecodeOutputs outputs = empty_outputs(a, a.k.size(head_axis), want_rows_read);
+  DecodeOutputs outputs = empty_outputs(a);
   if (a.q.size(0) == 0) return outputs;
 
   DecodeParams p = params_beside_keys(a, outputs);
@@ -229,43 +277,38 @@ DecodeOutputs decode(const DecodeArguments& a, bool want_rows_read) {
   p.k_dtype = dtype_of(a.k);
   p.k_scale = a.k_scale ? a.k_scale->const_data_ptr<float>() : nullptr;
   p.stride_k_scale = a.k_scale && a.k_scale->numel() > 1 ? 1 : 0;
-  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(token_axis), p.stride_k_head = a.k.stride(head_axis);
+  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(a.token_axis());
+  p.stride_k_head = a.k.stride(a.head_axis());
   p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
-
-  Backend::configure(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
-  const int64_t bytes = place_workspace(p, nullptr);
-  const Tensor workspace = empty<1>({bytes}, ScalarType::Byte, a.q);
-  place_workspace(p, workspace.mutable_data_ptr());
-
-  Backend::run(p, a.q.is_cpu() ? -1 : a.q.get_device_index());
+  run_backend<Backend>(p, a.q, place_workspace);
   return outputs;
 }
 
-// The two registered operators differ in what they return alone.
 template <typename Backend>
 std::tuple<Tensor, Tensor> decode_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> kv_lens,
                                      std::optional<Tensor> kv_starts, int64_t num_samples, int64_t sampler,
-                                     int64_t budget, int64_t kv_layout, std::optional<double> sm_scale, int64_t seed,
-                                     std::optional<Tensor> row_seeds, std::optional<int64_t> min_sampled_len,
-                                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
-  const DecodeOutputs outputs = decode<Backend>({q, k, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
-                                                 sm_scale, seed, row_seeds, min_sampled_len, k_scale, v_scale},
-                                                /*want_rows_read=*/false);
+                                     std::optional<int64_t> budget, int64_t kv_layout, std::optional<double> sm_scale,
+                                     int64_t seed, std::optional<Tensor> row_seeds, std::optional<Tensor> positions,
+                                     std::optional<int64_t> min_sampled_len, std::optional<Tensor> k_scale,
+                                     std::optional<Tensor> v_scale, std::optional<Tensor> rows_read) {
+  const DecodeOutputs outputs = decode<Backend>({.q = q,
+                                                 .k = k,
+                                                 .v = v,
+                                                 .kv_lens = kv_lens,
+                                                 .kv_starts = kv_starts,
+                                                 .num_samples = num_samples,
+                                                 .sampler = sampler,
+                                                 .budget = budget,
+                                                 .kv_layout = kv_layout,
+                                                 .sm_scale = sm_scale,
+                                                 .seed = seed,
+                                                 .row_seeds = row_seeds,
+                                                 .positions = positions,
+                                                 .min_sampled_len = min_sampled_len,
+                                                 .k_scale = k_scale,
+                                                 .v_scale = v_scale,
+                                                 .rows_read = rows_read});
   return {outputs.out, outputs.lse};
-}
-
-template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> decode_rows_read_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> kv_lens,
-                                                       std::optional<Tensor> kv_starts, int64_t num_samples,
-                                                       int64_t sampler, int64_t budget, int64_t kv_layout,
-                                                       std::optional<double> sm_scale, int64_t seed,
-                                                       std::optional<Tensor> row_seeds,
-                                                       std::optional<int64_t> min_sampled_len,
-                                                       std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
-  const DecodeOutputs outputs = decode<Backend>({q, k, v, kv_lens, kv_starts, num_samples, sampler, budget, kv_layout,
-                                                 sm_scale, seed, row_seeds, min_sampled_len, k_scale, v_scale},
-                                                /*want_rows_read=*/true);
-  return {outputs.out, outputs.lse, *outputs.rows_read};
 }
 
 }  // namespace santa::api

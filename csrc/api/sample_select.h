@@ -69,7 +69,6 @@ inline void check_sample_select(const SampleSelectArguments& a) {
   if (!(a.min_mass >= 0.0 && a.min_mass <= 1.0)) fail("min_mass is ", a.min_mass, "; it needs to be in [0, 1]");
 }
 
-// `Backend::workspace_bytes(params)` measures and `Backend::run(params, workspace, device_index)` does the work.
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> sample_select_op(Tensor q, Tensor k, double alpha_c, double alpha_s,
                                                     int64_t num_chunks, int64_t sink_blocks, int64_t window_blocks,
@@ -111,8 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_select_op(Tensor q, Tensor k, double a
   p.gqa_union = gqa == 1;
   p.selection = static_cast<Selection>(selection);
 
-  const Tensor workspace = empty<1>({Backend::workspace_bytes(p)}, ScalarType::Byte, q);
-  Backend::run(p, workspace.mutable_data_ptr(), q.is_cpu() ? -1 : q.get_device_index());
+  run_backend<Backend>(p, q, place_select_workspace);
   return {kv_cnt, kv_idx, stats};
 }
 

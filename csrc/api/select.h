@@ -1,9 +1,9 @@
-// santa::_select: the draws of one segment, given the integer CDF. It exists so that tests can show that both backends
-// draw the same rows.
+// santa::_select and santa::_draw: the draws of a row, given its CDF in integers, under the proportional budget and in
+// one pass. They exist so that tests can show that both backends draw the same rows.
 #pragma once
 
-#include "api/checks.h"
 #include "api/decode.h"
+#include "core/draw.h"
 #include "core/samplers.h"
 
 namespace santa {
@@ -17,6 +17,17 @@ struct SelectParams {
   int num_draws;
   Sampler sampler;
   int64_t seed;
+};
+
+struct DrawParams {
+  const int32_t* units;      // [rows, tiles, kDrawTileKv], in 2^-unit_bits draws; a tile's add up to 2^31 at most
+  const int64_t* row_seeds;  // [rows]
+  int32_t* counts;           // [rows, tiles, kDrawTileKv]
+  int rows, tiles;
+  int unit_bits;
+  int64_t seed;
+
+  SANTA_HD RandomStream stream(int row) const { return RandomStream::make(seed, row_seeds[row], 0, 0); }
 };
 
 namespace api {
@@ -53,6 +64,28 @@ Tensor select_op(Tensor tile_mass, Tensor row_weights, Tensor row_seeds, int64_t
   p.sampler = static_cast<Sampler>(sampler);
   p.seed = seed;
   Backend::run(p, tile_mass.is_cpu() ? -1 : tile_mass.get_device_index());
+  return counts;
+}
+
+template <typename Backend>
+Tensor draw_op(Tensor units, Tensor row_seeds, int64_t unit_bits, int64_t seed) {
+  check_dtype("units", units, ScalarType::Int, "");
+  check_rank("units", units, 3, "[rows, tiles, 128]");
+  check_size("units", units, 2, kDrawTileKv, "keys of a tile");
+  check_per_row("row_seeds", row_seeds, units, ScalarType::Long);
+  check_range("unit_bits", unit_bits, 0, kGroupedUnitBits);
+  if (!units.is_contiguous()) fail("units needs to be contiguous");
+  Tensor counts = empty<3>({units.size(0), units.size(1), units.size(2)}, ScalarType::Int, units);
+  if (counts.numel() == 0) return counts;
+  DrawParams p{};
+  p.units = units.const_data_ptr<int32_t>();
+  p.row_seeds = row_seeds.const_data_ptr<int64_t>();
+  p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
+  p.rows = static_cast<int>(units.size(0));
+  p.tiles = static_cast<int>(units.size(1));
+  p.unit_bits = static_cast<int>(unit_bits);
+  p.seed = seed;
+  Backend::run(p, units.is_cpu() ? -1 : units.get_device_index());
   return counts;
 }
 

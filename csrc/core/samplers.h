@@ -1,7 +1,8 @@
-// The estimators: how rows are drawn from a CDF, in integers, identically on host and device.
+// The estimators of the proportional budget: how rows are drawn from a CDF, in integers, identically on host and
+// device.
 //
-// A CDF has two levels. Level 1, the tiles of a segment: tile t covers [start_t, start_t + mass_t) of [0, total), in
-// units of 2^-31 of the segment's mass. Level 2, the rows of a tile: row n covers [c_{n-1}, c_n) of [0, c_last), in
+// A CDF has two levels. Level 1, the tiles of a row: tile t covers [start_t, start_t + mass_t) of [0, total), in units
+// of 2^-31 of the row's mass. Level 2, the rows of a tile: row n covers [c_{n-1}, c_n) of [0, c_last), in
 // units of 2^-30 of the tile's mass. Boundaries are integers, so each is rounded once and handed to both neighbours,
 // sums do not depend on their order, and the counts of a sampler add up to its budget exactly. 32 bits are enough for
 // level 1 (a tile's mass is off by half a unit, less than what float32 scores leave open) and keep every product below
@@ -53,7 +54,7 @@ SANTA_HD float approximate_quotient(float a, float b) {
 #endif
 }
 
-// The draws of one segment and stream.
+// The draws of one stream.
 //
 // Threshold m of a sorted sampler lies at (m total + r) / R, r a random point of [0, total). Comparing it with an
 // integer boundary b takes no division: it is below b if m total + r < b R. So thresholds and boundaries are scaled by
@@ -166,12 +167,15 @@ SANTA_HD int row_at(const uint32_t* cumulative, int num_rows, uint32_t position)
   return low;
 }
 
-// Expected number of thresholds in a row's interval: R * (tile_mass / total) * (weight / weight_sum). Systematic
-// thresholds select the row at least once with probability min(1, that).
+// Expected number of thresholds in a row's interval: R * (tile_mass / total) * (weight / weight_sum).
 SANTA_HD float expected_draws(uint32_t num_draws, uint32_t tile_mass, uint32_t total, uint32_t weight,
                               uint32_t weight_sum) {
   return static_cast<float>(num_draws) * (static_cast<float>(tile_mass) / static_cast<float>(total)) *
          (static_cast<float>(weight) / static_cast<float>(weight_sum));
 }
+
+// grouped: Horvitz-Thompson, p / P(the row is selected). Systematic thresholds select a row that expects so many of
+// them with probability min(1, expected).
+SANTA_HD float selected_weight(float p, float expected) { return p / fminf(1.0f, expected); }
 
 }  // namespace santa

@@ -1,5 +1,5 @@
 // Bernoulli scores on the CPU: draws per (batch row, KV head), then scores along the sequence, a listed feature at a
-// time, by integer-weighted additions. The value stages are those of decode.cpp.
+// time, by integer-weighted additions. The rest is decode.cpp.
 #include "cpu/bernoulli.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -19,7 +19,7 @@ namespace {
 // Draws of one query head.
 void draw_head(const BernoulliParams& p, int64_t group, int h, const RowShape& row, int16_t* counts, float& scale) {
   const DecodeParams& d = p.decode;
-  const TileIndex at = {static_cast<int>(group / d.num_kv_heads), static_cast<int>(group % d.num_kv_heads), 0};
+  const GroupIndex at = group_at(d, group);
   std::vector<float> q(d.head_dim);
   widen_query(d, at, h, q.data());
   float max = 0.0f;
@@ -29,7 +29,7 @@ void draw_head(const BernoulliParams& p, int64_t group, int h, const RowShape& r
   const int64_t row_seed = d.row_seeds != nullptr ? d.row_seeds[at.batch_index] : 0;
   const bool shared = p.score_sampler == ScoreSampler::kShared;
   const int head = shared ? at.kv_head : at.kv_head * d.gqa_group_size + h;
-  const auto stream = ScoreStream::make(d.seed, row_seed, row.kv_len, head);
+  const auto stream = ScoreStream::make(d.seed, row_seed, row.position, head);
   const uint32_t offset = systematic_offset(stream);
   uint64_t sum = 0;
   for (int chunk = 0; chunk < d.head_dim / 4; ++chunk) {
@@ -51,7 +51,7 @@ void draw_head(const BernoulliParams& p, int64_t group, int h, const RowShape& r
 }
 
 // Scores by listed features; see ScoreKeys. A head takes no part in features that others of its group drew.
-void score_by_features(const BernoulliParams& p, TileIndex at, const RowShape& row, int64_t first, int count,
+void score_by_features(const BernoulliParams& p, GroupIndex at, const RowShape& row, int64_t first, int count,
                        float* scores, int64_t stride) {
   const DecodeParams& d = p.decode;
   const int64_t group = d.group_index(at.batch_index, at.kv_head), size = element_size(d.k_dtype);
@@ -70,7 +70,7 @@ void score_by_features(const BernoulliParams& p, TileIndex at, const RowShape& r
   }
   for (int h = 0; h < d.gqa_group_size; ++h) {
     const float scale = p.scales[group * d.gqa_group_size + h];
-    for (int n = 0; n < count; ++n) scores[h * stride + n] *= scale;
+    for (int n = 0; n < count; ++n) scores[h * stride + n] = logit_of(scores[h * stride + n], scale);
   }
 }
 
@@ -78,31 +78,28 @@ void score_by_features(const BernoulliParams& p, TileIndex at, const RowShape& r
 
 void draw_features(const BernoulliParams& p) {
   const DecodeParams& d = p.decode;
-  const int64_t groups = static_cast<int64_t>(d.batch) * d.num_kv_heads;
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      const RowShape row = row_shape_of(d, static_cast<int>(group / d.num_kv_heads));
-      int16_t* counts = p.counts + p.counts_offset(group);
-      for (int h = 0; h < d.gqa_group_size; ++h) {
-        draw_head(p, group, h, row, counts + static_cast<int64_t>(h) * d.head_dim,
-                  p.scales[group * d.gqa_group_size + h]);
-      }
-      int listed = 0;
-      for (int feature = 0; row.kv_len > 0 && feature < d.head_dim; ++feature) {
-        bool read = false;
-        for (int h = 0; h < d.gqa_group_size; ++h) read |= counts[static_cast<int64_t>(h) * d.head_dim + feature] != 0;
-        if (read) p.features[group * d.head_dim + listed++] = static_cast<uint8_t>(feature);
-      }
-      p.features_read[group] = listed;
+  for_each_group(d, [&](int64_t group, const RowShape& row) {
+    int16_t* counts = p.counts + p.counts_offset(group);
+    for (int h = 0; h < d.gqa_group_size; ++h) {
+      draw_head(p, group, h, row, counts + static_cast<int64_t>(h) * d.head_dim,
+                p.scales[group * d.gqa_group_size + h]);
     }
+    int listed = 0;
+    for (int feature = 0; row.kv_len > 0 && feature < d.head_dim; ++feature) {
+      bool read = false;
+      for (int h = 0; h < d.gqa_group_size; ++h) read |= counts[static_cast<int64_t>(h) * d.head_dim + feature] != 0;
+      if (read) p.features[group * d.head_dim + listed++] = static_cast<uint8_t>(feature);
+    }
+    p.features_read[group] = listed;
   });
 }
 
 void decode_bernoulli(const BernoulliParams& p) {
   check_rows(p.decode);
   draw_features(p);
-  decode_with(p.decode, [&](TileIndex at, const RowShape& row, int64_t first, int count, float* scores,
-                            int64_t stride) { score_by_features(p, at, row, first, count, scores, stride); });
+  const auto score_keys = [&](GroupIndex at, const RowShape& row, int64_t first, int count, float* scores,
+                              int64_t stride) { score_by_features(p, at, row, first, count, scores, stride); };
+  decode_with(p.decode, score_keys, kFeaturePilotRun);
 }
 
 void append(const AppendParams& p) {

@@ -10,13 +10,15 @@
 #include "api/select.h"
 #include "cpu/bernoulli.h"
 #include "cpu/decode.h"
+#include "cpu/one_pass.h"
+#include "cpu/proportional.h"
 #include "cpu/sample_select.h"
 
 namespace santa::cpu {
 namespace {
 
 struct DecodeBackend {
-  static void configure(DecodeParams&, int) {}
+  static void plan(DecodeParams&, int) {}
   static void run(const DecodeParams& p, int) { decode(p); }
 };
 
@@ -47,14 +49,27 @@ struct SelectBackend {
   }
 };
 
+struct DrawBackend {
+  static void run(const DrawParams& p, int) {
+    for (int row = 0; row < p.rows; ++row) {
+      for (int tile = 0; tile < p.tiles; ++tile) {
+        const int64_t first = (static_cast<int64_t>(row) * p.tiles + tile) * kDrawTileKv;
+        const std::vector<uint32_t> units(p.units + first, p.units + first + kDrawTileKv);
+        draw_counts(units.data(), kDrawTileKv, streaming_offset(p.stream(row), tile, p.unit_bits), p.unit_bits,
+                    p.counts + first);
+      }
+    }
+  }
+};
+
 struct SampleSelectBackend {
-  static int64_t workspace_bytes(SampleSelectParams&) { return 0; }
-  static void run(SampleSelectParams& p, void*, int) { sample_select(p); }
+  static void plan(SampleSelectParams& p, int) { p.heads_per_pass = 0; }  // no passes, no workspace
+  static void run(const SampleSelectParams& p, int) { sample_select(p); }
 };
 
 struct BernoulliBackend {
-  static void configure_bernoulli(BernoulliParams&, int) {}
-  static void run_bernoulli(const BernoulliParams& p, int) { decode_bernoulli(p); }
+  static void plan(BernoulliParams&, int) {}
+  static void run(const BernoulliParams& p, int) { decode_bernoulli(p); }
   static void run_ternary(const BernoulliParams& p, int32_t* counts, int) {
     draw_features(p);
     const int64_t total = static_cast<int64_t>(p.decode.batch) * p.decode.num_qo_heads * p.decode.head_dim;
@@ -68,13 +83,11 @@ struct BernoulliBackend {
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CPU, m) {
   m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cpu::DecodeBackend>));
-  m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cpu::DecodeBackend>));
   m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cpu::BernoulliBackend>));
-  m.impl("decode_bernoulli_rows_read",
-         TORCH_BOX(&santa::api::decode_bernoulli_rows_read_op<santa::cpu::BernoulliBackend>));
   m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cpu::BernoulliBackend>));
   m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cpu::BernoulliBackend>));
   m.impl("_ternary_counts", TORCH_BOX(&santa::api::ternary_counts_op<santa::cpu::BernoulliBackend>));
   m.impl("sample_select", TORCH_BOX(&santa::api::sample_select_op<santa::cpu::SampleSelectBackend>));
   m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cpu::SelectBackend>));
+  m.impl("_draw", TORCH_BOX(&santa::api::draw_op<santa::cpu::DrawBackend>));
 }

@@ -1,0 +1,221 @@
+#include "cpu/one_pass.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/vector_ops.h"
+
+namespace santa::cpu {
+namespace {
+
+// The levels of a group's heads: what its pilot says of their log-sum-exp, base 2.
+void pilot_levels(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoreKeys& score_keys, int run,
+                  float* levels) {
+  const int size = pilot_size(row.kv_len);
+  std::vector<float> scores(static_cast<size_t>(p.gqa_group_size) * kPilotKeys);
+  for (int i = 0, count; i < size; i += count) {  // neighbours are scored together
+    const int first = pilot_position(i, row.kv_len, run);
+    for (count = 1; i + count < size && pilot_position(i + count, row.kv_len, run) == first + count;) ++count;
+    score_keys(at, row, first, count, scores.data() + i, kPilotKeys);
+  }
+  float exponentials[kPilotKeys];
+  for (int h = 0; h < p.gqa_group_size; ++h) {
+    float* weighted = scores.data() + h * kPilotKeys;
+    for (int i = 0; i < size; ++i) weighted[i] += pilot_log2_weight(i, row.kv_len);
+    const float max = max_block(weighted, size);
+    levels[h] = log2_sum({max, exp2_block(weighted, max, exponentials, size)});
+  }
+}
+
+// The running sums of one part: for each head N = sum of exp2(score - reference) v, estimated, and Z = sum of
+// exp2(score - reference), exact. They lie where those of an exact tile do, and `combine_head` sees no difference.
+struct PartSums {
+  float* n;          // [gqa_group_size, head_dim]
+  float* reference;  // [gqa_group_size]
+  float* z;          // [gqa_group_size]
+  int group_size, head_dim;
+
+  PartSums(const DecodeParams& p, int64_t group, int part) : group_size(p.gqa_group_size), head_dim(p.head_dim) {
+    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(part) * group_size;
+    n = p.o_accum + stats * head_dim, reference = p.tile_max + stats, z = p.tile_sum + stats;
+    std::fill_n(n, static_cast<int64_t>(group_size) * head_dim, 0.0f);
+    std::fill_n(reference, group_size, -INFINITY);
+    std::fill_n(z, group_size, 0.0f);
+  }
+
+  // Adds a tile to head h's Z and returns what entries of N that are relative to tile_reference are to be multiplied
+  // with. Where the reference rises, what was added before shrinks.
+  float add_tile(int h, SoftmaxState tile, float tile_reference) {
+    const float raised = fmaxf(reference[h], tile_reference);
+    if (raised > reference[h]) {
+      const float factor = exp2_below(reference[h], raised);
+      for (int d = 0; d < head_dim; ++d) n[h * head_dim + d] *= factor;
+      z[h] *= factor;
+      reference[h] = raised;
+    }
+    z[h] += tile.sum * exp2_below(tile.max, raised);
+    return exp2_below(tile_reference, raised);
+  }
+};
+
+// A tile that was scored. Arrays are [gqa_group_size], those of keys [gqa_group_size, kDrawTileKv].
+struct ScoredTile {
+  int64_t first;
+  int count;
+  std::vector<float> scores, exponentials;  // exp2(score - max)
+  std::vector<SoftmaxState> states;
+  std::vector<float> references, factors;  // PartSums::add_tile
+  std::vector<float> rates;                // draw_rate
+
+  explicit ScoredTile(int group_size)
+      : scores(static_cast<size_t>(group_size) * kDrawTileKv),
+        exponentials(scores.size()),
+        states(group_size),
+        references(group_size),
+        factors(group_size),
+        rates(group_size) {}
+
+  float score(int h, int n) const { return scores[h * kDrawTileKv + n]; }
+  float exponential(int h, int n) const { return exponentials[h * kDrawTileKv + n]; }
+};
+
+uint32_t offset_of(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile, int head,
+                   int64_t num_draws, int unit_bits) {
+  const RandomStream stream = random_stream(p, at.batch_index, row, head);
+  return p.budget == Budget::kStreaming
+             ? streaming_offset(stream, static_cast<int>(tile.first / kDrawTileKv), unit_bits)
+             : uniform_offset(stream, tile.first, row.kv_len, num_draws, unit_bits);
+}
+
+// One set of rows for all heads of a block. Returns how many.
+int gather_grouped(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile, int block_index,
+                   PartSums& sums) {
+  const HeadBlock block = head_block_of(p, block_index);
+  uint32_t units[kDrawTileKv];
+  for (int n = 0; n < tile.count; ++n) {
+    float expected = 0.0f;
+    for (int h = block.first; h < block.first + block.count; ++h) {
+      // A head that takes no part can have NaN here.
+      if (tile.rates[h] > 0.0f) expected += tile.rates[h] * tile.exponential(h, n);
+    }
+    units[n] = inclusion_units(expected);
+  }
+  int32_t counts[kDrawTileKv];
+  const int64_t num_draws = static_cast<int64_t>(p.num_samples) * block.count;
+  const int stream_head = at.kv_head * p.num_head_blocks() + block_index;
+  draw_counts(units, tile.count, offset_of(p, at, row, tile, stream_head, num_draws, kGroupedUnitBits),
+              kGroupedUnitBits, counts);
+
+  int rows = 0;
+  float value[256], weights[kHeadBlock];
+  for (int n = 0; n < tile.count; ++n) {
+    if (counts[n] == 0) continue;
+    ++rows;
+    widen_values(p, at, row, tile.first + n, 1, value);
+    for (int j = 0; j < block.count; ++j) {
+      const int h = block.first + j;
+      weights[j] = inclusion_weight(tile.score(h, n), tile.references[h], units[n]) * tile.factors[h];
+    }
+    accumulate_block(weights, 1, block.count, value, 1, p.head_dim, sums.n + block.first * p.head_dim);
+  }
+  return rows;
+}
+
+// Rows of its own for each head of a block: their values are added up and multiplied once. Returns how many are
+// different.
+int gather_systematic(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile,
+                      int block_index, PartSums& sums) {
+  const HeadBlock block = head_block_of(p, block_index);
+  const int unit_bits = unit_bits_of(p.sampler, p.num_samples);
+  int32_t counts[kHeadBlock][kDrawTileKv];
+  float scales[kHeadBlock];
+  for (int j = 0; j < block.count; ++j) {
+    const int h = block.first + j;
+    uint32_t units[kDrawTileKv], tile_units = 0;
+    for (int n = 0; n < tile.count; ++n) {
+      units[n] = draw_units(tile.rates[h] * tile.exponential(h, n), static_cast<float>(p.num_samples), unit_bits);
+      tile_units += units[n];
+    }
+    const int head = at.kv_head * p.gqa_group_size + h;
+    draw_counts(units, tile.count, offset_of(p, at, row, tile, head, p.num_samples, unit_bits), unit_bits, counts[j]);
+    scales[j] = draw_scale(tile.states[h], tile.references[h], tile_units, unit_bits) * tile.factors[h];
+  }
+
+  int rows = 0;
+  float value[256];
+  std::vector<float> drawn(static_cast<size_t>(block.count) * p.head_dim, 0.0f);
+  for (int n = 0; n < tile.count; ++n) {
+    bool read = false;
+    for (int j = 0; j < block.count; ++j) read |= counts[j][n] > 0;
+    if (!read) continue;
+    ++rows;
+    widen_values(p, at, row, tile.first + n, 1, value);
+    for (int j = 0; j < block.count; ++j) {
+      if (counts[j][n] > 0) add_block(value, counts[j][n], p.head_dim, drawn.data() + j * p.head_dim);
+    }
+  }
+  for (int j = 0; j < block.count && rows > 0; ++j) {
+    const bool any = std::any_of(counts[j], counts[j] + tile.count, [](int32_t count) { return count > 0; });
+    float* n = sums.n + (block.first + j) * p.head_dim;
+    for (int d = 0; d < p.head_dim && any; ++d) n[d] += scales[j] * drawn[j * p.head_dim + d];
+  }
+  return rows;
+}
+
+void sample_part(const DecodeParams& p, GroupIndex at, int part, const RowShape& row, const float* levels,
+                 const ScoreKeys& score_keys) {
+  const int64_t group = p.group_index(at.batch_index, at.kv_head);
+  const int64_t begin = static_cast<int64_t>(part) * row.tile_kv;
+  const int64_t end = std::min<int64_t>(begin + row.tile_kv, row.kv_len);
+  std::vector<int32_t> rows(p.num_head_blocks(), 0);
+  PartSums sums(p, group, part);
+  ScoredTile tile(p.gqa_group_size);
+  for (tile.first = begin; tile.first < end; tile.first += kDrawTileKv) {
+    tile.count = static_cast<int>(std::min<int64_t>(kDrawTileKv, end - tile.first));
+    score_keys(at, row, tile.first, tile.count, tile.scores.data(), kDrawTileKv);
+    for (int h = 0; h < p.gqa_group_size; ++h) {
+      const float* scores = tile.scores.data() + h * kDrawTileKv;
+      const float max = max_block(scores, tile.count);
+      tile.states[h] = {max, exp2_block(scores, max, tile.exponentials.data() + h * kDrawTileKv, tile.count)};
+      const float share = p.budget == Budget::kStreaming
+                              ? streaming_share(log2_sum(tile.states[h]), levels[h], tile.count, row.kv_len)
+                              : uniform_share(tile.count, row.kv_len);
+      tile.rates[h] = draw_rate(p.num_samples, share, tile.states[h]);
+      tile.references[h] = tile_reference(p.budget, levels[h], max);
+      tile.factors[h] = sums.add_tile(h, tile.states[h], tile.references[h]);
+    }
+    for (int block = 0; block < p.num_head_blocks(); ++block) {
+      rows[block] += p.sampler == Sampler::kGrouped ? gather_grouped(p, at, row, tile, block, sums)
+                                                    : gather_systematic(p, at, row, tile, block, sums);
+    }
+  }
+  for (int block = 0; p.rows_read != nullptr && block < p.num_head_blocks(); ++block) {
+    p.tile_rows[(group * p.num_head_blocks() + block) * p.max_tiles + part] = rows[block];
+  }
+}
+
+}  // namespace
+
+void draw_counts(const uint32_t* units, int count, uint32_t offset, int unit_bits, int32_t* counts) {
+  uint32_t below = 0;
+  for (int n = 0; n < count; ++n) {
+    counts[n] = static_cast<int32_t>(draws_between(below, units[n], offset, unit_bits));
+    below += units[n];
+  }
+}
+
+void decode_one_pass(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_run) {
+  std::vector<float> levels(static_cast<size_t>(p.batch) * p.num_qo_heads, 0.0f);
+  if (p.budget == Budget::kStreaming) {
+    for_each_group(p, [&](int64_t group, const RowShape& row) {
+      if (!row.one_pass()) return;
+      pilot_levels(p, group_at(p, group), row, score_keys, pilot_run, levels.data() + group * p.gqa_group_size);
+    });
+  }
+  for_each_tile(p, RowKind::kOnePass, [&](GroupIndex at, int part, const RowShape& row) {
+    const int64_t group = p.group_index(at.batch_index, at.kv_head);
+    sample_part(p, at, part, row, levels.data() + group * p.gqa_group_size, score_keys);
+  });
+}
+
+}  // namespace santa::cpu
