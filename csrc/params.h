@@ -170,6 +170,11 @@ SANTA_HD RandomStream random_stream(const DecodeParams& p, int batch_index, cons
   return RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0, row.position, head);
 }
 
+// Draws of one stream of a proportional row.
+SANTA_HD uint32_t num_draws_of(const DecodeParams& p) {
+  return static_cast<uint32_t>(p.num_samples) * (p.sampler == Sampler::kGrouped ? p.gqa_group_size : 1);
+}
+
 // ---- rows of the cache
 
 template <typename T>

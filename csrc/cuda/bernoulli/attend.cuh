@@ -3,7 +3,7 @@
 #pragma once
 
 #include "bernoulli_params.h"
-#include "core/kv_view.h"
+#include "core/kv_rows.h"
 #include "core/mixture.h"
 #include "core/softmax_state.h"
 #include "cuda/common/row_load.cuh"
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   const int tile = blockIdx.x / head_blocks / d.num_kv_heads;
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(d, batch_index);
-  if (row.sampled || tile >= max(row.num_tiles, 1)) return;
+  if (row.sampled() || tile >= max(row.num_tiles, 1)) return;
 
   const int64_t group = d.group_index(batch_index, kv_head);
   const int first_head = block * kAttendHeads, num_heads = min(kAttendHeads, d.gqa_group_size - first_head);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   // Threads along head_dim take 8 dimensions each; the rest split the keys.
   const int lanes = d.head_dim / 8, slots = kAttendThreads / lanes;
   const int slot = threadIdx.x / lanes, chunk = threadIdx.x % lanes;
-  const auto values = make_strided_view<T>(d.v, batch_index, kv_head, row.kv_start, d.stride_v_batch, d.stride_v_token,
+  const auto values = make_kv_rows<T>(d.v, batch_index, kv_head, row.kv_start, d.stride_v_batch, d.stride_v_token,
                                            d.stride_v_head);
   float acc[kAttendHeads][8] = {};
   for (int base = 0; base < num_keys; base += kAttendKeys) {
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     __syncthreads();
     for (int n = slot; slot < slots && n < count; n += slots) {
       const uint4 packed = load_global_8(values.row(first_key + base + n) + chunk * 8, d.aligned);
-      const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
-                               Half<T>::unpack(packed.w)};
+      const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y), Float16Traits<T>::unpack(packed.z),
+                               Float16Traits<T>::unpack(packed.w)};
 #pragma unroll
       for (int h = 0; h < kAttendHeads; ++h) {
         const float weight = shared.weights[n][h];
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       if (only_tile) {
         // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
         value = !row.valid ? nan : row.kv_len == 0 ? 0.0f : is_finite(lse) ? value / state[h].sum : nan;
-        static_cast<T*>(d.out)[(out_head + h) * d.head_dim + threadIdx.x] = Half<T>::from_float(value);
+        static_cast<T*>(d.out)[(out_head + h) * d.head_dim + threadIdx.x] = Float16Traits<T>::from_float(value);
       } else {
         d.o_accum[(stats + h) * d.head_dim + threadIdx.x] = value;
       }

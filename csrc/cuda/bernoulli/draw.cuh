@@ -37,7 +37,7 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
     const int chunk = step * 32 + lane;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x[step][i] = chunk < num_chunks ? Half<T>::to_float(q[4 * chunk + i]) : 0.0f;
+      x[step][i] = chunk < num_chunks ? Float16Traits<T>::to_float(q[4 * chunk + i]) : 0.0f;
       max = larger_magnitude(max, x[step][i]);
     }
   }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const RowShape row = row_shape_of(d, batch_index);
   const int64_t group = d.group_index(batch_index, kv_head);
-  int16_t* const counts = row.persistent ? group_counts : p.counts + p.counts_offset(group);
+  int16_t* const counts = row.one_pass() ? group_counts : p.counts + p.counts_offset(group);
 
   for (int i = threadIdx.x; i < kMaxHeadDim; i += kDrawThreads) read[i] = 0;
   __syncthreads();
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   }
   __syncthreads();
 
-  if (row.persistent) {
+  if (row.one_pass()) {
     uint16_t* weights = p.half_weights + group * kPersistentHeads * d.head_dim;
     for (int slot = num_listed + threadIdx.x; slot < d.head_dim; slot += kDrawThreads) {
       p.features[group * d.head_dim + slot] = 0;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
     for (int h = warp; h < kPersistentHeads; h += kDrawWarps) {
       for (int slot = lane; slot < d.head_dim; slot += 32) {
         const bool there = h < d.gqa_group_size && slot < num_listed;
-        const T weight = Half<T>::from_float(there ? counts[h * d.head_dim + listed[slot]] : 0.0f);
+        const T weight = Float16Traits<T>::from_float(there ? counts[h * d.head_dim + listed[slot]] : 0.0f);
         weights[h * d.head_dim + slot] = *reinterpret_cast<const uint16_t*>(&weight);
       }
     }

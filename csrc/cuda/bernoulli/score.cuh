@@ -42,8 +42,8 @@ struct ScoreShared {
 template <typename T, int HEADS>
 __device__ __forceinline__ void add_feature(float (&acc)[HEADS][kThreadKeys], uint4 packed,
                                             const float (&weights)[HEADS]) {
-  const float2 pairs[4] = {Half<T>::unpack(packed.x), Half<T>::unpack(packed.y), Half<T>::unpack(packed.z),
-                           Half<T>::unpack(packed.w)};
+  const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y), Float16Traits<T>::unpack(packed.z),
+                           Float16Traits<T>::unpack(packed.w)};
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
     const float weight = weights[h];
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(d, batch_index);
   const int64_t first_key = static_cast<int64_t>(chunk) * kScoreKeys;
-  if (row.persistent || first_key >= row.kv_len) return;
+  if (row.one_pass() || first_key >= row.kv_len) return;
 
   const int64_t group = d.group_index(batch_index, kv_head);
   const int first_head = block * HEADS, num_heads = min(HEADS, d.gqa_group_size - first_head);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
       out[static_cast<int64_t>(n) * d.group_pitch + first_head + h] = scores[n % kThreadKeys * HEADS + h];
     }
   }
-  if (row.sampled) reduce_tiles<HEADS>(p, row, group, first_key, first_head, num_heads, acc, shared);
+  if (row.sampled()) reduce_tiles<HEADS>(p, row, group, first_key, first_head, num_heads, acc, shared);
 }
 
 template <typename T, int HEADS>

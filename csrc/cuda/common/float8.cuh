@@ -39,7 +39,7 @@ __device__ __forceinline__ uint32_t nan_codes(uint32_t codes) {
 // Four codes to the numbers they are.
 __device__ __forceinline__ float4 floats_of_codes(uint32_t codes) {
   const uint2 halves = halves_of_codes(codes);
-  const float2 low = Half<__half>::unpack(halves.x), high = Half<__half>::unpack(halves.y);
+  const float2 low = Float16Traits<__half>::unpack(halves.x), high = Float16Traits<__half>::unpack(halves.y);
   float values[4] = {low.x, low.y, high.x, high.y};
   if (!kConvertsFloat8) {
     const uint32_t nans = nan_codes(codes);
@@ -55,8 +55,8 @@ __device__ __forceinline__ float4 floats_of_codes(uint32_t codes) {
 template <typename T>
 __device__ __forceinline__ uint4 elements_of_codes(uint2 codes) {
   const float4 low = floats_of_codes(codes.x), high = floats_of_codes(codes.y);
-  return {Half<T>::pack(low.x, low.y), Half<T>::pack(low.z, low.w), Half<T>::pack(high.x, high.y),
-          Half<T>::pack(high.z, high.w)};
+  return {Float16Traits<T>::pack(low.x, low.y), Float16Traits<T>::pack(low.z, low.w), Float16Traits<T>::pack(high.x, high.y),
+          Float16Traits<T>::pack(high.z, high.w)};
 }
 
 }  // namespace santa::cuda

@@ -34,6 +34,22 @@ void prefer_shared_memory(Kernel* kernel) {
         "cudaFuncSetAttribute");
 }
 
+// Launches a kernel that begins with wait_for_previous() (ptx.cuh): it may be set up while the one before it ends. Only
+// code for sm_90 and later waits; what was compiled for less must not be launched early.
+template <typename... Parameters, typename... Arguments>
+void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, const char* name,
+                  const Arguments&... arguments) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
+  config.attrs = &early, config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
 // Calls function(std::integral_constant<int, head_dim>).
 template <typename Function>
 void with_head_dim(int head_dim, const Function& function) {

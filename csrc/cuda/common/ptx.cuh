@@ -59,6 +59,17 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// The same for a number that is not known to the compiler, 1 to 3.
+__device__ __forceinline__ void cp_async_wait_but(int pending) {
+  if (pending == 1) {
+    cp_async_wait<1>();
+  } else if (pending == 2) {
+    cp_async_wait<2>();
+  } else {
+    cp_async_wait<3>();
+  }
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 value;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -76,6 +87,10 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
 
 __device__ __forceinline__ void store_shared_1(uint32_t address, uint8_t value) {
   asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value)) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 value) {
@@ -99,6 +114,20 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t fragment) {
   uint32_t transposed;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
   return transposed;
+}
+
+// Lets the next kernel of the stream be set up, if it was launched to be (launch_after in launch.h), and waits for the end
+// of the one before.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Barriers in shared memory on which some warps arrive and others wait. Arriving releases, waiting acquires.
@@ -135,27 +164,9 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   } while (done == 0);
 }
 
-// Two words for other CTAs, each of which they see whole.
-__device__ __forceinline__ void store_relaxed(uint64_t* address, ulonglong2 value) {
-  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(value.x), "l"(value.y) : "memory");
-}
-
-__device__ __forceinline__ ulonglong2 load_relaxed(const uint64_t* address) {
-  ulonglong2 value;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(value.x), "=l"(value.y) : "l"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ uint32_t add_acq_rel(uint32_t* address, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
-  return before;
+// A barrier of the first warps of a CTA alone.
+__device__ __forceinline__ void score_warps_barrier(int num_warps) {
+  asm volatile("barrier.sync 1, %0;" ::"r"(num_warps * 32) : "memory");
 }
 
 // 2^x, results below 2^-126 flushed to zero.
@@ -167,10 +178,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // The two 16-bit types: matrix multiply-accumulate (m16n8k16, float32 accumulators) and conversions.
 template <typename T>
-struct Half;
+struct Float16Traits;
 
 template <>
-struct Half<__nv_bfloat16> {
+struct Float16Traits<__nv_bfloat16> {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -189,7 +200,7 @@ struct Half<__nv_bfloat16> {
 };
 
 template <>
-struct Half<__half> {
+struct Float16Traits<__half> {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

@@ -1,4 +1,4 @@
-// Stage 4: one CTA per query head adds up the tiles in a fixed order and writes the output.
+// The last stage: one CTA per query head adds up the row's tiles, or its parts, in a fixed order and writes the output.
 #pragma once
 
 #include "core/mixture.h"
@@ -17,16 +17,17 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   __shared__ float shared_lse;
   __shared__ int shared_rows[kCombineThreads];
 
+  wait_for_previous();
   const int qo_head = blockIdx.x, batch_index = blockIdx.y;
   const int kv_head = qo_head / p.gqa_group_size, h = qo_head % p.gqa_group_size;
   const RowShape row = row_shape_of(p, batch_index);
-  if (row.persistent || (!row.sampled && row.num_tiles <= 1 && p.max_tiles > 0)) return;  // the tile kernel wrote it
+  if (!row.sampled() && row.num_tiles <= 1 && p.max_tiles > 0) return;  // the tile kernel wrote it
   const int64_t group = p.group_index(batch_index, kv_head);
   const int64_t stats = p.stats_offset(group) + h;
   const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;
   const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
 
-  if (row.sampled) {
+  if (row.proportional()) {
     if (threadIdx.x == 0) shared_lse = p.row_lse[group * p.gqa_group_size + h];
   } else if (threadIdx.x < 32) {
     SoftmaxState state = empty_softmax_state();
@@ -49,9 +50,9 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   if (slot < slots) {
 #pragma unroll 8
     for (int tile = slot; tile < row.num_tiles; tile += slots) {
-      if (row.sampled && tile_rows[tile] == 0) continue;
+      if (row.proportional() && tile_rows[tile] == 0) continue;
       const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
-      const float weight = row.sampled ? 1.0f : exp2_below(p.tile_max[index], lse);
+      const float weight = row.proportional() ? 1.0f : exp2_below(p.tile_max[index], lse);
       const float4 value = *reinterpret_cast<const float4*>(p.o_accum + index * p.head_dim + lane * 4);
       acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
     }
@@ -60,7 +61,12 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   const bool counts_rows = p.rows_read != nullptr && h == 0;
   if (counts_rows) {
     int rows = 0;
-    if (row.sampled) {
+    if (row.one_pass()) {
+      const int blocks = p.num_head_blocks();
+      for (int i = threadIdx.x; i < row.num_tiles * blocks; i += kCombineThreads) {
+        rows += p.tile_rows[(group * blocks + i % blocks) * p.max_tiles + i / blocks];
+      }
+    } else if (row.proportional()) {
       const uint32_t* mask = p.read_mask + p.mask_offset(group);
       for (int i = threadIdx.x; i < row.num_tiles * kMaskWords; i += kCombineThreads) rows += __popc(mask[i]);
     } else if (threadIdx.x == 0) {
@@ -75,17 +81,11 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
       const float4 value = partial[s * lanes + threadIdx.x];
       acc.x += value.x, acc.y += value.y, acc.z += value.z, acc.w += value.w;
     }
-    // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
-    const bool defined = row.valid && (row.kv_len == 0 || is_finite(lse));
-    const float nan = __int_as_float(0x7fffffff);
-    if (p.v_scale != nullptr && row.kv_len > 0) {
-      const float scale = p.output_scale(kv_head);
-      acc.x *= scale, acc.y *= scale, acc.z *= scale, acc.w *= scale;
-    }
-    if (!defined) acc = {nan, nan, nan, nan};
-    const uint2 packed = {Half<T>::pack(acc.x, acc.y), Half<T>::pack(acc.z, acc.w)};
+    const float scale = p.output_scale(kv_head);
+    const auto output = [&](float sum) { return output_of(row, lse, sum, scale); };
+    const uint2 packed = {Float16Traits<T>::pack(output(acc.x), output(acc.y)), Float16Traits<T>::pack(output(acc.z), output(acc.w))};
     *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + threadIdx.x * 4) = packed;
-    if (threadIdx.x == 0 && !row.sampled) p.lse[head_index] = row.valid ? lse * kLn2 : nan;
+    if (threadIdx.x == 0) p.lse[head_index] = lse_output_of(row, lse);
   }
   if (counts_rows && threadIdx.x == 0) {
     int rows = 0;

@@ -1,26 +1,72 @@
-// Stage 3, sampled rows: one warp per tile, KV head and stream draws the tile's rows, reads them from V, and writes the
-// tile's share of the estimate. The warps of a CTA share nothing; there are many of them per multiprocessor, and they
-// hide each other's latency. Tiles without draws write a zero count and no output.
+// One pass, by the gather warp of a CTA: reads the value rows that score warps drew, and adds them up in the order of
+// the keys, whoever drew them and whenever. Its sums depend on the row alone.
 #pragma once
 
-#include "core/kv_view.h"
-#include "core/mixture.h"
 #include "cuda/common/float8.cuh"
 #include "cuda/common/row_load.cuh"
-#include "cuda/decode/select.cuh"
-#include "params.h"
+#include "cuda/decode/draw.cuh"
 
 namespace santa::cuda {
 
-constexpr int kGatherWarps = 4;
-constexpr int kGatherThreads = kGatherWarps * 32;
-constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per lane
-
-// How a warp reads rows of V: 8 elements per lane, kRows rows at a time.
+// How a warp reads a row of values: each lane a few neighbouring elements.
 template <int HEAD_DIM>
-struct GatherShape {
-  static constexpr int kChunks = HEAD_DIM / 8;
-  static constexpr int kRows = 32 / kChunks;
+struct ValueLanes {
+  static constexpr int kElements = HEAD_DIM <= 64 ? 2 : HEAD_DIM <= 128 ? 4 : 8;  // of a lane
+  static constexpr int kLanes = HEAD_DIM / kElements;                             // 32, or 24
+  static constexpr int kInFlight = kElements <= 4 ? 8 : 4;                        // rows, as registers allow
+};
+
+// The elements of a row that a lane reads.
+template <typename V, int ELEMENTS>
+struct LaneValues {
+  static constexpr int kWords = ELEMENTS * sizeof(V) < 4 ? 1 : ELEMENTS * sizeof(V) / 4;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const V* source, bool aligned) {
+    if (aligned) {
+      if constexpr (ELEMENTS * sizeof(V) == 16) {
+        const uint4 value = __ldg(reinterpret_cast<const uint4*>(source));
+        words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
+      } else if constexpr (ELEMENTS * sizeof(V) == 8) {
+        const uint2 value = __ldg(reinterpret_cast<const uint2*>(source));
+        words[0] = value.x, words[1] = value.y;
+      } else if constexpr (ELEMENTS * sizeof(V) == 4) {
+        words[0] = __ldg(reinterpret_cast<const uint32_t*>(source));
+      } else {
+        words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
+      }
+      return;
+    }
+    constexpr int kPerWord = ELEMENTS / kWords, kBits = 8 * sizeof(V);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      words[w] = 0;
+#pragma unroll
+      for (int i = 0; i < kPerWord; ++i) {
+        uint32_t bits;
+        if constexpr (sizeof(V) == 1) {
+          bits = source[w * kPerWord + i].code;
+        } else {
+          bits = reinterpret_cast<const uint16_t*>(source)[w * kPerWord + i];
+        }
+        words[w] |= bits << (kBits * i);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void unpack(float (&values)[ELEMENTS]) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (sizeof(V) == 1) {
+        const float4 four = floats_of_codes(words[w]);
+        values[4 * w] = four.x, values[4 * w + 1] = four.y;
+        if constexpr (ELEMENTS >= 4) values[4 * w + 2] = four.z, values[4 * w + 3] = four.w;
+      } else {
+        const float2 two = Float16Traits<V>::unpack(words[w]);
+        values[2 * w] = two.x, values[2 * w + 1] = two.y;
+      }
+    }
+  }
 };
 
 // Starts a row on its way to the L2. The row is inside the tensor, whatever else its lines hold.
@@ -32,207 +78,182 @@ __device__ __forceinline__ void prefetch_row(const V* row) {
   }
 }
 
-// The 8 elements of a row that a lane reads.
-template <typename V>
-struct ValueChunk {
-  uint4 packed;
+// Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the run.
+template <typename V, int HEAD_DIM, typename QueueOf>
+__device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
+                                             const QueueOf& queue_of, int lane) {
+  using Lanes = ValueLanes<HEAD_DIM>;
+  constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
+  const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv;
+  const bool wide = num_heads > 4;
+  const int own_head = lane & 7;
+  const auto values = value_rows<V>(p, unit.batch_index, unit.kv_head, unit.row.kv_start);
+  const int lane_element = min(lane, Lanes::kLanes - 1) * kElements;
 
-  __device__ __forceinline__ void load(const V* row, int chunk, bool aligned) {
-    packed = load_global_8(row + chunk * 8, aligned);
-  }
-  __device__ __forceinline__ float2 pair(int i) const {
-    return Half<V>::unpack(i == 0 ? packed.x : i == 1 ? packed.y : i == 2 ? packed.z : packed.w);
-  }
-};
+  uint32_t consumed = 0;  // chunks of score warp `lane`
+  int owner = 0;          // score warp of the next tile
+  for (int part = first_part; part < last_part; ++part) {
+    float acc[kHeadBlock][kElements] = {};
+    float reference = -INFINITY, sum = 0.0f;  // of head lane % 8
+    int rows_read = 0;
+    int first_key = part * part_kv;
+    int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - first_key), kDrawTileKv);
 
-template <>
-struct ValueChunk<Float8> {
-  uint2 codes;
-
-  __device__ __forceinline__ void load(const Float8* row, int chunk, bool aligned) {
-    codes = load_global_8(row + chunk * 8, aligned);
-  }
-  __device__ __forceinline__ float2 pair(int i) const {
-    const float4 four = floats_of_codes(i < 2 ? codes.x : codes.y);
-    return (i & 1) == 0 ? float2{four.x, four.y} : float2{four.z, four.w};
-  }
-};
-
-// Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
-// num_rows. Accumulators are per lane; `reduce_rows` adds them up.
-template <int HEAD_DIM, int HEADS, typename V>
-__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const StridedKvView<V>& values, int lane_row,
-                                                const float (&lane_weight)[HEADS], int num_rows, bool aligned,
-                                                int lane) {
-  using Shape = GatherShape<HEAD_DIM>;
-  constexpr int kInFlight = HEAD_DIM > 192 || HEADS > 4 ? 2 : 3;  // as registers allow
-  const int slot = lane / Shape::kChunks, chunk = slot < Shape::kRows ? lane % Shape::kChunks : 0;
-  const auto add = [&](ValueChunk<V> elements, int source) {
-    const bool active = slot < Shape::kRows && source < num_rows;
-    const float2 pairs[4] = {elements.pair(0), elements.pair(1), elements.pair(2), elements.pair(3)};
-#pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
-      const float shared_weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
-      const float weight = active ? shared_weight : 0.0f;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        acc[h][2 * j] += weight * pairs[j].x;
-        acc[h][2 * j + 1] += weight * pairs[j].y;
+    while (tiles_left > 0) {
+      // Chunks of the next tiles as far as they are there: lane i looks at the tile i further on.
+      const int warp = (owner + lane) % num_warps;
+      const uint32_t n = __shfl_sync(0xffffffffu, consumed, warp);
+      const DrawQueue queue = queue_of(warp);
+      const bool in_sight = lane < min(min(num_warps, 8), tiles_left);
+      {
+        const uint32_t next = __shfl_sync(0xffffffffu, consumed, owner);
+        mbarrier_wait(&queue_of(owner).full[DrawQueue::buffer(next)], DrawQueue::parity(next));
       }
-    }
-  };
-  // Past the end, the last row is read again, for nothing: no branch keeps the loads from being in flight together.
-  if (aligned) {
+      const bool full = in_sight && mbarrier_test(&queue.full[DrawQueue::buffer(n)], DrawQueue::parity(n));
+      const DrawChunk& own_chunk = queue.chunks[DrawQueue::buffer(n)];
+      const int own_count = full ? own_chunk.count : 0;
+      const bool own_last = full && own_chunk.is_last != 0;
+      const uint32_t open = ~__ballot_sync(0xffffffffu, full), unfinished = ~__ballot_sync(0xffffffffu, own_last);
+      // Up to the first one that is not there, and no further than one that its tile goes on after.
+      int num_chunks = min(__ffs(open) - 1, __ffs(unfinished));
+
+      // In the order of the tiles, so that it does not matter how many are there at once: the reference rises at the
+      // first chunk only, later ones that would raise it have to wait.
+      bool unscaled = true;
 #pragma unroll 1
-    for (int i = 0; i < num_rows; i += Shape::kRows * kInFlight) {
-      ValueChunk<V> elements[kInFlight];
+      for (int i = 0; i < num_chunks; ++i) {
+        const int of = (owner + i) % num_warps;
+        const uint32_t nth = __shfl_sync(0xffffffffu, consumed, of);
+        const DrawQueue from = queue_of(of);
+        mbarrier_wait(&from.full[DrawQueue::buffer(nth)], DrawQueue::parity(nth));  // at once: every lane acquires
+        DrawChunk& chunk = from.chunks[DrawQueue::buffer(nth)];
+        const float tile_reference = chunk.reference[own_head];
+        const bool rises = own_head < num_heads && tile_reference > reference;
+        if (__any_sync(0xffffffffu, rises)) {
+          if (i > 0) {
+            num_chunks = i;
+            break;
+          }
+          const float risen = fmaxf(reference, tile_reference), scale = exp2_below(reference, risen);
+          reference = risen;
+          sum *= scale;
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const int row = __shfl_sync(0xffffffffu, lane_row, min(i + u * Shape::kRows + slot, num_rows - 1));
-        elements[u].load(values.row(row), chunk, true);
-      }
+          for (int h = 0; h < kHeadBlock; ++h) {
+            const float head_scale = __shfl_sync(0xffffffffu, scale, h);
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (i + u * Shape::kRows < num_rows) add(elements[u], i + u * Shape::kRows + slot);
+            for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
+          }
+        }
+        const float factor = own_head < num_heads ? exp2_below(tile_reference, reference) : 1.0f;
+        unscaled = unscaled && __all_sync(0xffffffffu, factor == 1.0f);
+        if (chunk.is_last != 0 && own_head < num_heads) {
+          const SoftmaxState tile = chunk.tile[own_head];
+          sum += tile.sum * exp2_below(tile.max, reference);
+        }
+        __syncwarp();
+        if (lane < kHeadBlock) chunk.reference[lane] = factor;
       }
-    }
-  } else {
+      __syncwarp();
+
+      // Draws of these chunks, as one list: where those of lane i's chunk end.
+      int end = lane < num_chunks ? own_count : 0;
+#pragma unroll
+      for (int offset = 1; offset < 8; offset <<= 1) {
+        const int lower = __shfl_up_sync(0xffffffffu, end, offset);
+        if (lane >= offset) end += lower;
+      }
+      const int num_draws = __shfl_sync(0xffffffffu, end, num_chunks - 1);
+      rows_read += num_draws;
 #pragma unroll 1
-    for (int i = 0; i < num_rows; i += Shape::kRows) {
-      const int row = __shfl_sync(0xffffffffu, lane_row, min(i + slot, num_rows - 1));
-      ValueChunk<V> elements;
-      elements.load(values.row(row), chunk, false);
-      add(elements, i + slot);
-    }
-  }
-}
+      for (int base = 0; base < num_draws; base += kInFlight) {
+        // Lane i finds draw base + i.
+        const int draw = base + lane;
+        int chunk_index = 0, before = 0;
+#pragma unroll 1
+        for (int i = 0; i + 1 < num_chunks; ++i) {
+          const int chunk_end = __shfl_sync(0xffffffffu, end, i);
+          if (draw >= chunk_end) chunk_index = i + 1, before = chunk_end;
+        }
+        const int of = (owner + chunk_index) % num_warps;
+        DrawChunk& chunk = queue_of(of).chunks[DrawQueue::buffer(__shfl_sync(0xffffffffu, consumed, of))];
+        const int at = min(draw - before, kChunkDraws - 1);
+        const int key = draw < num_draws ? first_key + chunk_index * kDrawTileKv + chunk.key[at] : 0;
+        uint32_t weights = shared_address(&chunk.weight[at][0]);
+        if (!unscaled && draw < num_draws && lane < kInFlight) {
+          float4& low = chunk.weight[at][0];
+          const float* factors = chunk.reference;
+          low = {low.x * factors[0], low.y * factors[1], low.z * factors[2], low.w * factors[3]};
+          if (wide) {
+            float4& high = chunk.weight[at][1];
+            high = {high.x * factors[4], high.y * factors[5], high.z * factors[6], high.w * factors[7]};
+          }
+        }
+        __syncwarp();
 
-// Sums of the accumulators over the row slots, in slot order; valid in lanes below kChunks.
-template <int HEAD_DIM>
-__device__ __forceinline__ float reduce_rows(float value) {
-  using Shape = GatherShape<HEAD_DIM>;
-  float sum = value;
+        LaneValues<V, kElements> rows[kInFlight];
 #pragma unroll
-  for (int slot = 1; slot < Shape::kRows; ++slot) {
-    sum += __shfl_down_sync(0xffffffffu, value, slot * Shape::kChunks);
-  }
-  return sum;
-}
-
-template <typename V, int HEAD_DIM>
-__global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ SelectShared all_shared[kGatherWarps];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  SelectShared& shared = all_shared[warp];
-
-  // Streams fastest, then KV heads, then tiles.
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kGatherWarps + warp;
-  const int num_streams = p.num_streams();
-  const int stream = static_cast<int>(item % num_streams);
-  const int kv_head = static_cast<int>(item / num_streams % p.num_kv_heads);
-  const int64_t tile = item / num_streams / p.num_kv_heads;
-  const int batch_index = blockIdx.y;
-  const RowShape row = row_shape_of(p, batch_index);
-  if (!row.sampled || row.persistent || tile >= row.num_tiles) return;
-
-  const int group_size = p.gqa_group_size;
-  const int64_t group = p.group_index(batch_index, kv_head);
-  const SegmentPlan plan = row.segments(p.num_samples, p.budget);
-  const int segment = static_cast<int>(tile) / plan.tiles_per_segment;
-  const int64_t offset = p.stream_offset(group, stream);
-  const Draws& draws = p.segment_draws[offset + segment];
-  const uint32_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
-  uint32_t first_draw = 0, last_draw = draws.num_draws;
-  if (draws.sorted()) {
-    first_draw = p.tile_draw[offset + tile];
-    const bool last_of_segment = tile + 1 == min((segment + 1) * plan.tiles_per_segment, row.num_tiles);
-    if (!last_of_segment) last_draw = p.tile_draw[offset + tile + 1];
-  }
-  if (tile_mass == 0 || first_draw == last_draw) {
-    if (lane == 0) p.tile_rows[offset + tile] = 0;
-    return;
-  }
-
-  const bool grouped = p.sampler == Sampler::kGrouped;
-  const int first_head = grouped ? 0 : stream, last_head = grouped ? group_size : stream + 1;
-  const int64_t stats = p.stats_offset(group) + tile * group_size;
-  const int64_t first_key = tile * row.tile_kv;
-  const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
-  const int num_steps = (num_keys + 31) / 32;
-  const float* scores = p.scores + group * p.scores_per_row + first_key * p.group_pitch;
-  const float* tile_max = p.tile_max + stats;
-  const float* row_lse = p.row_lse + group * group_size;
-  const float* segment_lse = p.segment_lse + p.stats_offset(group) + static_cast<int64_t>(segment) * group_size;
-
-  // Level 2 of the CDF: every key's share of the tile.
-  float share_sum = 0.0f, shares[kKeysPerLane] = {};
-  for (int h = first_head; h < last_head; ++h) {
-    const float factor = tile_factor(tile_max[h], segment_lse[h]);
-    if (!(factor > 0.0f)) continue;
-    share_sum += factor * p.tile_sum[stats + h];
-    const float max = tile_max[h];
+        for (int i = 0; i < kInFlight; ++i) {
+          const int row = __shfl_sync(0xffffffffu, key, i);
+          if (base + i < num_draws) rows[i].load(values.row(row) + lane_element, p.aligned);
+        }
 #pragma unroll
-    for (int i = 0; i < kKeysPerLane; ++i) {
-      const int key = i * 32 + lane;
-      if (key < num_keys) shares[i] += factor * exp2f(scores[key * p.group_pitch + h] - max);
-    }
-  }
-  uint32_t weights[kKeysPerLane];
+        for (int i = 0; i < kInFlight; ++i) {
+          if (base + i >= num_draws) break;
+          const uint32_t address = __shfl_sync(0xffffffffu, weights, i);
+          float v[kElements];
+          rows[i].unpack(v);
 #pragma unroll
-  for (int i = 0; i < kKeysPerLane; ++i) weights[i] = row_weight_of(shares[i] / share_sum);
-  const uint32_t weight_sum = accumulate_weights(weights, num_steps, shared, lane);
-  if (weight_sum > 0) {
-    draw_tile(draws, first_draw, last_draw, tile_start, tile_mass, weight_sum, num_keys, shared, lane);
-  }
-  uint32_t* mask = p.read_mask == nullptr ? nullptr : p.read_mask + p.mask_offset(group) + tile * kMaskWords;
-  const int num_selected = list_rows(num_steps, shared, lane, [&](int word, uint32_t bits) {
-    if (mask != nullptr) atomicOr(mask + word, bits);
-  });
-  if (lane == 0) p.tile_rows[offset + tile] = num_selected;
-  if (num_selected == 0) return;
-
-  auto values = make_strided_view<V>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
-                                     p.stride_v_head);
-  values.base = values.row(first_key);
-  for (int head_base = first_head; head_base < last_head; head_base += kGatherHeads) {
-    float acc[kGatherHeads][8] = {};
-    for (int base = 0; base < num_selected; base += 32) {
-      const int num_rows = min(32, num_selected - base);
-      int lane_row = 0;
-      float lane_weight[kGatherHeads] = {};
-      if (lane < num_rows) {
-        lane_row = shared.rows[base + lane];
-        if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
-          const uint32_t below = lane_row > 0 ? shared.cumulative[lane_row - 1] : 0;
-          const float inclusion = fminf(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total,
-                                                             shared.cumulative[lane_row] - below, weight_sum));
+          for (int quad = 0; quad < 2; ++quad) {
+            if (quad == 1 && !wide) break;
+            const uint4 bits = load_shared_16(address + quad * 16);
+            const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                                __uint_as_float(bits.w)};
 #pragma unroll
-          for (int j = 0; j < kGatherHeads; ++j) {
-            const int h = head_base + j;
-            if (h < last_head && is_finite(row_lse[h])) {
-              lane_weight[j] = exp2f(scores[lane_row * p.group_pitch + h] - row_lse[h]) / inclusion;
+            for (int h = 0; h < 4; ++h) {
+#pragma unroll
+              for (int d = 0; d < kElements; ++d) acc[quad * 4 + h][d] = fmaf(w[h], v[d], acc[quad * 4 + h][d]);
             }
           }
-        } else {
-          lane_weight[0] = static_cast<float>(shared.counts[lane_row]);
         }
       }
-      accumulate_rows<HEAD_DIM>(acc, values, lane_row, lane_weight, num_rows, p.aligned, lane);
+
+      // Hand the chunks back.
+#pragma unroll 1
+      for (int i = 0; i < num_chunks; ++i) {
+        const int of = (owner + i) % num_warps;
+        const uint32_t nth = __shfl_sync(0xffffffffu, consumed, of);
+        mbarrier_arrive(&queue_of(of).empty[DrawQueue::buffer(nth)]);
+      }
+      const int position = (lane - owner + num_warps) % num_warps;  // of this lane's warp among the chunks
+      if (lane < num_warps && position < num_chunks) ++consumed;
+      const int finished = (unfinished >> (num_chunks - 1) & 1) != 0 ? num_chunks - 1 : num_chunks;
+      owner = (owner + finished) % num_warps;
+      first_key += finished * kDrawTileKv;
+      tiles_left -= finished;
+    }
+
+    const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.gqa_group_size + unit.heads.first;
+    if (lane < num_heads) {
+      p.tile_max[stats + lane] = reference;
+      p.tile_sum[stats + lane] = sum;
     }
 #pragma unroll
-    for (int j = 0; j < kGatherHeads; ++j) {
-      const int h = head_base + j;
-      const float scale = grouped || h >= last_head
-                              ? 1.0f
-                              : segment_factor(segment_lse[h], row_lse[h]) / static_cast<float>(plan.draws);
-      float sums[8];
+    for (int h = 0; h < kHeadBlock; ++h) {
+      if (h >= num_heads) break;
+      if (lane < Lanes::kLanes) {
+        float* out = p.o_accum + (stats + h) * HEAD_DIM + lane_element;
+        if constexpr (kElements == 2) {
+          *reinterpret_cast<float2*>(out) = {acc[h][0], acc[h][1]};
+        } else {
 #pragma unroll
-      for (int d = 0; d < 8; ++d) sums[d] = reduce_rows<HEAD_DIM>(acc[j][d]) * scale;
-      if (h < last_head && lane < GatherShape<HEAD_DIM>::kChunks) {
-        float4* out = reinterpret_cast<float4*>(p.o_accum + (stats + h) * HEAD_DIM + lane * 8);
-        out[0] = {sums[0], sums[1], sums[2], sums[3]};
-        out[1] = {sums[4], sums[5], sums[6], sums[7]};
+          for (int d = 0; d < kElements; d += 4) {
+            *reinterpret_cast<float4*>(out + d) = {acc[h][d], acc[h][d + 1], acc[h][d + 2], acc[h][d + 3]};
+          }
+        }
       }
+    }
+    if (p.rows_read != nullptr && lane == 0) {
+      p.tile_rows[(unit.group * p.num_head_blocks() + unit.block) * p.max_tiles + part] = rows_read;
     }
   }
 }

@@ -1,4 +1,4 @@
-// The shape of the persistent kernel, and how it is set up on a device.
+// How the one-pass kernel is set up on a device. Nothing here changes a bit of a result.
 #pragma once
 
 #include <algorithm>
@@ -8,94 +8,94 @@
 
 namespace santa::cuda {
 
-constexpr int kSelectWarps = 8;
-constexpr int kMaxScoreWarps = 6;
-constexpr int kScoreSlots = 2;      // of a score warp's ring
-constexpr int kStepKeys = 32;       // that a score warp takes at a time: two matrix products' worth, for the latencies
-constexpr int kStepCodedKeys = 64;  // the same for keys in 8 bits: as many bytes in flight
-constexpr int kPersistentSharedBytes = 11008;  // PersistentShared, rounded up; persistent.cuh checks it
+constexpr int kMaxScoreWarps = 8;
+// The gather warp sums up 8 heads in registers: beyond 128 elements of a row it needs more than 9 warps a CTA have.
+constexpr int max_score_warps(int head_dim) { return head_dim > 128 ? kMaxScoreWarps - 1 : kMaxScoreWarps; }
+constexpr int kMaxSlots = 4;        // of a score warp's ring
+constexpr int kChunkDraws = 16;     // draws that a score warp hands on at a time
+constexpr int kChunkBytes = 640;    // of a DrawChunk, for 8 heads; draw.cuh checks it
+constexpr int kSharedBytes = 1536;  // of OnePassShared; one_pass.cuh checks it
 
-// At 256 elements per row a ring takes 32 KB. Four are what 227 KB hold beside two grouped buffers, and what was
-// measured.
-constexpr int max_score_warps(int head_dim) { return head_dim > 192 ? 4 : kMaxScoreWarps; }
-
-// Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the swizzle of
-// their chunks (chunk_offset) stays inside the row.
-constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
-
-// Of keys of 1 or 2 bytes per element. Keys in 8 bits lie without gaps (code_offset).
-constexpr int step_keys(int element_size) { return element_size == 1 ? kStepCodedKeys : kStepKeys; }
-constexpr int step_bytes(int head_dim, int element_size) {
-  return step_keys(element_size) * (element_size == 1 ? head_dim : slot_row_pitch(head_dim) * 2);
-}
-
-// What the score warps of a call take of shared memory, and how many there are at most.
-struct ScoreWarps {
-  int most;
-  int ring_bytes;    // of one of them
-  int shared_bytes;  // of all together
+// What scores of one kind take of shared memory: by the slot of a ring, and once per CTA.
+struct ScoreBytes {
+  int slot;
+  int once;
 };
 
-inline ScoreWarps key_score_warps(const DecodeParams& p) {
-  return {max_score_warps(p.head_dim), kScoreSlots * step_bytes(p.head_dim, p.k_dtype == Dtype::kFloat8E4M3 ? 1 : 2),
-          0};
+// Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the permutation of
+// their chunks (load.cuh) stays inside the row.
+constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
+
+// Of keys that lie in rows: 16 of 2 bytes an element, or 32 of 1, without gaps.
+inline ScoreBytes key_score_bytes(const DecodeParams& p) {
+  return {p.k_dtype == Dtype::kFloat8E4M3 ? 32 * p.head_dim : 16 * slot_row_pitch(p.head_dim) * 2, 0};
+}
+
+// Floats from the scores of a key to those of the next.
+SANTA_HD int score_pitch_of(int num_heads) { return num_heads <= 4 ? 4 : 8; }
+
+SANTA_HD int align_up(int bytes) { return (bytes + 255) / 256 * 256; }
+
+// Of a score warp: its ring, the scores of its tile, two chunks of draws.
+SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch) {
+  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + 2 * kChunkBytes);
 }
 
 struct DeviceLimits {
   int num_sms;
-  int shared_bytes;  // of one CTA, at most
+  int sm_bytes;   // shared memory of a multiprocessor
+  int cta_bytes;  // of one CTA, at most
 };
 
-// The row's path may depend on the device, but on nothing of the batch: a longer cache changes the size of the buffers
-// only while all rows are short.
-inline PersistentPlan plan_persistent(const DecodeParams& p, const DeviceLimits& device, const ScoreWarps& warps) {
-  PersistentPlan plan{};
-  plan.max_kv_len = -1;
-  if (p.num_samples == 0 || p.gqa_group_size > kPersistentHeads || p.max_kv_len == 0) return plan;
-  const auto round_up = [](int bytes) { return (bytes + 127) / 128 * 128; };
+// Set by a test operator, to see that results do not depend on it; 0: what the heuristics say.
+struct ForcedPlan {
+  int num_warps = 0, num_slots = 0, run_parts = 0;
+};
 
-  // If few multiprocessors are lost by it, the number of CTAs is a multiple of the blocks of a row's KV head, so that
-  // those are scored at the same time: a CTA that has to wait for blocks of the next round holds up all others.
-  const int least_ctas = std::max(device.num_sms * 9 / 10, 1);
-
-  // Two buffers let selection overlap with scoring, a third lets it wait for slower CTAs; one is enough to be right.
-  for (int buffers = 3; buffers >= 1; --buffers) {
-    // A row's blocks have to fit the buffers of all CTAs at once, or they would wait for each other for ever: see
-    // BlockQueue. Short rows have up to 16 blocks, however few keys.
-    if (buffers * least_ctas < kShortRowBlocks) continue;
-    const int64_t limit = static_cast<int64_t>(buffers) * least_ctas * kMaxBlockKv;
-    const int64_t longest = std::min<int64_t>(p.max_kv_len, limit);
-    // The sums of 4 heads, 8 numbers of each from every lane, take the place of 2 planes; those of 8 heads that of 4.
-    const int pairs = (p.gqa_group_size + 1) / 2, partial_bytes = kSelectWarps * 32 * (pairs > 2 ? 8 : 4) * 8 * 4;
-    const bool grouped = p.sampler == Sampler::kGrouped;
-    const auto bytes_of_buffer = [&](int pitch) { return round_up(std::max(pairs * pitch * 8, partial_bytes)); };
-    // Sums over score warps must not depend on the length of the cache, so there is room for the largest blocks.
-    constexpr int kMaxPitch = kMaxBlockKv + 8;
-    const int room = device.shared_bytes - kPersistentSharedBytes - buffers * bytes_of_buffer(kMaxPitch) -
-                     (grouped ? kMaxPitch * 4 : 0) - warps.shared_bytes;
-    plan.num_score_warps = std::min(warps.most, room / warps.ring_bytes);
-    if (plan.num_score_warps < (buffers > 1 ? 4 : 1)) continue;
-    plan.plane_pitch = pairs > 2 ? kMaxPitch : block_kv_of(longest) + 8;
-    plan.buffer_bytes = bytes_of_buffer(plan.plane_pitch);
-    plan.max_kv_len = limit;
-    plan.num_buffers = buffers;
-    const int row_blocks = static_cast<int>(ceil_div(longest, block_kv_of(longest)));
-    const int whole_rows = device.num_sms / row_blocks * row_blocks;
-    const int64_t most_blocks = static_cast<int64_t>(p.batch) * p.num_kv_heads *
-                                (p.lengths_known() ? row_blocks : std::max(kShortRowBlocks, row_blocks));
-    plan.blocks_per_row = p.lengths_known() ? row_blocks : 0;
-    plan.num_ctas =
-        static_cast<int>(std::min<int64_t>(whole_rows >= least_ctas ? whole_rows : device.num_sms, most_blocks));
-    return plan;
-  }
+inline ForcedPlan& forced_plan() {
+  static ForcedPlan plan;
   return plan;
 }
 
-inline int persistent_shared_bytes(const DecodeParams& p, const ScoreWarps& warps) {
-  const PersistentPlan& plan = p.persistent;
-  return kPersistentSharedBytes + plan.num_buffers * plan.buffer_bytes +
-         (p.sampler == Sampler::kGrouped ? plan.plane_pitch * 4 : 0) + warps.shared_bytes +
-         plan.num_score_warps * warps.ring_bytes;
+// Consecutive parts per CTA. While all CTAs fit the device side by side, one: a row alone is done soonest. Beyond that,
+// CTAs walk as many as leave about eight rounds of them: a longer run saves pilots and keeps its rings full, and the
+// last round is a small part of the whole.
+inline int run_parts_of(int64_t parts, int max_parts, int ctas_at_once) {
+  int run = 1;
+  while (2 * run <= max_parts && parts >= static_cast<int64_t>(8) * run * ctas_at_once) run *= 2;
+  return run;
+}
+
+inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreBytes& bytes) {
+  const int pitch = score_pitch_of(head_block_of(p, 0).count);
+  return kSharedBytes + align_up(bytes.once) + p.plan.num_warps * warp_bytes_of(bytes.slot, p.plan.num_slots, pitch);
+}
+
+// Two CTAs live on a multiprocessor: one draws and merges while the other streams. As many warps as fit with two slots
+// each, then more slots.
+inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreBytes& bytes) {
+  if (!p.plan.one_pass) return;
+  CallPlan& plan = p.plan;
+  constexpr int kReserved = 1024;  // by the system, per CTA
+  const int room = std::min(device.sm_bytes / 2 - kReserved, device.cta_bytes);
+  const auto fits = [&](int num_warps, int num_slots) {
+    plan.num_warps = num_warps, plan.num_slots = num_slots;
+    return one_pass_shared_bytes(p, bytes) <= room;
+  };
+  int num_warps = max_score_warps(p.head_dim), num_slots = 2;
+  while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
+  while (num_slots < kMaxSlots && fits(num_warps, num_slots + 1)) ++num_slots;
+
+  const ForcedPlan& forced = forced_plan();
+  const int64_t parts = static_cast<int64_t>(p.batch) * p.num_units() * plan.max_parts;
+  plan.run_parts = forced.run_parts > 0 ? forced.run_parts : run_parts_of(parts, plan.max_parts, 2 * device.num_sms);
+  // Warps beyond the tiles of a run would find nothing to do.
+  const int64_t most_keys = std::min<int64_t>(int64_t{plan.run_parts} * part_kv_of(p.max_kv_len, p.num_units()),
+                                              std::max(p.max_kv_len, 1));
+  plan.num_warps = std::min(num_warps, static_cast<int>(ceil_div(most_keys, kDrawTileKv)));
+  plan.num_slots = num_slots;
+  if (forced.num_warps > 0) plan.num_warps = std::min(forced.num_warps, num_warps);
+  if (forced.num_slots > 0) plan.num_slots = std::min(forced.num_slots, num_slots);
 }
 
 }  // namespace santa::cuda

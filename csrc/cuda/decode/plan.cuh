@@ -1,9 +1,10 @@
-// Stage 2, sampled rows: one CTA per (batch row, KV head) turns the tiles' softmax states into level 1 of the CDF: the
-// log-sum-exp of the row and of every segment, each tile's integer interval, and the first draw that can fall into it.
+// Proportional rows, stage 2: one CTA per (batch row, KV head) turns the tiles' softmax states into level 1 of the CDF:
+// the log-sum-exp of the row, each tile's integer interval, and the first draw that can fall into it.
 #pragma once
 
 #include "core/mixture.h"
 #include "core/softmax_state.h"
+#include "cuda/common/ptx.cuh"
 #include "params.h"
 
 namespace santa::cuda {
@@ -11,11 +12,11 @@ namespace santa::cuda {
 constexpr int kPlanThreads = 256;
 constexpr int kPlanWarps = kPlanThreads / 32;
 
-// Log-sum-exp of tiles [first, last) for one head, base 2, by one warp: lanes take tiles in turn, then merge as a tree.
+// Log-sum-exp of the tiles for one head, base 2, by one warp: lanes take tiles in turn, then merge as a tree.
 // The order depends on the number of tiles alone.
-__device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t group, int head, int first, int last) {
+__device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t group, int head, int num_tiles) {
   SoftmaxState state = empty_softmax_state();
-  for (int tile = first + static_cast<int>(threadIdx.x & 31); tile < last; tile += 32) {
+  for (int tile = threadIdx.x & 31; tile < num_tiles; tile += 32) {
     const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.gqa_group_size + head;
     state = merge(state, {p.tile_max[stats], p.tile_sum[stats]});
   }
@@ -26,15 +27,15 @@ __device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t gro
   return log2_sum(state);
 }
 
-// The tile's share of its segment, for a stream.
+// The tile's share of the row, for a stream.
 __device__ __forceinline__ float tile_share(const DecodeParams& p, int64_t group, int stream, int tile,
-                                            const float* segment_lse) {
+                                            const float* row_lse) {
   const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.gqa_group_size;
   const bool grouped = p.sampler == Sampler::kGrouped;
   const int first = grouped ? 0 : stream, last = grouped ? p.gqa_group_size : stream + 1;
   float share = 0.0f;
   for (int h = first; h < last; ++h) {
-    const float factor = tile_factor(p.tile_max[stats + h], segment_lse[h]);
+    const float factor = tile_factor(p.tile_max[stats + h], row_lse[h]);
     if (factor > 0.0f) share += factor * p.tile_sum[stats + h];
   }
   return share / static_cast<float>(last - first);
@@ -50,28 +51,17 @@ __device__ __forceinline__ uint32_t inclusive_scan(uint32_t value) {
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ DecodeParams p) {
+  wait_for_previous();
   const int kv_head = blockIdx.x, batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  if (!row.sampled || row.persistent) return;
+  if (!row.proportional()) return;
   const int64_t group = p.group_index(batch_index, kv_head);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group_size = p.gqa_group_size;
-  const SegmentPlan plan = row.segments(p.num_samples, p.budget);
-  float* segment_lse = p.segment_lse + p.stats_offset(group);
+  float* row_lse = p.row_lse + group * group_size;
 
   for (int h = warp; h < group_size; h += kPlanWarps) {
-    const float lse = lse_of_tiles(p, group, h, 0, row.num_tiles);
-    if (lane == 0) {
-      p.row_lse[group * group_size + h] = lse;
-      p.lse[static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * group_size + h] = lse * kLn2;
-      if (plan.num_segments == 1) segment_lse[h] = lse;
-    }
-  }
-  if (plan.num_segments > 1) {
-    for (int item = warp; item < plan.num_segments * group_size; item += kPlanWarps) {
-      const int segment = item / group_size, h = item % group_size, first = segment * plan.tiles_per_segment;
-      const float lse = lse_of_tiles(p, group, h, first, min(first + plan.tiles_per_segment, row.num_tiles));
-      if (lane == 0) segment_lse[item] = lse;
-    }
+    const float lse = lse_of_tiles(p, group, h, row.num_tiles);
+    if (lane == 0) row_lse[h] = lse;
   }
   if (p.read_mask != nullptr) {
     uint32_t* mask = p.read_mask + p.mask_offset(group);
@@ -79,32 +69,25 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   }
   __syncthreads();
 
-  const int num_streams = p.num_streams();
   const bool grouped = p.sampler == Sampler::kGrouped;
-  const int64_t row_seed = p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0;
-  for (int item = warp; item < plan.num_segments * num_streams; item += kPlanWarps) {
-    const int segment = item / num_streams, stream = item % num_streams;
-    const int first = segment * plan.tiles_per_segment, last = min(first + plan.tiles_per_segment, row.num_tiles);
+  for (int stream = warp; stream < p.num_streams(); stream += kPlanWarps) {
     const int64_t offset = p.stream_offset(group, stream);
     uint32_t total = 0;
-    for (int base = first; base < last; base += 32) {
+    for (int base = 0; base < row.num_tiles; base += 32) {
       const int tile = base + lane;
-      const uint32_t mass =
-          tile < last ? tile_mass_of(tile_share(p, group, stream, tile, segment_lse + segment * group_size)) : 0;
+      const uint32_t mass = tile < row.num_tiles ? tile_mass_of(tile_share(p, group, stream, tile, row_lse)) : 0;
       const uint32_t end = inclusive_scan(mass);
-      if (tile < last) {
+      if (tile < row.num_tiles) {
         p.tile_start[offset + tile] = total + end - mass;
         p.tile_mass[offset + tile] = mass;
       }
       total += __shfl_sync(0xffffffffu, end, 31);
     }
-    const auto random =
-        RandomStream::make(p.seed, row_seed, row.kv_len, grouped ? kv_head : kv_head * group_size + stream);
-    const Draws draws =
-        Draws::make(p.sampler, random, segment, static_cast<uint32_t>(plan.draws) * (grouped ? group_size : 1), total);
-    if (lane == 0) p.segment_draws[offset + segment] = draws;
+    const auto random = random_stream(p, batch_index, row, grouped ? kv_head : kv_head * group_size + stream);
+    const Draws draws = Draws::make(p.sampler, random, 0, num_draws_of(p), total);
+    if (lane == 0) p.draws[group * p.num_streams() + stream] = draws;
     if (draws.sorted()) {
-      for (int tile = first + lane; tile < last; tile += 32) {
+      for (int tile = lane; tile < row.num_tiles; tile += 32) {
         p.tile_draw[offset + tile] = draws.count_below(p.tile_start[offset + tile]);
       }
     }

@@ -1,7 +1,8 @@
-// Stage 1: one CTA per tile of keys and KV head (and block of 8 query heads, for larger groups).
+// Rows that are not sampled in one pass: one CTA per tile of keys and KV head (and block of 8 query heads, for larger
+// groups).
 //
-// Sampled rows: scores of the tile to the workspace, and the softmax state of every head. V is not touched.
 // Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
+// Proportional rows, stage 1: scores of the tile to the workspace, and the softmax state of every head. V is not touched.
 //
 // Every warp walks its own keys, 16 at a time, through a ring of shared-memory slots that it fills itself with cp.async
 // and synchronises with nobody. Keys are the M of m16n8k16 and the heads of the group its N: a KV head serves up to 8
@@ -11,20 +12,13 @@
 // it reads them, and all else is the same.
 #pragma once
 
-#include <type_traits>
-
-#include "core/kv_view.h"
-#include "core/mixture.h"
 #include "core/softmax_state.h"
-#include "cuda/common/float8.cuh"
-#include "cuda/common/row_load.cuh"
-#include "cuda/decode/heuristics.h"
+#include "cuda/decode/draw.cuh"
+#include "cuda/decode/score.cuh"
 #include "params.h"
 
 namespace santa::cuda {
 
-constexpr int kHeadBlock = 8;  // query heads per CTA: the N of the matrix instruction
-constexpr int kSlotRows = 16;  // keys per ring slot: its M
 constexpr int kRingSlots = 3;
 
 template <int HEAD_DIM>
@@ -42,135 +36,6 @@ struct TileShared {
   float sum[kWarps][kHeadBlock];
 };
 
-// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that both readers are free of
-// bank conflicts: fragments of K read 4 chunks of 2 adjacent rows at once (they differ in bit 2 of the permutation),
-// ldmatrix on V reads one chunk of 8 rows (all 8 differ).
-template <int HEAD_DIM>
-__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
-  const int permuted = chunk ^ (((row & 1) << 2) | ((row >> 1) & 3));
-  return static_cast<uint32_t>(row * TileShared<HEAD_DIM>::kRowPitch * 2 + permuted * 16);
-}
-
-// Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read. Rows that are not
-// aligned to 16 bytes are copied element by element, and the copy has ended when this returns.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_slot(uint32_t slot, const StridedKvView<T>& view, int64_t first, int64_t limit,
-                                          bool aligned, uint64_t policy, int lane) {
-  constexpr int kChunks = HEAD_DIM / 8;
-  if (!aligned) {
-#pragma unroll 1
-    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
-      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
-      uint16_t value = 0;
-      if (first + row < limit) value = reinterpret_cast<const uint16_t*>(view.row(first + row))[column];
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(slot + chunk_offset<HEAD_DIM>(row, column / 8) + column % 8 * 2),
-                   "h"(value)
-                   : "memory");
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
-    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const bool valid = first + row < limit;
-    const T* source = view.row(valid ? first + row : 0) + chunk * 8;
-    cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), source, valid, policy);
-  }
-}
-
-// Where the codes of float8 rows lie in a slot, one row behind the other: in its second half, or a little less.
-template <int HEAD_DIM>
-struct CodedSlot {
-  static constexpr uint32_t kFirst = sizeof(typename TileShared<HEAD_DIM>::Slot) - kSlotRows * HEAD_DIM;
-};
-
-// load_slot for rows in float8.
-template <int HEAD_DIM>
-__device__ __forceinline__ void load_codes(uint32_t slot, const StridedKvView<Float8>& view, int64_t first,
-                                           int64_t limit, bool aligned, uint64_t policy, int lane) {
-  constexpr int kChunks = HEAD_DIM / 16;
-  if (!aligned) {
-#pragma unroll 1
-    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
-      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
-      store_shared_1(slot + CodedSlot<HEAD_DIM>::kFirst + item,
-                     first + row < limit ? view.row(first + row)[column].code : 0);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
-    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const bool valid = first + row < limit;
-    cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, view.row(valid ? first + row : 0) + chunk * 16, valid,
-                policy);
-  }
-}
-
-// From what load_codes leaves to what load_slot leaves. The elements of the first 8 rows do not reach the codes, those
-// of the other 8 take their place.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void expand_codes(uint32_t slot, int lane) {
-  constexpr int kChunks = HEAD_DIM / 8, kItems = kSlotRows / 2 * kChunks / 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint2 codes[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      codes[i] = load_shared_8(slot + CodedSlot<HEAD_DIM>::kFirst + ((half * kItems + i) * 32 + lane) * 8);
-    }
-    if (half == 1) __syncwarp();  // all lanes have theirs
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int item = (half * kItems + i) * 32 + lane;
-      store_shared_16(slot + chunk_offset<HEAD_DIM>(item / kChunks, item % kChunks), elements_of_codes<T>(codes[i]));
-    }
-  }
-  __syncwarp();
-}
-
-// q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and
-// two matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
-template <typename T, int HEAD_DIM>
-struct QueryFragments {
-  uint4 chunk[HEAD_DIM / 32];
-
-  __device__ __forceinline__ void load(const T* q, int64_t stride_head, int num_heads, bool aligned, int lane) {
-    const int head = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int j = 0; j < HEAD_DIM / 32; ++j) {
-      chunk[j] = {0, 0, 0, 0};
-      if (head < num_heads) chunk[j] = load_global_8(q + head * stride_head + (4 * j + t) * 8, aligned);
-    }
-  }
-};
-
-// Raw scores of 16 keys x 8 heads. Lane (g, t) gets keys g (0, 1) and g + 8 (2, 3), heads 2 t and 2 t + 1.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot, const QueryFragments<T, HEAD_DIM>& query,
-                                           int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
-#pragma unroll
-  for (int j = 0; j < HEAD_DIM / 32; ++j) {
-    const uint4 low = load_shared_16(slot + chunk_offset<HEAD_DIM>(g, 4 * j + t));
-    const uint4 high = load_shared_16(slot + chunk_offset<HEAD_DIM>(g + 8, 4 * j + t));
-    Half<T>::mma(scores, {low.x, high.x, low.y, high.y}, query.chunk[j].x, query.chunk[j].y);
-    Half<T>::mma(scores, {low.z, high.z, low.w, high.w}, query.chunk[j].z, query.chunk[j].w);
-  }
-}
-
-__device__ __forceinline__ float max_over_keys(float value) {
-  for (int offset = 4; offset < 32; offset <<= 1) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
-}
-
-// p.score_scale, which only float8 keys have to look up.
-template <typename K>
-__device__ __forceinline__ float score_scale_of(const DecodeParams& p, int kv_head) {
-  return std::is_same_v<K, Float8> ? p.score_scale(kv_head) : p.scale_log2;
-}
-
 // What a CTA works on.
 template <typename K>
 struct TileWork {
@@ -181,8 +46,8 @@ struct TileWork {
   int64_t first_key;  // of the tile
   int64_t limit;      // end of the tile's valid keys
   float score_scale;  // beside float8 keys
-  StridedKvView<K> keys;
-  StridedKvView<K> values;  // beside float8 keys: of what p.v_dtype says
+  KvRows<K> keys;
+  KvRows<K> values;  // beside float8 keys: of what p.v_dtype says
 
   __device__ __forceinline__ float scale(const DecodeParams& p) const {
     return std::is_same_v<K, Float8> ? score_scale : p.scale_log2;
@@ -241,8 +106,8 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
     for (int half = 0; half < 2; ++half) {
       const int64_t key = key_of(i) + g + half * 8;
       const bool valid = key < work.limit;
-      scores[2 * half] = valid ? scores[2 * half] * work.scale(p) : -INFINITY;
-      scores[2 * half + 1] = valid ? scores[2 * half + 1] * work.scale(p) : -INFINITY;
+      scores[2 * half] = valid ? logit_of(scores[2 * half], work.scale(p)) : -INFINITY;
+      scores[2 * half + 1] = valid ? logit_of(scores[2 * half + 1], work.scale(p)) : -INFINITY;
       float* out = scores_out + key * p.group_pitch + head;
       if (valid && has_second) {
         *reinterpret_cast<float2*>(out) = {scores[2 * half], scores[2 * half + 1]};
@@ -289,7 +154,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   const auto is_coded = [&](int i) { return kFloat8 && ((i & 1) == 0 || p.v_dtype == Dtype::kFloat8E4M3); };
   const auto load = [&](int i, int slot) {
     if (i < num_slots) {
-      const StridedKvView<K> view = {(i & 1) ? work.values.base : work.keys.base,
+      const KvRows<K> view = {(i & 1) ? work.values.base : work.keys.base,
                                      (i & 1) ? work.values.stride_token : work.keys.stride_token};
       if constexpr (kFloat8) {
         if (is_coded(i)) {
@@ -297,7 +162,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
         }
       }
       if (!is_coded(i)) {
-        const StridedKvView<T> elements = {reinterpret_cast<const T*>(view.base), view.stride_token};
+        const KvRows<T> elements = {reinterpret_cast<const T*>(view.base), view.stride_token};
         load_slot<T, HEAD_DIM>(ring + slot * kSlotBytes, elements, key_of(i), work.limit, p.aligned, policy, lane);
       }
     }
@@ -329,8 +194,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
       for (int j = 0; j < 2; ++j) {
         float& low = scores[j];
         float& high = scores[2 + j];
-        low = key_of(i) + g < work.limit ? low * work.scale(p) : -INFINITY;
-        high = key_of(i) + g + 8 < work.limit ? high * work.scale(p) : -INFINITY;
+        low = key_of(i) + g < work.limit ? logit_of(low, work.scale(p)) : -INFINITY;
+        high = key_of(i) + g + 8 < work.limit ? logit_of(high, work.scale(p)) : -INFINITY;
         const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high)));
         factor[j] = exp2_below(max[j], new_max);
         rescale |= factor[j] != 1.0f;
@@ -346,14 +211,14 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
           o[m][1] *= factor[1], o[m][3] *= factor[1];
         }
       }
-      p_fragment[0] = transpose_8x8(Half<T>::pack(weights[0], weights[1]));
-      p_fragment[1] = transpose_8x8(Half<T>::pack(weights[2], weights[3]));
+      p_fragment[0] = transpose_8x8(Float16Traits<T>::pack(weights[0], weights[1]));
+      p_fragment[1] = transpose_8x8(Float16Traits<T>::pack(weights[2], weights[3]));
     } else {
       const int row = (lane & 7) + ((lane >> 4) << 3), chunk = (lane >> 3) & 1;
 #pragma unroll
       for (int m = 0; m < HEAD_DIM / 16; ++m) {
         const uint4 a = ldmatrix_x4_transposed(address + chunk_offset<HEAD_DIM>(row, 2 * m + chunk));
-        Half<T>::mma(o[m], {a.x, a.y, a.z, a.w}, p_fragment[0], p_fragment[1]);
+        Float16Traits<T>::mma(o[m], {a.x, a.y, a.z, a.w}, p_fragment[0], p_fragment[1]);
       }
     }
   }
@@ -384,7 +249,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   const int64_t first_head =
       static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * p.gqa_group_size + work.first_head;
-  const float nan = __int_as_float(0x7fffffff), output_scale = p.output_scale(kv_head);
+  const float output_scale = p.output_scale(kv_head);
   T* const out = static_cast<T*>(p.out) + first_head * HEAD_DIM;
 #pragma unroll 1
   for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
@@ -397,11 +262,9 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
       const float factor = exp2_below(shared.max[w][head], state.max);
       if (factor != 0.0f) value += rows[head][d] * factor;
     }
-    // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
     const float lse = log2_sum(state);
-    value = !row.valid ? nan : row.kv_len == 0 ? 0.0f : is_finite(lse) ? value / state.sum * output_scale : nan;
-    out[item] = Half<T>::from_float(value);
-    if (d == 0) p.lse[first_head + head] = row.valid ? lse * kLn2 : nan;
+    out[item] = Float16Traits<T>::from_float(output_of(row, lse, value / state.sum, output_scale));
+    if (d == 0) p.lse[first_head + head] = lse_output_of(row, lse);
   }
   if (p.rows_read != nullptr && work.first_head == 0 && threadIdx.x == 0) {
     p.rows_read[work.group] = row.valid ? row.kv_len : -1;
@@ -421,7 +284,7 @@ __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
   const int tile = blockIdx.x / head_blocks / p.num_kv_heads;
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
-  if (row.persistent || tile >= max(row.num_tiles, 1)) return;
+  if (row.one_pass() || tile >= max(row.num_tiles, 1)) return;
 
   TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
@@ -431,14 +294,10 @@ __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
   work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
   work.limit = min(work.first_key + row.tile_kv, static_cast<int64_t>(row.kv_len));
   work.score_scale = score_scale_of<K>(p, kv_head);
-  work.keys = make_strided_view<K>(p.k, batch_index, kv_head, row.kv_start, p.stride_k_batch, p.stride_k_token,
-                                   p.stride_k_head);
-  work.values = make_strided_view<K>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch, p.stride_v_token,
-                                     p.stride_v_head);
+  work.keys = key_rows<K>(p, batch_index, kv_head, row.kv_start);
+  work.values = value_rows<K>(p, batch_index, kv_head, row.kv_start);
   if (std::is_same_v<K, Float8> && p.v_dtype != Dtype::kFloat8E4M3) {
-    const auto elements = make_strided_view<T>(p.v, batch_index, kv_head, row.kv_start, p.stride_v_batch,
-                                               p.stride_v_token, p.stride_v_head);
-    work.values.base = reinterpret_cast<const K*>(elements.base);
+    work.values.base = reinterpret_cast<const K*>(value_rows<T>(p, batch_index, kv_head, row.kv_start).base);
   }
   // With several head blocks the same keys are read again by the next CTA.
   const uint64_t policy = head_blocks == 1 ? evict_first_policy() : evict_normal_policy();
@@ -448,14 +307,14 @@ __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
                  (static_cast<int64_t>(kv_head) * p.gqa_group_size + work.first_head) * p.stride_q_head,
              p.stride_q_head, work.num_heads, p.aligned, threadIdx.x & 31);
 
-  if (row.sampled) {
+  if (row.sampled()) {
     score_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
   } else {
     attend_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
   }
   __syncthreads();
 
-  if (!row.sampled && row.num_tiles <= 1) {
+  if (!row.sampled() && row.num_tiles <= 1) {
     finish_row<T, HEAD_DIM>(p, work, row, batch_index, kv_head, shared);
     return;
   }
@@ -468,7 +327,7 @@ __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
     p.tile_max[stats + threadIdx.x] = state.max;
     p.tile_sum[stats + threadIdx.x] = state.sum;
   }
-  if (row.sampled) return;
+  if (row.sampled()) return;
   for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
     const int head = item / HEAD_DIM, d = item % HEAD_DIM;
     float max = -INFINITY, value = 0.0f;

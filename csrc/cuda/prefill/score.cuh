@@ -62,8 +62,8 @@ __device__ __forceinline__ void multiply(ScoreTile& score, const uint4 (&query)[
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const uint4 low = query[m][0][j], high = query[m][1][j];
-        Half<T>::mma(score[m][n], {low.x, high.x, low.y, high.y}, key.x, key.y);
-        Half<T>::mma(score[m][n], {low.z, high.z, low.w, high.w}, key.z, key.w);
+        Float16Traits<T>::mma(score[m][n], {low.x, high.x, low.y, high.y}, key.x, key.y);
+        Float16Traits<T>::mma(score[m][n], {low.z, high.z, low.w, high.w}, key.z, key.w);
       }
     }
   }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
   const int num_stages = (end_block - first_block) * kStagesPerBlock;
   const auto load = [&](int stage, int slot) {
     if (stage < num_stages) {
-      const StridedKvView<T> keys = {first_key, p.stride_k_token};
+      const KvRows<T> keys = {first_key, p.stride_k_token};
       load_slot<T, HEAD_DIM>(ring + slot * kStageBytes + warp * kSlotBytes, keys, stage * kStageKeys + warp * kSlotRows,
                              num_keys, p.aligned, evict_normal_policy(), lane);
     }

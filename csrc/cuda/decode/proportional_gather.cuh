@@ -1,0 +1,226 @@
+// Proportional rows, stage 3: one warp per tile, KV head and stream draws the tile's rows, reads them from V, and writes the
+// tile's share of the estimate. The warps of a CTA share nothing; there are many of them per multiprocessor, and they
+// hide each other's latency. Tiles without draws write a zero count and no output.
+#pragma once
+
+#include "core/kv_rows.h"
+#include "core/mixture.h"
+#include "cuda/common/float8.cuh"
+#include "cuda/common/row_load.cuh"
+#include "cuda/decode/gather.cuh"
+#include "cuda/decode/select.cuh"
+#include "params.h"
+
+namespace santa::cuda {
+
+constexpr int kGatherWarps = 4;
+constexpr int kGatherThreads = kGatherWarps * 32;
+constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per lane
+
+// How a warp reads rows of V: 8 elements per lane, kRows rows at a time.
+template <int HEAD_DIM>
+struct GatherShape {
+  static constexpr int kChunks = HEAD_DIM / 8;
+  static constexpr int kRows = 32 / kChunks;
+};
+
+// The 8 elements of a row that a lane reads.
+template <typename V>
+struct ValueChunk {
+  uint4 packed;
+
+  __device__ __forceinline__ void load(const V* row, int chunk, bool aligned) {
+    packed = load_global_8(row + chunk * 8, aligned);
+  }
+  __device__ __forceinline__ float2 pair(int i) const {
+    return Float16Traits<V>::unpack(i == 0 ? packed.x : i == 1 ? packed.y : i == 2 ? packed.z : packed.w);
+  }
+};
+
+template <>
+struct ValueChunk<Float8> {
+  uint2 codes;
+
+  __device__ __forceinline__ void load(const Float8* row, int chunk, bool aligned) {
+    codes = load_global_8(row + chunk * 8, aligned);
+  }
+  __device__ __forceinline__ float2 pair(int i) const {
+    const float4 four = floats_of_codes(i < 2 ? codes.x : codes.y);
+    return (i & 1) == 0 ? float2{four.x, four.y} : float2{four.z, four.w};
+  }
+};
+
+// Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
+// num_rows. Accumulators are per lane; `reduce_rows` adds them up.
+template <int HEAD_DIM, int HEADS, typename V>
+__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const KvRows<V>& values, int lane_row,
+                                                const float (&lane_weight)[HEADS], int num_rows, bool aligned,
+                                                int lane) {
+  using Shape = GatherShape<HEAD_DIM>;
+  constexpr int kInFlight = HEAD_DIM > 192 || HEADS > 4 ? 2 : 3;  // as registers allow
+  const int slot = lane / Shape::kChunks, chunk = slot < Shape::kRows ? lane % Shape::kChunks : 0;
+  const auto add = [&](ValueChunk<V> elements, int source) {
+    const bool active = slot < Shape::kRows && source < num_rows;
+    const float2 pairs[4] = {elements.pair(0), elements.pair(1), elements.pair(2), elements.pair(3)};
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      const float shared_weight = __shfl_sync(0xffffffffu, lane_weight[h], source & 31);
+      const float weight = active ? shared_weight : 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        acc[h][2 * j] += weight * pairs[j].x;
+        acc[h][2 * j + 1] += weight * pairs[j].y;
+      }
+    }
+  };
+  // Past the end, the last row is read again, for nothing: no branch keeps the loads from being in flight together.
+  if (aligned) {
+#pragma unroll 1
+    for (int i = 0; i < num_rows; i += Shape::kRows * kInFlight) {
+      ValueChunk<V> elements[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int row = __shfl_sync(0xffffffffu, lane_row, min(i + u * Shape::kRows + slot, num_rows - 1));
+        elements[u].load(values.row(row), chunk, true);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        if (i + u * Shape::kRows < num_rows) add(elements[u], i + u * Shape::kRows + slot);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < num_rows; i += Shape::kRows) {
+      const int row = __shfl_sync(0xffffffffu, lane_row, min(i + slot, num_rows - 1));
+      ValueChunk<V> elements;
+      elements.load(values.row(row), chunk, false);
+      add(elements, i + slot);
+    }
+  }
+}
+
+// Sums of the accumulators over the row slots, in slot order; valid in lanes below kChunks.
+template <int HEAD_DIM>
+__device__ __forceinline__ float reduce_rows(float value) {
+  using Shape = GatherShape<HEAD_DIM>;
+  float sum = value;
+#pragma unroll
+  for (int slot = 1; slot < Shape::kRows; ++slot) {
+    sum += __shfl_down_sync(0xffffffffu, value, slot * Shape::kChunks);
+  }
+  return sum;
+}
+
+template <typename V, int HEAD_DIM>
+__global__ void __launch_bounds__(kGatherThreads, 4) proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ SelectShared all_shared[kGatherWarps];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  SelectShared& shared = all_shared[warp];
+  wait_for_previous();
+
+  // Streams fastest, then KV heads, then tiles.
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kGatherWarps + warp;
+  const int num_streams = p.num_streams();
+  const int stream = static_cast<int>(item % num_streams);
+  const int kv_head = static_cast<int>(item / num_streams % p.num_kv_heads);
+  const int64_t tile = item / num_streams / p.num_kv_heads;
+  const int batch_index = blockIdx.y;
+  const RowShape row = row_shape_of(p, batch_index);
+  if (!row.proportional() || tile >= row.num_tiles) return;
+
+  const int group_size = p.gqa_group_size;
+  const int64_t group = p.group_index(batch_index, kv_head);
+  const int64_t offset = p.stream_offset(group, stream);
+  const Draws& draws = p.draws[group * num_streams + stream];
+  const uint32_t tile_start = p.tile_start[offset + tile], tile_mass = p.tile_mass[offset + tile];
+  uint32_t first_draw = 0, last_draw = draws.num_draws;
+  if (draws.sorted()) {
+    first_draw = p.tile_draw[offset + tile];
+    if (tile + 1 < row.num_tiles) last_draw = p.tile_draw[offset + tile + 1];
+  }
+  if (tile_mass == 0 || first_draw == last_draw) {
+    if (lane == 0) p.tile_rows[offset + tile] = 0;
+    return;
+  }
+
+  const bool grouped = p.sampler == Sampler::kGrouped;
+  const int first_head = grouped ? 0 : stream, last_head = grouped ? group_size : stream + 1;
+  const int64_t stats = p.stats_offset(group) + tile * group_size;
+  const int64_t first_key = tile * row.tile_kv;
+  const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
+  const int num_steps = (num_keys + 31) / 32;
+  const float* scores = p.scores + group * p.scores_per_row + first_key * p.group_pitch;
+  const float* tile_max = p.tile_max + stats;
+  const float* row_lse = p.row_lse + group * group_size;
+
+  // Level 2 of the CDF: every key's share of the tile.
+  float share_sum = 0.0f, shares[kKeysPerLane] = {};
+  for (int h = first_head; h < last_head; ++h) {
+    const float factor = tile_factor(tile_max[h], row_lse[h]);
+    if (!(factor > 0.0f)) continue;
+    share_sum += factor * p.tile_sum[stats + h];
+    const float max = tile_max[h];
+#pragma unroll
+    for (int i = 0; i < kKeysPerLane; ++i) {
+      const int key = i * 32 + lane;
+      if (key < num_keys) shares[i] += factor * exp2f(scores[key * p.group_pitch + h] - max);
+    }
+  }
+  uint32_t weights[kKeysPerLane];
+#pragma unroll
+  for (int i = 0; i < kKeysPerLane; ++i) weights[i] = row_weight_of(shares[i] / share_sum);
+  const uint32_t weight_sum = accumulate_weights(weights, num_steps, shared, lane);
+  if (weight_sum > 0) {
+    draw_tile(draws, first_draw, last_draw, tile_start, tile_mass, weight_sum, num_keys, shared, lane);
+  }
+  uint32_t* mask = p.read_mask == nullptr ? nullptr : p.read_mask + p.mask_offset(group) + tile * kMaskWords;
+  const int num_selected = list_rows(num_steps, shared, lane, [&](int word, uint32_t bits) {
+    if (mask != nullptr) atomicOr(mask + word, bits);
+  });
+  if (lane == 0) p.tile_rows[offset + tile] = num_selected;
+  if (num_selected == 0) return;
+
+  auto values = value_rows<V>(p, batch_index, kv_head, row.kv_start);
+  values.base = values.row(first_key);
+  for (int head_base = first_head; head_base < last_head; head_base += kGatherHeads) {
+    float acc[kGatherHeads][8] = {};
+    for (int base = 0; base < num_selected; base += 32) {
+      const int num_rows = min(32, num_selected - base);
+      int lane_row = 0;
+      float lane_weight[kGatherHeads] = {};
+      if (lane < num_rows) {
+        lane_row = shared.rows[base + lane];
+        if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
+          const uint32_t below = lane_row > 0 ? shared.cumulative[lane_row - 1] : 0;
+          const float inclusion = fminf(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total,
+                                                             shared.cumulative[lane_row] - below, weight_sum));
+#pragma unroll
+          for (int j = 0; j < kGatherHeads; ++j) {
+            const int h = head_base + j;
+            if (h < last_head && is_finite(row_lse[h])) {
+              lane_weight[j] = exp2f(scores[lane_row * p.group_pitch + h] - row_lse[h]) / inclusion;
+            }
+          }
+        } else {
+          lane_weight[0] = static_cast<float>(shared.counts[lane_row]);
+        }
+      }
+      accumulate_rows<HEAD_DIM>(acc, values, lane_row, lane_weight, num_rows, p.aligned, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < kGatherHeads; ++j) {
+      const int h = head_base + j;
+      const float scale = grouped || h >= last_head || !is_finite(row_lse[h]) ? 1.0f : 1.0f / p.num_samples;
+      float sums[8];
+#pragma unroll
+      for (int d = 0; d < 8; ++d) sums[d] = reduce_rows<HEAD_DIM>(acc[j][d]) * scale;
+      if (h < last_head && lane < GatherShape<HEAD_DIM>::kChunks) {
+        float4* out = reinterpret_cast<float4*>(p.o_accum + (stats + h) * HEAD_DIM + lane * 8);
+        out[0] = {sums[0], sums[1], sums[2], sums[3]};
+        out[1] = {sums[4], sums[5], sums[6], sums[7]};
+      }
+    }
+  }
+}
+
+}  // namespace santa::cuda
