@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import energy
 import harness
+import pytest
+import torch
 
 
 def test_dense_work_is_two_products_for_each_head_key_and_feature():

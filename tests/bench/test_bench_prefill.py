@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
+import bench_prefill
+import bench_selection
+import competitors
 import numpy as np
+import prefill_data
 import pytest
+import report
+import targets
 import torch
 from tqdm import tqdm
 
 import santa
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import bench_prefill
-import bench_selection
-import competitors
-import prefill_data
-import report
-import targets
 
 FA3 = "FlashAttention-3"
 

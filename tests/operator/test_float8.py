@@ -394,7 +394,7 @@ def test_nan_scale_shows(device, kind, num_samples):
 @pytest.mark.parametrize("num_samples", [0, 32])
 def test_opcheck(device, kind, op, num_samples):
     """All but test_schema, which multiplies its inputs by a number: torch has no such kernel for float8. The schema is
-    the one that tests/test_torch.py checks."""
+    the one that tests/operator/test_torch.py checks."""
     q, k, v = make_qkv(2, 8, 2, 700, 64, dtype=working_dtype(device), device=device)
     k, v, scales = quantised(kind, k, v)
     options = {"num_samples": num_samples, "min_sampled_len": 0, "seed": 3, **scales}

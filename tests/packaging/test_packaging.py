@@ -24,7 +24,7 @@ import torch
 
 from santa import _library
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STATUS = _library.load()
 HAS_CUDA_LIBRARY = STATUS.cuda_path.exists()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 pytest.importorskip("transformers", minversion="5.4.0")
 pytest.importorskip("tqdm")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "models" / "byte-llama"))
 import evaluate
 import evaluate_prefill
 import tasks

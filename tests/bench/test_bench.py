@@ -7,20 +7,18 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-import santa
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_decode
 import competitors
 import harness
 import k_stream
 import profile_decode
+import pytest
 import report
 import roofline
 import targets
+import torch
+
+import santa
 
 
 def case(suite: str, shape: str, times: dict[str, tuple[str, float]], **more: object) -> list[dict]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,13 @@ from torch import Tensor
 pytest.importorskip("transformers", minversion="5.4.0")
 pytest.importorskip("tqdm")
 
-import santa
-from santa import reference
-from santa.reference_bernoulli import ternary_counts
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "models" / "byte-llama"))
 import evaluate
 import evaluate_bernoulli as eb
 import tasks
+
+import santa
+from santa import reference
+from santa.reference_bernoulli import ternary_counts
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, KV_LEN = 4, 2, 64, 40
 CONTEXT = 300

@@ -6,12 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_bernoulli
 import harness
+import pytest
+import torch
 
 
 def test_ratios_and_verdicts() -> None:

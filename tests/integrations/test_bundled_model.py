@@ -20,6 +20,8 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", minversion="5.4.0")
 
+import evaluate  # noqa: E402
+import tasks  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
@@ -27,12 +29,7 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 import santa  # noqa: E402
 from santa import SantaConfig, reference  # noqa: E402
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "byte-llama"
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(MODEL)
-    import evaluate
-    import tasks
+MODEL = Path(__file__).resolve().parents[2] / "models" / "byte-llama"
 
 CONTEXT = 8192
 NUM_KV_HEADS, GROUP, HEAD_DIM, NUM_LAYERS = 2, 4, 64, 6
