@@ -52,8 +52,8 @@ test-gpu: $(INSTALL) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 # A selection that reaches every kernel; the sanitizers slow the GPU down a hundredfold.
-SANITIZED := tests/operator/test_invariance.py tests/operator/test_hostile.py tests/operator/test_exact.py tests/prefill/test_sample_select.py \
-  tests/operator/test_bernoulli.py \
+SANITIZED := tests/operator/test_invariance.py tests/operator/test_hostile.py tests/operator/test_exact.py \
+  tests/prefill/test_sample_select*.py tests/operator/test_bernoulli*.py tests/operator/test_append_features.py \
   -k "alone_or_in_a_batch or gaps or short_and_odd_lengths or empty_rows or given_the_cdf or group_sizes or \
   rows_below_min or what_lies_around or exact_values_of_noisy or no_key_and_one_key or infinite_keys or \
   did_not_draw or rows_of_any_share or test_append"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HEAD_DIMS, dtypes_of, make_qkv, relative_rms
+from helpers.inputs import HEAD_DIMS, dtypes_of, make_qkv
+from helpers.statistics import relative_rms
 
 import santa
 from santa import reference

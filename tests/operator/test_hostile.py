@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import BUDGETS, SAMPLERS, make_qkv, relative_rms, working_dtype
+from helpers.inputs import BUDGETS, SAMPLERS, make_qkv, working_dtype
+from helpers.statistics import relative_rms
 
 import santa
 from santa import reference

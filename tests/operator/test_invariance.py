@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import BUDGETS, SAMPLERS, make_qkv, working_dtype
+from helpers.inputs import BUDGETS, SAMPLERS, make_qkv, working_dtype
 
 import santa
 

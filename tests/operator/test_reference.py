@@ -8,16 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SAMPLERS, make_qkv
-from hypothesis import given, settings
+from helpers.inputs import SAMPLERS, make_qkv
+from helpers.properties import for_all
 from hypothesis import strategies as st
 
 from santa import reference
-
-
-def for_all(*strategies):
-    """200 examples, the same in every run."""
-    return lambda test: settings(max_examples=200, deadline=None, derandomize=True)(given(*strategies)(test))
 
 
 def distribution(*shape: int, logit_std: float = 1.5, seed: int = 0) -> torch.Tensor:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import BUDGETS, SAMPLERS, make_qkv, mean_z, relative_rms, repeat_rows, working_dtype
+from helpers.inputs import BUDGETS, SAMPLERS, make_qkv, repeat_rows, working_dtype
+from helpers.statistics import Z_LARGEST, Z_PROJECTED, mean_z, relative_rms
 
 import santa
 from santa import reference
 
 N = 16384
 GROUP = 4
-Z_PROJECTED = 4.9  # two-sided false-alarm rate 1e-6
-Z_LARGEST = 6.0  # 256 elements: 256 * 2e-9 = 5e-7; heavier tails than the normal distribution are allowed for by N
 
 
 def draws_of(q, k, v, *, count=N, seed=0, **options):

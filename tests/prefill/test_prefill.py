@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_rms
+from helpers.statistics import relative_rms
 from torch import Tensor
 
 import santa

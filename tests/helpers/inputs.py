@@ -1,4 +1,4 @@
-"""Inputs and statistics shared by the tests."""
+"""The samplers, budgets and sizes that are tested, and random inputs of the operator."""
 
 from __future__ import annotations
 
@@ -46,24 +46,3 @@ def make_qkv(
 def repeat_rows(tensor: Tensor, count: int) -> Tensor:
     """The one row of `tensor`, `count` times, without a copy: one call of the operator then makes `count` draws."""
     return tensor.expand(count, *tensor.shape[1:])
-
-
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    return float((actual - expected).norm() / expected.norm())
-
-
-def mean_z(draws: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Tests that the mean of draws [N, ...] is `expected` [...].
-
-    Returns (projected, largest): the z statistic of the draws' component along `expected`, which any relative bias
-    moves, and the largest |z| over the single elements.
-    """
-    draws, expected = draws.double().cpu().flatten(1), expected.double().cpu().flatten()
-    component = draws @ expected / expected.norm() ** 2
-    root = len(draws) ** 0.5
-    projected = float((component.mean() - 1.0) / (component.std() / root))
-    spread = draws.std(dim=0)
-    moved = spread > 1e-7
-    z = (draws.mean(dim=0) - expected)[moved] / (spread[moved] / root)
-    return projected, float(z.abs().max())
