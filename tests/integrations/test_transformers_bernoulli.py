@@ -8,31 +8,20 @@ from unittest import mock
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.4.0")
+pytest.importorskip("transformers", minversion="5.4.0")
 
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache  # noqa: E402
+from helpers.models import NUM_LAYERS, VOCAB, make_model
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-import santa  # noqa: E402
-from santa.integrations.transformers import attach, record_rows_read  # noqa: E402
+import santa
+from santa.integrations.transformers import attach, record_rows_read
 
-VOCAB, NUM_LAYERS, HEAD_DIM, PROMPT_LEN, STEPS = 97, 2, 64, 37, 4
+HEAD_DIM, PROMPT_LEN, STEPS = 64, 37, 4
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM,
-        initializer_range=0.2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_model(num_attention_heads=4, head_dim=HEAD_DIM)
 
 
 def bernoulli(num_draws: int, **options: Any) -> santa.SantaConfig:

@@ -7,55 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.4.0")
+pytest.importorskip("transformers", minversion="5.4.0")
 
-from transformers import (  # noqa: E402
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    StaticCache,
-)
+from helpers.models import NUM_LAYERS, make_model, make_prompt
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-import santa  # noqa: E402
-from santa.integrations import transformers as integration  # noqa: E402
-from santa.integrations.transformers import attach  # noqa: E402
+import santa
+from santa.integrations import transformers as integration
+from santa.integrations.transformers import attach
 
-VOCAB, PAD, NUM_LAYERS = 97, 0, 2
 PROMPT_LEN, NEW_TOKENS = 600, 4
-
-_SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=NUM_LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    initializer_range=0.2,
-    max_position_embeddings=2048,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-)
-
-
-def make_model(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_SHAPE | changes)).eval()
-
-
-def make_prompt(batch: int = 2, length: int = PROMPT_LEN, padding: int = 0) -> dict[str, torch.Tensor]:
-    input_ids = torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
-    attention_mask = torch.ones_like(input_ids)
-    input_ids[-1, :padding], attention_mask[-1, :padding] = PAD, 0
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+# Room for a prompt of PROMPT_LEN, which is long enough for sparse prefill.
+LONG: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 2048}
 
 
 def sparse(alpha: float | tuple[float, float] = 0.3, **options: Any) -> santa.SantaConfig:
@@ -93,7 +56,7 @@ def lengths(calls: list[tuple[int, int, dict[str, Any]]]) -> list[tuple[int, int
 
 
 def test_alpha_1_gives_the_tokens_of_dense_attention(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected, expected_logits = generate(model, prompt), logits_of(model, prompt)
     attach(model, sparse(1.0))
     assert torch.equal(generate(model, prompt), expected)
@@ -102,7 +65,7 @@ def test_alpha_1_gives_the_tokens_of_dense_attention(calls):
 
 
 def test_a_low_alpha_changes_the_logits_and_repeats_itself(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     dense = logits_of(model, prompt)
     attach(model, sparse((0.1, 0.2)))
     first = logits_of(model, prompt)
@@ -112,7 +75,7 @@ def test_a_low_alpha_changes_the_logits_and_repeats_itself(calls):
 
 
 def test_dense_is_the_default(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = logits_of(model, prompt)
     attach(model, santa.SantaConfig(num_samples=0))
     assert model.config._attn_implementation == integration.NAME
@@ -120,7 +83,7 @@ def test_dense_is_the_default(calls):
 
 
 def test_auto_is_dense_for_short_prompts(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = logits_of(model, prompt)
     attach(model, santa.SantaConfig(num_samples=0, prefill="sample", alpha=0.1))
     assert torch.allclose(logits_of(model, prompt), expected, atol=1e-3)
@@ -128,7 +91,7 @@ def test_auto_is_dense_for_short_prompts(calls):
 
 
 def test_settings_can_be_changed_back(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = logits_of(model, prompt)
     attach(model, sparse())
     attach(model, santa.SantaConfig(num_samples=0))
@@ -137,7 +100,7 @@ def test_settings_can_be_changed_back(calls):
 
 def test_decode_after_it_is_the_same_as_before(calls):
     """Decode steps read the cache that prefill has filled; with the same cache they give the same bits."""
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     token = torch.full((2, 1), 5)
     outputs = []
     for config in (sparse(1.0), santa.SantaConfig(num_samples=0)):
@@ -151,7 +114,7 @@ def test_decode_after_it_is_the_same_as_before(calls):
 
 
 def test_sampled_decode_works_beside_it(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     attach(model, santa.SantaConfig(num_samples=16, min_context=0, prefill="sample", prefill_backend="reference"))
     with integration.record_rows_read(model) as record:
         generate(model, prompt)
@@ -160,7 +123,7 @@ def test_sampled_decode_works_beside_it(calls):
 
 def test_static_cache(calls):
     """Its unused tail is cut off: prefill sees the keys of the prompt alone."""
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = generate(model, prompt)
     attach(model, sparse(1.0))
     assert torch.equal(generate(model, prompt, cache_implementation="static"), expected)
@@ -169,7 +132,7 @@ def test_static_cache(calls):
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_chunks_at_multiples_of_128_are_sparse_and_others_dense(calls, cache_class):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = logits_of(model, prompt)
     attach(model, sparse(1.0))
     cache = (
@@ -187,14 +150,14 @@ def test_chunks_at_multiples_of_128_are_sparse_and_others_dense(calls, cache_cla
 
 
 def test_a_padded_batch_is_dense(calls):
-    model, prompt = make_model(), make_prompt(padding=9)
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN, padding=9)
     expected = generate(model, prompt)
     attach(model, sparse(0.1))
     assert torch.equal(generate(model, prompt), expected) and not calls
 
 
 def test_packed_sequences_are_dense(calls):
-    model, prompt = make_model(), make_prompt(batch=1)
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN, batch=1)
     ids = prompt["input_ids"]
     # Transformers looks for restarting positions where there is neither a cache nor a mask.
     packed = {"input_ids": ids, "position_ids": torch.cat([torch.arange(300), torch.arange(300)])[None]}
@@ -206,21 +169,21 @@ def test_packed_sequences_are_dense(calls):
 @pytest.mark.parametrize("length", [2, 127])
 def test_fewer_than_128_queries_are_dense(calls, length):
     """Verification of speculated tokens among them."""
-    model, prompt = make_model(), make_prompt(length=length)
+    model, prompt = make_model(**LONG), make_prompt(length)
     expected = logits_of(model, prompt)
     attach(model, sparse(0.1))
     assert torch.equal(logits_of(model, prompt), expected) and not calls
 
 
 def test_layers_that_are_left_out_are_dense(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     attach(model, sparse(0.1, layers=[1]))
     logits_of(model, prompt)
     assert len(calls) == 1
 
 
 def test_without_a_cache_and_without_a_mask(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = logits_of(model, prompt)
     attach(model, sparse(1.0))
     got = logits_of(model, {"input_ids": prompt["input_ids"]}, use_cache=False)
@@ -229,29 +192,10 @@ def test_without_a_cache_and_without_a_mask(calls):
 
 @pytest.mark.filterwarnings("ignore:.*caps its attention logits")
 @pytest.mark.parametrize(
-    "model_class, config",
-    [
-        (MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=200)),
-        (
-            Gemma2ForCausalLM,
-            Gemma2Config(**_SHAPE, sliding_window=200, attn_logit_softcapping=5.0, query_pre_attn_scalar=64),
-        ),
-        (
-            GptOssForCausalLM,
-            GptOssConfig(
-                **_SHAPE,
-                sliding_window=200,
-                layer_types=["sliding_attention", "full_attention"],
-                num_local_experts=2,
-                num_experts_per_tok=1,
-            ),
-        ),
-    ],
-    ids=["sliding window", "soft cap", "attention sinks"],
+    "family", ["mistral", "gemma2", "gpt_oss"], ids=["sliding window", "soft cap", "attention sinks"]
 )
-def test_what_prefill_has_no_kernel_for_is_exact(calls, model_class, config):
-    torch.manual_seed(0)
-    model, prompt = model_class(config).eval(), make_prompt()
+def test_what_prefill_has_no_kernel_for_is_exact(calls, family):
+    model, prompt = make_model(family, **LONG, sliding_window=200), make_prompt(PROMPT_LEN)
     model.set_attn_implementation("eager")
     expected = logits_of(model, prompt)
     attach(model, sparse(0.1))
@@ -260,7 +204,7 @@ def test_what_prefill_has_no_kernel_for_is_exact(calls, model_class, config):
 
 
 def test_a_compiled_model_is_dense(calls):
-    model, prompt = make_model(), make_prompt()
+    model, prompt = make_model(**LONG), make_prompt(PROMPT_LEN)
     expected = logits_of(model, prompt)
     attach(model, sparse(0.1))
     compiled = torch.compile(model, backend="eager")
@@ -270,8 +214,8 @@ def test_a_compiled_model_is_dense(calls):
 @pytest.mark.gpu
 def test_flex_in_a_model_on_cuda(calls):
     """In chunks, so that queries and keys differ in number; bfloat16 logits of two layers with large weights."""
-    model = make_model().to("cuda", torch.bfloat16)
-    prompt = {name: x.cuda() for name, x in make_prompt().items()}
+    model = make_model(**LONG).to("cuda", torch.bfloat16)
+    prompt = {name: x.cuda() for name, x in make_prompt(PROMPT_LEN).items()}
     expected = logits_of(model, prompt).float()
     attach(model, santa.SantaConfig(num_samples=0, prefill="sample", alpha=1.0, prefill_backend="flex"))
     cache, got = DynamicCache(config=model.config), []
@@ -302,7 +246,7 @@ def test_bad_settings(options, error, match):
 
 
 def test_a_head_dim_that_only_decode_has():
-    model = make_model(head_dim=96)
+    model = make_model(**LONG, head_dim=96)
     with pytest.raises(ValueError, match=r"LlamaAttention has head_dim 96; prefill 'sample' needs one of \(64, 128\)"):
         attach(model, sparse())
     attach(model, santa.SantaConfig())
