@@ -9,6 +9,7 @@ from helpers.inputs import working_dtype
 import santa
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_rows", [1, 7, 100])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_append(device, num_rows, index_dtype):
@@ -27,6 +28,7 @@ def test_append(device, num_rows, index_dtype):
         assert torch.equal(storage, expected)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_rows", [1, 50])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_append_paged(device, num_rows, page_size):
@@ -48,6 +50,7 @@ def test_append_paged(device, num_rows, page_size):
     assert torch.equal(pages, expected)
 
 
+@pytest.mark.sanitize
 def test_append_without_room(device):
     """On the CPU an error, before anything is written; on CUDA such a row stays as it is."""
     k = torch.zeros(2, 2, 64, 50, dtype=working_dtype(device), device=device)
@@ -72,6 +75,7 @@ def test_append_without_room(device):
         assert (pages[0, ..., 14:] == 1).all() and (pages[0, ..., :14] == 0).all() and (pages[1, ..., :4] == 1).all()
 
 
+@pytest.mark.sanitize
 def test_append_errors(device):
     k = torch.zeros(2, 2, 64, 50, dtype=working_dtype(device), device=device)
     new, positions = torch.ones(2, 4, 2, 64, dtype=k.dtype, device=device), torch.tensor([0, 1], device=device)

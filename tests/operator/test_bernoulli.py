@@ -14,6 +14,7 @@ from santa import reference_bernoulli as oracle
 # The operator against the oracle ----------------------------------------------------------------------
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "group, head_dim", [(1, 64), (2, 96), (3, 128), (4, 128), (5, 192), (7, 64), (8, 256), (12, 64)]
 )
@@ -69,6 +70,7 @@ def test_scores_of_sampled_rows(device, group):
     assert (rows.cpu().flatten() <= torch.tensor(lens)).all() and (rows > 0).all()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("group, head_dim", [(1, 64), (3, 96), (4, 128), (8, 192), (2, 256)])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_rows_of_any_share(device, group, head_dim, aligned):

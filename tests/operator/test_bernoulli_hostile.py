@@ -48,6 +48,7 @@ def test_query_that_is_not_finite(device, value, num_samples):
     assert (draw(hostile, 1, 4, "independent")[0, 1] == 0).all()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_samples", [0, 16])
 @pytest.mark.parametrize("group, head_dim, kv_len", [(4, 64, 700), (7, 128, 3000)])
 def test_features_that_a_head_did_not_draw_do_not_reach_it(device, num_samples, group, head_dim, kv_len):
@@ -73,6 +74,7 @@ def test_features_that_a_head_did_not_draw_do_not_reach_it(device, num_samples, 
     assert torch.equal(out[0, ~drew], expected[0, ~drew]) and torch.equal(lse[0, ~drew], expected_lse[0, ~drew])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_samples", [0, 64])
 @pytest.mark.parametrize("group", [4, 8])
 def test_infinite_keys(device, num_samples, group):
@@ -95,6 +97,7 @@ def test_infinite_keys(device, num_samples, group):
     assert torch.isfinite(out[0, without]).all() and torch.isnan(out[0, q[0, :, 7] < 0]).all()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_samples", [0, 16])
 def test_no_key_and_one_key(device, num_samples):
     q, k, v = make_qkv(3, 4, 2, 50, 64, dtype=working_dtype(device), device=device)

@@ -36,6 +36,7 @@ def test_error_at_most_twice_torch(device, head_dim, group_size):
         assert_as_accurate_as_torch(q, k, v, out, lse)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("group_size", [3, 6, 10, 11, 12, 13, 14, 15, 24, 40])
 def test_other_group_sizes(device, group_size):
     dtype = torch.bfloat16
@@ -65,6 +66,7 @@ def test_sm_scale(device, sm_scale):
     assert_as_accurate_as_torch(q, k, v, out, lse, sm_scale)
 
 
+@pytest.mark.sanitize
 def test_rows_below_min_sampled_len_are_exact(device):
     """A row one key short of the bound takes the exact path to the bit; the row at the bound is sampled."""
     q, k, v = make_qkv(2, 8, 2, 600, 64, dtype=torch.float16, device=device)

@@ -21,6 +21,7 @@ def options(request):
     return {"sampler": sampler, "budget": budget, "num_samples": num_samples, "min_sampled_len": 0}
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kv_len", [1, 2, 127, 128, 129, 255, 256, 257, 4097])
 def test_short_and_odd_lengths(device, options, kv_len):
     """Finite, and exact where one key holds everything."""
@@ -33,6 +34,7 @@ def test_short_and_odd_lengths(device, options, kv_len):
         torch.testing.assert_close(out.double().cpu(), expected, rtol=2e-3, atol=0)
 
 
+@pytest.mark.sanitize
 def test_empty_rows_and_batches(device, options):
     q, k, v = make_qkv(3, 4, 2, 300, 64, dtype=working_dtype(device), device=device)
     kv_lens = torch.tensor([0, 300, 0], dtype=torch.int32, device=device)

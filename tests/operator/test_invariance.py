@@ -50,6 +50,7 @@ def test_repeated(device, options):
         assert_same_bits(run(q, k, v, kv_lens=kv_lens, row_seeds=row_seeds, **options), first)
 
 
+@pytest.mark.sanitize
 def test_alone_or_in_a_batch(device, options):
     q, k, v, kv_lens, row_seeds = problem(device)
     together = run(q, k, v, kv_lens=kv_lens, row_seeds=row_seeds, **options)
@@ -95,6 +96,7 @@ def test_padding_on_the_left(device, options):
     assert_same_bits(run(q, *moved, kv_lens=kv_lens, kv_starts=starts, row_seeds=row_seeds, **options), expected)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("gap", [8, 1])
 def test_strides_with_gaps(device, options, gap):
     """Rows at any distance, aligned to 16 bytes or not; NaN between them is never read."""
@@ -117,6 +119,7 @@ def test_without_kv_lens(device, options):
 
 
 @pytest.mark.gpu
+@pytest.mark.sanitize
 @pytest.mark.parametrize("sampler", [0, 1, 2, 3])
 def test_same_rows_on_both_devices_given_the_cdf(sampler):
     """Bit for bit: the draws of one integer CDF, over random and extreme CDFs, budgets and seeds."""

@@ -21,6 +21,7 @@ def padded(x: Tensor, *, rows: int, columns: int) -> Tensor:
     return view.copy_(x)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("columns", [0, 1, 8])
 @pytest.mark.parametrize(("q_len", "past_blocks"), [(1, 0), (100, 1), (700, 2)])
 def test_views_and_what_lies_around_them(device, columns, q_len, past_blocks):

@@ -14,6 +14,7 @@ import santa
 # Invariance -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("options", [{}, {"gqa": "union"}, {"selection": "joint", "min_mass": 0.7}])
 def test_alone_or_in_a_batch(device, options):
     """The same bits in every call, and for each row and KV head by itself."""
