@@ -51,17 +51,11 @@ test: $(INSTALL) core-test ## run the tests; those for a GPU say why they are sk
 test-gpu: $(INSTALL) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-# A selection that reaches every kernel; the sanitizers slow the GPU down a hundredfold.
-SANITIZED := tests/test_invariance.py tests/test_hostile.py tests/test_exact.py tests/test_sample_select.py \
-  tests/test_bernoulli.py \
-  -k "alone_or_in_a_batch or gaps or short_and_odd_lengths or empty_rows or given_the_cdf or group_sizes or \
-  rows_below_min or what_lies_around or exact_values_of_noisy or no_key_and_one_key or infinite_keys or \
-  did_not_draw or rows_of_any_share or test_append"
-
+# The sanitizers slow the GPU down a hundredfold, hence a selection of tests.
 sanitize: $(INSTALL) ## run GPU tests under each tool of compute-sanitizer
 	@for tool in memcheck racecheck synccheck initcheck; do echo "== $$tool"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 SANTA_CLEAR_WORKSPACE=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	  $(BIN)/python -m pytest -m gpu -q $(SANITIZED) || exit 1; done
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  $(BIN)/python -m pytest -m "gpu and sanitize" -q $(PYTEST_ARGS) || exit 1; done
 
 core-test: ## run the C++ tests of csrc/core, which need no torch
 	@if command -v cmake >/dev/null; then \

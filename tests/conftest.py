@@ -1,9 +1,12 @@
-"""Shared fixtures. Tests that take `device` run on the CPU and, marked `gpu`, on CUDA."""
+"""Fixtures of all tests. Tests that take `device` run on the CPU and, marked `gpu`, on CUDA."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+# Before anything imports them: their asserts report values as those of a test do.
+pytest.register_assert_rewrite("helpers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

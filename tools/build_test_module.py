@@ -24,7 +24,7 @@ def build(verbose: bool = False) -> ModuleType:
     folder.mkdir(parents=True, exist_ok=True)
     return cpp_extension.load(
         name="santa_core_test",
-        sources=[str(ROOT / "tests" / "core_bindings.cpp")],
+        sources=[str(ROOT / "tests" / "core" / "core_bindings.cpp")],
         extra_include_paths=[str(ROOT / "csrc")],
         # Contraction is off, as in the libraries: the tests compare results bit for bit.
         extra_cflags=["-O2", "-std=c++17", "-ffp-contract=off"],

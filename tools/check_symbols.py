@@ -1,7 +1,7 @@
 """Checks that the libraries run on the oldest supported torch: python tools/check_symbols.py LIBRARY...
 
-Every LibTorch function they call must be a stable one that torch 2.10 has (tests/abi_2.10.txt), and they must
-need neither C++ symbols of LibTorch, nor the Python API, nor a CUDA runtime of their own.
+Every LibTorch function they call must be a stable one that torch 2.10 has (tests/packaging/abi_2.10.txt), and they
+must need neither C++ symbols of LibTorch, nor the Python API, nor a CUDA runtime of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ABI_LIST = Path(__file__).resolve().parent.parent / "tests" / "abi_2.10.txt"
+ABI_LIST = Path(__file__).resolve().parent.parent / "tests" / "packaging" / "abi_2.10.txt"
 # CUDA's runtime is not among them: it comes with the torch that loads the library.
 ALLOWED_NEEDED = re.compile(r"(libtorch|libtorch_cpu|libstdc\+\+|libgcc_s|libm|libc|ld-linux-[\w-]+)\.so")
 FORBIDDEN = {
