@@ -60,14 +60,14 @@ class Setting:
 
     num_samples: int
     sampler: str = "grouped"
-    budget: str = "proportional"
+    budget: str = "streaming"
     storage: str = ""
 
     @property
     def name(self) -> str:
         how = "exact"
         if self.num_samples:
-            how = f"{self.sampler} S={self.num_samples}" + (" uniform" if self.budget == "uniform" else "")
+            how = f"{self.sampler} S={self.num_samples}" + ("" if self.budget == "streaming" else f" {self.budget}")
         return f"santa {how}" + (f", {self.storage}" if self.storage else "")
 
     def options(self, problem: Problem) -> dict[str, Any]:
@@ -94,8 +94,13 @@ class Setting:
 
 
 def settings_of(arguments: argparse.Namespace, group_size: int, kv_len: int) -> list[Setting]:
-    """The exact path, the proportional budget, and the uniform one (SANTA's Flash) where so many samples are taken."""
-    sampled = [Setting(s, sampler) for sampler in arguments.samplers for s in arguments.samples]
+    """The exact path, the budgets asked for, and the uniform one (SANTA's Flash) where so many samples are taken."""
+    sampled = [
+        Setting(s, sampler, budget)
+        for sampler in arguments.samplers
+        for budget in (arguments.budgets if sampler in ("grouped", "systematic") else ["proportional"])
+        for s in arguments.samples
+    ]
     uniform = [Setting(s, sampler, "uniform") for sampler in arguments.samplers for s in arguments.uniform_samples]
     return [
         Setting(0),
@@ -311,8 +316,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="1x32768 and 4x32768 with grouped sampling, S = 128")
     add("--targets", action="store_true", help="say of each target whether it is met")
     add("--shapes", nargs="+", metavar="BATCHxKV_LEN")
-    add("--samples", nargs="+", type=int, help="draws per query head, proportional budget; default 128 256")
+    add("--samples", nargs="+", type=int, help="draws per query head; default 128 256")
     add("--samplers", nargs="+", help="default grouped systematic")
+    add("--budgets", nargs="+", default=["streaming"], choices=["streaming", "proportional"], help="of --samples")
     add("--uniform-samples", nargs="*", type=int, help="draws per query head, uniform budget; default 2048")
     add("--layout", default="HND", choices=["HND", "NHD"])
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])

@@ -96,7 +96,7 @@ def predict(
     dense_us = transfer(dense["us"], 2 * kv_bytes(PAPER_SHAPE))
     found = []
     for row in at_paper:
-        if row["kind"] == "santa" and row["num_samples"] == PAPER_SAMPLES and row["budget"] == "proportional":
+        if row["kind"] == "santa" and row["num_samples"] == PAPER_SAMPLES and row["budget"] == "streaming":
             moved = sampled_bytes(PAPER_SHAPE, row["v_rows"], workspace_bytes)
             found.append(Prediction(row["what"], dense_us, transfer(row["us"], moved)))
     if not found:

@@ -78,7 +78,7 @@ def evaluate(rows: list[dict[str, Any]]) -> list[Result]:
         ]
 
     def sampled(suite: str, shape: str) -> list[dict[str, Any]]:
-        return [r for r in santa(suite, shape, budget="proportional") if r["num_samples"] in SAMPLES]
+        return [r for r in santa(suite, shape, budget="streaming") if r["num_samples"] in SAMPLES]
 
     suites = {row["suite"] for row in rows}
     results: list[Result] = []

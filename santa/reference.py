@@ -3,6 +3,8 @@
 Nothing here is fast or shares code with the kernels. `exact` is softmax attention; `moments` gives the mean and the
 variance of each estimator over its random numbers, exactly: in closed form for multinomial and stratified sampling, and
 by enumeration for the samplers with a single uniform number U, whose estimate is piecewise constant in U.
+
+The streaming and the uniform budget draw from a row tile by tile: `tile_shares`, `one_pass_draws`.
 """
 
 from __future__ import annotations
@@ -126,17 +128,132 @@ def grouped_weights(p: Tensor, num_samples: int, u: float) -> Tensor:
     return torch.where(selected & (inclusion > 0), p / inclusion, 0.0)
 
 
-def moments(p: Tensor, values: Tensor, num_samples: int, sampler: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance of an estimator over its random numbers, proportional budget.
+# The one-pass budgets: keys of the pilot, keys of a tile, and the most query heads that share their samples.
+PILOT_FIRST, PILOT_SPACED, PILOT_LAST = 16, 192, 48
+TILE_KV = 128
+HEAD_BLOCK = 8
+
+
+def pilot(kv_len: int, run: int = 1) -> tuple[Tensor, Tensor]:
+    """Positions of the pilot keys of a row, ascending, and how many keys each stands for.
+
+    All of a row of up to 256 keys. Else the first 16, the last 48, and 192 between them for all the others: the keys
+    between in 192 / run equal strata, `run` neighbours from the middle of each.
+    """
+    if kv_len <= PILOT_FIRST + PILOT_SPACED + PILOT_LAST:
+        return torch.arange(kv_len), torch.ones(kv_len, dtype=torch.float64)
+    between, strata = kv_len - PILOT_FIRST - PILOT_LAST, PILOT_SPACED // run
+    # The middle of stratum r lies (2 r + 1) between / (2 strata) keys in, half a run before it the run's first key.
+    first = ((2 * torch.arange(strata) + 1) * between - run * strata) // (2 * strata)
+    spaced = PILOT_FIRST + (first[:, None] + torch.arange(run)).flatten()
+    positions = torch.cat([torch.arange(PILOT_FIRST), spaced, torch.arange(kv_len - PILOT_LAST, kv_len)])
+    weights = torch.ones(len(positions), dtype=torch.float64)
+    weights[PILOT_FIRST : PILOT_FIRST + PILOT_SPACED] = between / PILOT_SPACED
+    return positions, weights
+
+
+def tile_shares(p: Tensor, budget: str, *, pilot_run: int = 1) -> Tensor:
+    """The shares a of their draws that heads give to each tile: p [group, n] -> [group, tiles].
+
+    uniform: the tile's part of the keys. streaming: its part of the mass, by what the pilot says the mass is; at least
+    a quarter of its part of the keys, at most 1.
+    """
+    kv_len = p.shape[-1]
+    keys = torch.tensor([len(tile) for tile in torch.arange(kv_len).split(TILE_KV)], dtype=torch.float64)
+    if budget == "uniform":
+        return (keys / kv_len).expand(p.shape[0], -1)
+    if budget != "streaming":
+        raise ValueError(f"budget is {budget!r}; it needs to be streaming or uniform")
+    positions, weights = pilot(kv_len, pilot_run)
+    level = (p[:, positions] * weights).sum(dim=-1, keepdim=True)
+    mass = torch.stack([tile.sum(dim=-1) for tile in p.split(TILE_KV, dim=-1)], dim=-1)
+    return torch.maximum(mass / level, keys / (4 * kv_len)).clamp(max=1.0)
+
+
+def head_blocks(group: int) -> list[slice]:
+    """The query heads of a KV head in blocks of at most 8, as equal as can be; grouped draws one set of keys for each."""
+    count = -(-group // HEAD_BLOCK)
+    size = -(-group // count)
+    return [slice(first, min(first + size, group)) for first in range(0, group, size)]
+
+
+def one_pass_draws(p: Tensor, num_samples: int, sampler: str, budget: str, *, pilot_run: int = 1) -> Tensor:
+    """Expected draws m of each key for each head: [group, n]. systematic: S a softmax within the tile. grouped: the sum
+    of that over the heads of a block, at most 1, which is the probability that the block reads the key."""
+    shares = tile_shares(p, budget, pilot_run=pilot_run)
+    within = [tile / tile.sum(dim=-1, keepdim=True) for tile in p.split(TILE_KV, dim=-1)]
+    m = num_samples * torch.cat([shares[:, i : i + 1] * tile for i, tile in enumerate(within)], dim=-1)
+    if sampler == "systematic":
+        return m
+    if sampler != "grouped":
+        raise ValueError(f"sampler is {sampler!r}; it needs to be systematic or grouped")
+    return torch.cat([m[b].sum(dim=0).clamp(max=1.0).expand_as(m[b]) for b in head_blocks(len(p))])
+
+
+def one_pass_rows(p: Tensor, num_samples: int, sampler: str, budget: str, *, pilot_run: int = 1) -> float:
+    """Expected rows_read of a KV head: keys that any head of a block draws, added up over blocks. Under systematic the
+    heads draw independently of each other."""
+    missed = 1.0 - one_pass_draws(p, num_samples, sampler, budget, pilot_run=pilot_run).clamp(max=1.0)
+    blocks = [missed[b] if sampler == "systematic" else missed[b][:1] for b in head_blocks(len(p))]
+    return sum(float((1.0 - block.prod(dim=0)).sum()) for block in blocks)
+
+
+def _one_pass_moments(
+    p: Tensor, values: Tensor, num_samples: int, sampler: str, budget: str, pilot_run: int
+) -> tuple[Tensor, Tensor]:
+    """For `moments`. A key drawn c times adds c p / m v: under the streaming budget from one uniform number per tile,
+    so that variances add up; under the uniform one from one per row, which has gone on by R tile_keys / n draws where
+    the next tile begins."""
+    m = one_pass_draws(p, num_samples, sampler, budget, pilot_run=pilot_run)
+    terms = torch.where(m > 0, p / m, 0.0)
+    kv_len = p.shape[-1]
+    results = []
+    for block in head_blocks(len(p)):
+        heads = range(len(p))[block]
+        draws = num_samples * (len(heads) if sampler == "grouped" else 1)
+        for h in heads:
+            pieces = []  # what one uniform number draws from: begin and end of each key on the line, and its term
+            for tile in torch.arange(kv_len).split(TILE_KV):
+                start = math.fmod(draws * int(tile[0]) / kv_len, 1.0) if budget == "uniform" else 0.0
+                line = start + torch.cat([m.new_zeros(1), torch.cumsum(m[h, tile], dim=0)])
+                pieces.append((line[:-1], line[1:], terms[h, tile, None] * values[tile]))
+            if budget == "uniform":
+                pieces = [tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))]
+            moments_of = [_systematic_sums(*piece) for piece in pieces]
+            results.append([sum(parts) for parts in zip(*moments_of, strict=True)])
+    return torch.stack([mean for mean, _ in results]), torch.stack([variance for _, variance in results])
+
+
+def _systematic_sums(begin: Tensor, end: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over U of sum_n (floor(end_n + U) - floor(begin_n + U)) terms_n, by all pieces of U."""
+    cuts = torch.remainder(-torch.cat([begin, end]), 1.0)  # where a floor jumps
+    cuts = torch.cat([cuts.new_zeros(1), torch.sort(cuts).values, cuts.new_ones(1)])
+    lengths = torch.diff(cuts)
+    keep = lengths > 1e-12
+    sums = [
+        (torch.floor(end + u[:, None]) - torch.floor(begin + u[:, None])) @ terms
+        for u in ((cuts[:-1] + cuts[1:])[keep] / 2).split(256)
+    ]
+    return _weighted_moments(torch.cat(sums), lengths[keep] / lengths[keep].sum())
+
+
+def moments(
+    p: Tensor, values: Tensor, num_samples: int, sampler: str, budget: str = "proportional", *, pilot_run: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of an estimator over its random numbers.
 
     Args:
         p: [group, n] probabilities of the query heads that share a KV head. values: [n, head_dim].
         sampler: "multinomial", "stratified", "systematic" or "grouped".
+        budget: "proportional", or for the last two samplers "streaming" or "uniform".
+        pilot_run: of `pilot`; 8 for Bernoulli scores.
 
     Returns:
         mean, variance: [group, head_dim]. The mean equals p @ values for every sampler (computed, not assumed, for
         those that are enumerated).
     """
+    if budget != "proportional":
+        return _one_pass_moments(p.double(), values.double(), num_samples, sampler, budget, pilot_run)
     p, values = p.double(), values.double()
     mean = p @ values
     if sampler == "multinomial":

@@ -477,7 +477,9 @@ def main() -> None:
     sampled = parser.add_argument_group("with --attn santa")
     sampled.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
     sampled.add_argument("--samples", type=int, nargs="+", default=[16, 64, 256], help="draws per query head, S")
-    sampled.add_argument("--budget", choices=("proportional", "uniform"), default="proportional")
+    sampled.add_argument(
+        "--budget", choices=("streaming", "proportional", "uniform"), help="default: that of santa.decode, by sampler"
+    )
     sampled.add_argument("--layers", type=int, nargs="+", help="layers that sample, the others are exact; default: all")
     sampled.add_argument(
         "--kv-dtype",

@@ -413,7 +413,7 @@ def _sampled_attention(
         kv_layout=santa.KvLayout.HND,
         sm_scale=scaling,
         seed=config.seed + layer_idx,
-        row_seeds=position.to(torch.int64),
+        positions=position,
         min_sampled_len=config.min_context,
         return_rows_read=record is not None,
         **score_options,
