@@ -171,7 +171,7 @@ def tile_shares(p: Tensor, budget: str, *, pilot_run: int = 1) -> Tensor:
 
 
 def head_blocks(group: int) -> list[slice]:
-    """The query heads of a KV head in blocks of at most 8, as equal as can be; grouped draws one set of keys for each."""
+    """The query heads of a KV head in blocks of at most 8, as equal as can be: what shares samples under grouped."""
     count = -(-group // HEAD_BLOCK)
     size = -(-group // count)
     return [slice(first, min(first + size, group)) for first in range(0, group, size)]
