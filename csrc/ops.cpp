@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(santa, m) {
   // For tests: the draws of a row under the streaming budget. units int32 [rows, tiles, 128]: what each key expects, in
   // 2^-unit_bits draws; row_seeds int64 [rows] -> counts int32 [rows, tiles, 128].
   m.def("_draw(Tensor units, Tensor row_seeds, int unit_bits, SymInt seed) -> Tensor counts");
+  // For tests: how the one-pass CUDA kernel is set up from now on, which no bit of a result depends on; 0: as the
+  // heuristics say.
+  m.def("_force_plan(int num_warps, int num_slots, int run_parts) -> ()");
   // For tests: the draws of Bernoulli scores. q as in decode, kv_lens int32 [batch], row_seeds int64 [batch] -> counts
   // int32 [batch, num_qo_heads, head_dim].
   m.def(

@@ -10,6 +10,7 @@
 #include "cuda/bernoulli/launch.h"
 #include "cuda/common/launch.h"
 #include "cuda/decode/launch.h"
+#include "cuda/decode/draw.cuh"
 #include "cuda/decode/select.cuh"
 #include "cuda/prefill/launch.h"
 
@@ -23,7 +24,7 @@ cudaStream_t current_stream(int device_index) {
 }
 
 struct DecodeBackend {
-  static void configure(DecodeParams& p, int device_index) { configure_decode(p, device_index); }
+  static void plan(DecodeParams& p, int device_index) { plan_decode(p, device_index); }
   static void run(const DecodeParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
     launch_decode(p, current_stream(device_index));
@@ -66,18 +67,35 @@ struct SelectBackend {
   }
 };
 
-struct SampleSelectBackend {
-  static int64_t workspace_bytes(SampleSelectParams& p) { return place_select_workspace(p, nullptr); }
-  static void run(SampleSelectParams& p, void* workspace, int device_index) {
+// One warp per (row, tile), with the device function that score warps draw with.
+__global__ void __launch_bounds__(32) draw_kernel(const __grid_constant__ DrawParams p) {
+  const int tile = blockIdx.x, row = blockIdx.y, lane = threadIdx.x;
+  const int64_t first = (static_cast<int64_t>(row) * p.tiles + tile) * kDrawTileKv + 4 * lane;
+  uint32_t units[4], counts[4], total;
+  for (int j = 0; j < 4; ++j) units[j] = static_cast<uint32_t>(p.units[first + j]);
+  count_tile_draws(counts, total, units, streaming_offset(p.stream(row), tile, p.unit_bits), p.unit_bits, lane);
+  for (int j = 0; j < 4; ++j) p.counts[first + j] = static_cast<int32_t>(counts[j]);
+}
+
+struct DrawBackend {
+  static void run(const DrawParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
-    place_select_workspace(p, workspace);
+    draw_kernel<<<dim3(p.tiles, p.rows), 32, 0, current_stream(device_index)>>>(p);
+    check_launch("draw_kernel");
+  }
+};
+
+struct SampleSelectBackend {
+  static void plan(SampleSelectParams&, int) {}
+  static void run(const SampleSelectParams& p, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
     launch_sample_select(p, current_stream(device_index));
   }
 };
 
 struct BernoulliBackend {
-  static void configure_bernoulli(BernoulliParams& p, int device_index) { configure_decode_bernoulli(p, device_index); }
-  static void run_bernoulli(const BernoulliParams& p, int device_index) {
+  static void plan(BernoulliParams& p, int device_index) { plan_decode_bernoulli(p, device_index); }
+  static void run(const BernoulliParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
     launch_decode_bernoulli(p, current_stream(device_index));
   }
@@ -91,18 +109,24 @@ struct BernoulliBackend {
   }
 };
 
+void force_plan(int64_t num_warps, int64_t num_slots, int64_t run_parts) {
+  forced_plan() = {static_cast<int>(num_warps), static_cast<int>(num_slots), static_cast<int>(run_parts)};
+}
+
 }  // namespace
 }  // namespace santa::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CUDA, m) {
   m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cuda::DecodeBackend>));
-  m.impl("decode_rows_read", TORCH_BOX(&santa::api::decode_rows_read_op<santa::cuda::DecodeBackend>));
   m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cuda::BernoulliBackend>));
-  m.impl("decode_bernoulli_rows_read",
-         TORCH_BOX(&santa::api::decode_bernoulli_rows_read_op<santa::cuda::BernoulliBackend>));
   m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cuda::BernoulliBackend>));
   m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cuda::BernoulliBackend>));
   m.impl("_ternary_counts", TORCH_BOX(&santa::api::ternary_counts_op<santa::cuda::BernoulliBackend>));
   m.impl("sample_select", TORCH_BOX(&santa::api::sample_select_op<santa::cuda::SampleSelectBackend>));
   m.impl("_select", TORCH_BOX(&santa::api::select_op<santa::cuda::SelectBackend>));
+  m.impl("_draw", TORCH_BOX(&santa::api::draw_op<santa::cuda::DrawBackend>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(santa, CompositeExplicitAutograd, m) {
+  m.impl("_force_plan", TORCH_BOX(&santa::cuda::force_plan));
 }

@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   // Threads along head_dim take 8 dimensions each; the rest split the keys.
   const int lanes = d.head_dim / 8, slots = kAttendThreads / lanes;
   const int slot = threadIdx.x / lanes, chunk = threadIdx.x % lanes;
-  const auto values = make_kv_rows<T>(d.v, batch_index, kv_head, row.kv_start, d.stride_v_batch, d.stride_v_token,
-                                           d.stride_v_head);
+  const auto values = value_rows<T>(d, batch_index, kv_head, row.kv_start);
   float acc[kAttendHeads][8] = {};
   for (int base = 0; base < num_keys; base += kAttendKeys) {
     const int count = min(kAttendKeys, num_keys - base);
@@ -99,7 +98,6 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   const int64_t stats = d.stats_offset(group) + static_cast<int64_t>(tile) * d.gqa_group_size + first_head;
   const int64_t out_head = static_cast<int64_t>(batch_index) * d.num_qo_heads + kv_head * d.gqa_group_size + first_head;
   const bool only_tile = row.num_tiles <= 1;
-  const float nan = __int_as_float(0x7fffffff);
 #pragma unroll
   for (int h = 0; h < kAttendHeads; ++h) {
     if (h >= num_heads) break;
@@ -114,15 +112,14 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       float value = 0.0f;
       for (int s = 0; s < slots; ++s) value += shared.partial[s * d.head_dim + threadIdx.x];
       if (only_tile) {
-        // No keys: zeros. A range outside the cache, a NaN or an infinite score: undefined, so NaN.
-        value = !row.valid ? nan : row.kv_len == 0 ? 0.0f : is_finite(lse) ? value / state[h].sum : nan;
+        value = output_of(row, lse, value / state[h].sum, 1.0f);
         static_cast<T*>(d.out)[(out_head + h) * d.head_dim + threadIdx.x] = Float16Traits<T>::from_float(value);
       } else {
         d.o_accum[(stats + h) * d.head_dim + threadIdx.x] = value;
       }
     }
     if (threadIdx.x == 0) {
-      if (only_tile) d.lse[out_head + h] = row.valid ? lse * kLn2 : nan;
+      if (only_tile) d.lse[out_head + h] = lse_output_of(row, lse);
       if (row.num_tiles > 0) {
         d.tile_max[stats + h] = state[h].max;
         d.tile_sum[stats + h] = state[h].sum;

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t value, int lane)
 // Counts of one query head, by one warp: lane l draws features 4 l to 4 l + 3, and those 128 above. `read`: features
 // that are drawn.
 template <typename T>
-__device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h, int kv_len,
+__device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_index, int kv_head, int h, int position,
                                           int16_t* counts, uint32_t* read, int lane) {
   const DecodeParams& d = p.decode;
   const int64_t group = d.group_index(batch_index, kv_head);
@@ -48,7 +48,7 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
 
   const int64_t row_seed = d.row_seeds != nullptr ? d.row_seeds[batch_index] : 0;
   const auto stream =
-      ScoreStream::make(d.seed, row_seed, kv_len, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
+      ScoreStream::make(d.seed, row_seed, position, p.score_sampler == ScoreSampler::kShared ? kv_head : qo_head);
   const uint32_t offset = systematic_offset(stream);
   uint64_t total = 0;
 #pragma unroll
@@ -89,17 +89,16 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   __shared__ uint32_t read[kMaxHeadDim];
   __shared__ uint8_t listed[kMaxHeadDim];
   __shared__ int num_listed;
-  __shared__ alignas(8) int16_t group_counts[kPersistentHeads * kMaxHeadDim];  // of persistent rows, which keep none
   const DecodeParams& d = p.decode;
   const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const RowShape row = row_shape_of(d, batch_index);
   const int64_t group = d.group_index(batch_index, kv_head);
-  int16_t* const counts = row.one_pass() ? group_counts : p.counts + p.counts_offset(group);
+  int16_t* const counts = p.counts + p.counts_offset(group);
 
   for (int i = threadIdx.x; i < kMaxHeadDim; i += kDrawThreads) read[i] = 0;
   __syncthreads();
   for (int h = warp; h < d.gqa_group_size; h += kDrawWarps) {
-    draw_head<T>(p, batch_index, kv_head, h, row.kv_len, counts + h * d.head_dim, read, lane);
+    draw_head<T>(p, batch_index, kv_head, h, row.position, counts + h * d.head_dim, read, lane);
   }
   __syncthreads();
 
@@ -123,15 +122,19 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   __syncthreads();
 
   if (row.one_pass()) {
-    uint16_t* weights = p.half_weights + group * kPersistentHeads * d.head_dim;
     for (int slot = num_listed + threadIdx.x; slot < d.head_dim; slot += kDrawThreads) {
       p.features[group * d.head_dim + slot] = 0;
     }
-    for (int h = warp; h < kPersistentHeads; h += kDrawWarps) {
-      for (int slot = lane; slot < d.head_dim; slot += 32) {
-        const bool there = h < d.gqa_group_size && slot < num_listed;
-        const T weight = Float16Traits<T>::from_float(there ? counts[h * d.head_dim + listed[slot]] : 0.0f);
-        weights[h * d.head_dim + slot] = *reinterpret_cast<const uint16_t*>(&weight);
+    for (int block = 0; block < d.num_head_blocks(); ++block) {
+      const HeadBlock heads = head_block_of(d, block);
+      uint16_t* weights = p.half_weights + p.half_weights_offset(group, block);
+      for (int h = warp; h < kHeadBlock; h += kDrawWarps) {
+        for (int slot = lane; slot < d.head_dim; slot += 32) {
+          const bool there = h < heads.count && slot < num_listed;
+          const T weight =
+              Float16Traits<T>::from_float(there ? counts[(heads.first + h) * d.head_dim + listed[slot]] : 0.0f);
+          weights[h * d.head_dim + slot] = *reinterpret_cast<const uint16_t*>(&weight);
+        }
       }
     }
     return;

@@ -20,20 +20,20 @@ void launch_stages(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
   draw_kernel<T><<<dim3(d.num_kv_heads, d.batch), kDrawThreads, 0, stream>>>(p);
   check_launch("draw_kernel");
-  if (d.any_persistent()) {
-    with_head_dim(d.head_dim, [&](auto head_dim) { launch_persistent_bernoulli<T, head_dim()>(p, stream); });
+  if (d.plan.one_pass) {
+    with_head_dim(d.head_dim, [&](auto head_dim) { launch_one_pass_bernoulli<T, head_dim()>(p, stream); });
   }
-  if (!d.any_exact() && !d.any_staged()) return;
-  if (d.max_tiles > 0 && (d.any_staged() || d.longest_exact() > 0)) launch_score_features<T>(p, stream);
-  if (d.max_tiles > 0 && d.any_exact()) {
+  if (d.plan.proportional || (d.plan.exact && d.plan.longest_exact > 0)) launch_score_features<T>(p, stream);
+  if (d.plan.exact) {
     const int head_blocks = (d.gqa_group_size + kAttendHeads - 1) / kAttendHeads;
     const int tiles =
-        std::max(1, max_exact_tiles(d.longest_exact()));  // rows without keys have their output written too
+        std::max(1, max_exact_tiles(d.plan.longest_exact));  // rows without keys have their output written too
     const dim3 grid(static_cast<unsigned>(tiles) * d.num_kv_heads * head_blocks, d.batch);
     attend_scores_kernel<T><<<grid, kAttendThreads, 0, stream>>>(p, head_blocks);
     check_launch("attend_scores_kernel");
   }
-  launch_value_stages(d, stream);
+  if (d.plan.proportional) launch_value_stages(d, stream);
+  launch_combine(d, stream);
 }
 
 // For tests: the counts as they are.
@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(256) widen_counts_kernel(const int16_t* counts
 
 }  // namespace
 
-void configure_decode_bernoulli(BernoulliParams& p, int device_index) {
-  if (!may_be_persistent(p)) return;
-  configure_persistent(p.decode, device_index, feature_score_warps(p.decode));
+void plan_decode_bernoulli(BernoulliParams& p, int device_index) {
+  if (p.decode.plan.one_pass) plan_one_pass(p.decode, device_limits_of(device_index), feature_score_bytes(p.decode));
 }
 
 void launch_decode_bernoulli(const BernoulliParams& p, cudaStream_t stream) {

@@ -13,12 +13,12 @@ void launch_score_features(const BernoulliParams& p, cudaStream_t stream);
 
 // Sampled rows in one kernel; one explicit instantiation per dtype, head_dim and file in instantiations/.
 template <typename T, int HEAD_DIM>
-void launch_persistent_bernoulli(const BernoulliParams& p, cudaStream_t stream);
+void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream);
 
-// Fills p.decode.persistent for a device, before the workspace is placed.
-void configure_decode_bernoulli(BernoulliParams& p, int device_index);
+// Fills what of the plan depends on the device, before the workspace is placed.
+void plan_decode_bernoulli(BernoulliParams& p, int device_index);
 
-// All stages, in order.
+// The kernels that the plan names, in order.
 void launch_decode_bernoulli(const BernoulliParams& p, cudaStream_t stream);
 
 // For tests: the draws alone, to counts [batch, num_qo_heads, head_dim].

@@ -5,8 +5,8 @@
 // with nobody until its sums are complete. Features that are not listed cost nothing. A score is a sum of keys times
 // small integers, in float32, in the order of the features and of a head's own features alone.
 //
-// For rows that the persistent kernel does not take (persistent.cuh): exact values, very long rows, large groups. Of
-// sampled ones also the softmax states of the tiles. The scores lie as stage 1 of exact scores leaves them
+// For rows that are not sampled in one pass: exact and proportional ones. Of proportional ones also the softmax states of
+// the tiles. The scores lie as stage 1 of exact scores leaves them
 // (decode/tile.cuh), and the value stages are the same.
 #pragma once
 
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
 template <typename T, int HEADS>
 void launch_score_heads(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
-  const int num_chunks = static_cast<int>(ceil_div(d.any_staged() ? d.max_kv_len : d.longest_exact(), kScoreKeys));
+  const int num_chunks = static_cast<int>(ceil_div(d.plan.proportional ? d.max_kv_len : d.plan.longest_exact, kScoreKeys));
   const dim3 grid(static_cast<unsigned>(num_chunks) * d.num_kv_heads * p.num_blocks, d.batch);
   prefer_shared_memory(score_features_kernel<T, HEADS>);
   score_features_kernel<T, HEADS><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);

@@ -169,6 +169,14 @@ __device__ __forceinline__ void score_warps_barrier(int num_warps) {
   asm volatile("barrier.sync 1, %0;" ::"r"(num_warps * 32) : "memory");
 }
 
+// The same number, unknown to the compiler: what is computed from it is not kept in registers from one round of a loop to
+// the next.
+template <typename Number>
+__device__ __forceinline__ Number anew(Number value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // 2^x, results below 2^-126 flushed to zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;

@@ -69,15 +69,6 @@ struct LaneValues {
   }
 };
 
-// Starts a row on its way to the L2. The row is inside the tensor, whatever else its lines hold.
-template <int HEAD_DIM, typename V>
-__device__ __forceinline__ void prefetch_row(const V* row) {
-#pragma unroll
-  for (int byte = 0; byte < HEAD_DIM * static_cast<int>(sizeof(V)); byte += 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(row) + byte));
-  }
-}
-
 // Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the run.
 template <typename V, int HEAD_DIM, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,

@@ -1,5 +1,5 @@
-#include "cuda/bernoulli/persistent.cuh"
+#include "cuda/bernoulli/one_pass.cuh"
 
 namespace santa::cuda {
-template void launch_persistent_bernoulli<__nv_bfloat16, 64>(const BernoulliParams&, cudaStream_t);
+template void launch_one_pass_bernoulli<__nv_bfloat16, 64>(const BernoulliParams&, cudaStream_t);
 }  // namespace santa::cuda

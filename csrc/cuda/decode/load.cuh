@@ -1,0 +1,162 @@
+// Rows of keys and values on their way from memory to slots in shared memory, 16 bytes at a time, by one warp. Where a
+// chunk lies in its slot is decided so that those who read it are free of bank conflicts.
+#pragma once
+
+#include <type_traits>
+
+#include "core/kv_rows.h"
+#include "cuda/common/float8.cuh"
+#include "cuda/common/row_load.cuh"
+#include "cuda/decode/heuristics.h"
+
+namespace santa::cuda {
+
+constexpr int kSlotRows = 16;  // rows per slot: the M of the matrix instruction
+
+constexpr int slot_bytes(int head_dim) { return kSlotRows * slot_row_pitch(head_dim) * 2; }
+
+// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that both readers are free of
+// bank conflicts: fragments of K read 4 chunks of 2 adjacent rows at once (they differ in bit 2 of the permutation),
+// ldmatrix on V reads one chunk of 8 rows (all 8 differ).
+template <int HEAD_DIM>
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+  const int permuted = chunk ^ (((row & 1) << 2) | ((row >> 1) & 3));
+  return static_cast<uint32_t>(row * slot_row_pitch(HEAD_DIM) * 2 + permuted * 16);
+}
+
+// Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read. Rows that are not
+// aligned to 16 bytes are copied element by element, and the copy has ended when this returns.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int64_t limit,
+                                          bool aligned, uint64_t policy, int lane) {
+  constexpr int kChunks = HEAD_DIM / 8;
+  if (!aligned) {
+#pragma unroll 1
+    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
+      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+      uint16_t value = 0;
+      if (first + row < limit) value = reinterpret_cast<const uint16_t*>(rows.row(first + row))[column];
+      store_shared_2(slot + chunk_offset<HEAD_DIM>(row, column / 8) + column % 8 * 2, value);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
+    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+    const bool valid = first + row < limit;
+    const T* source = rows.row(valid ? first + row : 0) + chunk * 8;
+    cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), source, valid, policy);
+  }
+}
+
+// Where the codes of float8 rows lie in a slot, one row behind the other: in its second half, or a little less.
+template <int HEAD_DIM>
+struct CodedSlot {
+  static constexpr uint32_t kFirst = slot_bytes(HEAD_DIM) - kSlotRows * HEAD_DIM;
+};
+
+// load_slot for rows in float8.
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first,
+                                           int64_t limit, bool aligned, uint64_t policy, int lane) {
+  constexpr int kChunks = HEAD_DIM / 16;
+  if (!aligned) {
+#pragma unroll 1
+    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
+      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+      store_shared_1(slot + CodedSlot<HEAD_DIM>::kFirst + item,
+                     first + row < limit ? rows.row(first + row)[column].code : 0);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
+    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+    const bool valid = first + row < limit;
+    cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, rows.row(valid ? first + row : 0) + chunk * 16, valid,
+                policy);
+  }
+}
+
+// From what load_codes leaves to what load_slot leaves. The elements of the first 8 rows do not reach the codes, those
+// of the other 8 take their place.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void expand_codes(uint32_t slot, int lane) {
+  constexpr int kChunks = HEAD_DIM / 8, kItems = kSlotRows / 2 * kChunks / 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint2 codes[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      codes[i] = load_shared_8(slot + CodedSlot<HEAD_DIM>::kFirst + ((half * kItems + i) * 32 + lane) * 8);
+    }
+    if (half == 1) __syncwarp();  // all lanes have theirs
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int item = (half * kItems + i) * 32 + lane;
+      store_shared_16(slot + chunk_offset<HEAD_DIM>(item / kChunks, item % kChunks), elements_of_codes<T>(codes[i]));
+    }
+  }
+  __syncwarp();
+}
+
+// Byte offset of a 16-byte chunk of codes in a slot, rows without gaps. Two chunks, 32 bytes, stay together: lanes
+// (g, t) of a half-warp read 8 bytes each, 32 of 4 adjacent rows, and the permutation spreads the 4 over all banks.
+// Rows of 96 bytes need none.
+template <int HEAD_DIM>
+__device__ __forceinline__ uint32_t code_offset(int row, int chunk) {
+  const int permutation = HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0;
+  return static_cast<uint32_t>(row * HEAD_DIM + (chunk ^ (permutation << 1)) * 16);
+}
+
+// Starts the copy of ROWS rows of K, `stride` elements apart, of which the first num_rows are there; zeros for the
+// others, which are not read. Rows that are not aligned to 16 bytes are copied element by element.
+template <typename K, int HEAD_DIM, int ROWS>
+__device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t stride, int num_rows, bool aligned,
+                                          uint64_t policy, int lane) {
+  constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements, kCopies = ROWS * kChunks / 32;
+  const auto offset_of = [](int row, int chunk) {
+    if constexpr (std::is_same_v<K, Float8>) {
+      return code_offset<HEAD_DIM>(row, chunk);
+    } else {
+      return chunk_offset<HEAD_DIM>(row, chunk);
+    }
+  };
+  if (!aligned) {
+#pragma unroll 1
+    for (int item = lane; item < ROWS * HEAD_DIM; item += 32) {
+      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+      const uint32_t place =
+          slot + offset_of(row, column / kChunkElements) + column % kChunkElements * static_cast<int>(sizeof(K));
+      if constexpr (std::is_same_v<K, Float8>) {
+        store_shared_1(place, row < num_rows ? rows[row * stride + column].code : 0);
+      } else {
+        store_shared_2(place, row < num_rows ? reinterpret_cast<const uint16_t*>(rows)[row * stride + column] : 0);
+      }
+    }
+    return;
+  }
+  // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on.
+  constexpr int kPeriod = kChunks % 3 == 0 ? 3 : 1, kPeriodRows = 32 * kPeriod / kChunks;
+  if (num_rows >= ROWS) {
+#pragma unroll
+    for (int u = 0; u < kPeriod; ++u) {
+      const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      const K* source = rows + row * stride + chunk * kChunkElements;
+#pragma unroll
+      for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) {
+        cp_async_whole_16(slot + offset_of(row + i * kPeriodRows, chunk), source, policy);
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int i = 0; i < kCopies; ++i) {
+      const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      const bool valid = row < num_rows;
+      cp_async_16(slot + offset_of(row, chunk), rows + (valid ? row : 0) * stride + chunk * kChunkElements, valid,
+                  policy);
+    }
+  }
+}
+
+}  // namespace santa::cuda

@@ -1,0 +1,254 @@
+// Sampled rows in one pass. A CTA walks a run of parts of one row and KV head (and block of up to 8 query heads). Its
+// score warps each stream the keys of a tile through a ring of shared-memory slots that they fill themselves, draw from
+// the tile, and go on to another, while the slots are filling; a gather warp reads the values that were drawn, tile by
+// tile in order, and adds them up. No CTA waits for another, no score warp for another but for the pilot.
+//
+// How scores come about is a Scorer: KeyScorer below, FeatureScorer in bernoulli/. It says what a slot is, fills it and
+// turns it into scores.
+#pragma once
+
+#include "core/draw.h"
+#include "cuda/decode/draw.cuh"
+#include "cuda/decode/gather.cuh"
+#include "cuda/decode/heuristics.h"
+#include "cuda/decode/score.cuh"
+
+namespace santa::cuda {
+
+constexpr int kPilotGroups = kPilotKeys / 16;
+
+struct OnePassShared {
+  uint64_t full[kMaxScoreWarps][2];
+  uint64_t empty[kMaxScoreWarps][2];
+  SoftmaxState pilot[kPilotGroups][kHeadBlock];
+  RowUnit unit;  // here rather than in the registers of every warp
+};
+static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
+
+// Scores of keys that lie in rows. T of q, K of keys: T or Float8.
+template <typename T, typename K, int HEAD_DIM>
+struct KeyScorer {
+  static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  static constexpr int kSlotKeys = kFloat8 ? 32 : 16;  // as many bytes
+  static constexpr int kSlotBytes = kFloat8 ? kSlotKeys * HEAD_DIM : slot_bytes(HEAD_DIM);
+  static constexpr int kOnceBytes = 0;
+  static constexpr int kPilotRun = 1;
+
+  const DecodeParams& p;
+  KvRows<K> keys;
+  float scale[2];  // of the lane's heads, 2 t and the next
+  QueryFragments<T, HEAD_DIM> query;
+
+  __device__ __forceinline__ KeyScorer(const DecodeParams& p, const RowUnit& unit, unsigned char*)
+      : p(p), keys(key_rows<K>(p, unit.batch_index, unit.kv_head, unit.row.kv_start)) {}
+
+  __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
+    const int64_t head = static_cast<int64_t>(unit.kv_head) * p.gqa_group_size + unit.heads.first;
+    query.load(static_cast<const T*>(p.q) + unit.batch_index * p.stride_q_batch + head * p.stride_q_head,
+               p.stride_q_head, unit.heads.count, p.aligned, lane);
+    scale[0] = scale[1] = score_scale_of<K>(p, unit.kv_head);
+    if constexpr (kFloat8) {
+      const float inverse = to_float16<HEAD_DIM>(query) / kHalvesScale;
+      scale[0] *= __shfl_sync(0xffffffffu, inverse, (lane & 3) * 8);
+      scale[1] *= __shfl_sync(0xffffffffu, inverse, (lane & 3) * 8 + 4);
+    }
+  }
+
+  static __device__ __forceinline__ int num_slots(int num_keys) { return ceil_div_int(num_keys, kSlotKeys); }
+
+  // Starts the copy of slot `index` of the tile whose first key is `first`.
+  __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
+                                       int lane) const {
+    const int begin = index * kSlotKeys;
+    load_rows<K, HEAD_DIM, kSlotKeys>(slot, keys.row(first + begin), keys.stride_token, num_keys - begin, p.aligned,
+                                      policy, lane);
+  }
+
+  __device__ __forceinline__ void begin(int, int) {}
+
+  __device__ __forceinline__ void score(uint32_t slot, int index, TileScores& out, int lane) const {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int half = 0; half < kSlotKeys / 16; ++half) {
+      float products[4];
+      if constexpr (kFloat8) {
+        score_codes<T, HEAD_DIM>(products, slot + half * 16 * HEAD_DIM, query, lane);
+      } else {
+        score_slot<T, HEAD_DIM>(products, slot, query, lane);
+      }
+      const int key = index * kSlotKeys + half * 16 + g;
+      out.put(key, t, logit_of(products[0], scale[0]), logit_of(products[1], scale[1]));
+      out.put(key + 8, t, logit_of(products[2], scale[0]), logit_of(products[3], scale[1]));
+    }
+  }
+
+  __device__ __forceinline__ void finish(TileScores&, int) const {}
+
+  // Scores of 16 pilot keys, straight from memory, in the order of score_slot. `low`, `high`: positions of keys g and
+  // g + 8.
+  __device__ __forceinline__ void score_pilot(float (&products)[4], int low, int high, int lane) const {
+    const int t = lane & 3;
+    const K *low_row = keys.row(low), *high_row = keys.row(high);
+    products[0] = products[1] = products[2] = products[3] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 32; ++j) {
+      const auto low_chunk = load_global_8(low_row + (4 * j + t) * 8, p.aligned);
+      const auto high_chunk = load_global_8(high_row + (4 * j + t) * 8, p.aligned);
+      if constexpr (kFloat8) {
+        multiply_codes(products, low_chunk, high_chunk, query.chunk[j]);
+      } else {
+        multiply<T>(products, low_chunk, high_chunk, query.chunk[j]);
+      }
+    }
+    products[0] = logit_of(products[0], scale[0]), products[2] = logit_of(products[2], scale[0]);
+    products[1] = logit_of(products[1], scale[1]), products[3] = logit_of(products[3], scale[1]);
+  }
+};
+
+// The pilot: 16 keys at a time, by the score warps in turn. Its estimate of the row's log-sum-exp of head lane % 8 is the
+// same in every CTA, whatever the number of warps.
+template <typename Scorer>
+__device__ __forceinline__ float pilot_level(const DecodeParams& p, const RowUnit& unit, const Scorer& scorer,
+                                             OnePassShared& shared, int warp, int lane) {
+  const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), g = lane >> 2, t = lane & 3;
+#pragma unroll 1
+  for (int group = warp; group < kPilotGroups; group += p.plan.num_warps) {
+    float scores[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    if (group * 16 < size) {
+      const int low = group * 16 + g, high = low + 8;
+      scorer.score_pilot(scores, pilot_position(min(low, size - 1), kv_len, Scorer::kPilotRun),
+                         pilot_position(min(high, size - 1), kv_len, Scorer::kPilotRun), lane);
+      const float low_weight = low < size ? pilot_log2_weight(low, kv_len) : -INFINITY;
+      const float high_weight = high < size ? pilot_log2_weight(high, kv_len) : -INFINITY;
+      scores[0] += low_weight, scores[1] += low_weight, scores[2] += high_weight, scores[3] += high_weight;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float max = max_over_keys(fmaxf(scores[j], scores[2 + j])), below = finite_max(max);
+      float sum = exp2_approx(scores[j] - below) + exp2_approx(scores[2 + j] - below);
+      for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      if (g == 0) shared.pilot[group][2 * t + j] = {max, sum};
+    }
+  }
+  score_warps_barrier(p.plan.num_warps);
+  SoftmaxState state = empty_softmax_state();
+#pragma unroll 4
+  for (int group = 0; group < kPilotGroups; ++group) state = merge(state, shared.pilot[group][lane & 7]);
+  return log2_sum(state);
+}
+
+// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on.
+template <typename Scorer>
+__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, Scorer& scorer,
+                                            OnePassShared& shared, unsigned char* area, int first_key, int num_keys,
+                                            const DrawQueue& queue, int warp, int lane) {
+  const int ring_slots = p.plan.num_slots, first_tile = warp * kDrawTileKv, stride = p.plan.num_warps * kDrawTileKv;
+  const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
+  float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
+  const int pitch = score_pitch_of(unit.heads.count);
+  const auto next_slot = [&](uint32_t slot) {
+    return slot + Scorer::kSlotBytes == ring_end ? ring : slot + Scorer::kSlotBytes;
+  };
+
+  // What is copied next: slot `ahead_index` of the tile that begins at key `ahead` of the run. It runs on into the next
+  // tile. Every call is a group of copies, be it an empty one. With several head blocks the keys are read again soon.
+  const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
+  int ahead = first_tile, ahead_index = 0;
+  uint32_t ahead_slot = ring;
+  const auto load_ahead = [&] {
+    if (ahead < num_keys) {
+      const int tile_keys = min(kDrawTileKv, num_keys - ahead);
+      scorer.load(ahead_slot, first_key + ahead, tile_keys, ahead_index, policy, anew(lane));
+      ahead_slot = next_slot(ahead_slot);
+      if (++ahead_index == scorer.num_slots(tile_keys)) ahead += stride, ahead_index = 0;
+    }
+    cp_async_commit();
+  };
+  for (int i = 0; i < ring_slots; ++i) load_ahead();
+
+  scorer.load_query(unit, lane);
+  const float level = p.budget == Budget::kStreaming ? pilot_level(p, unit, scorer, shared, warp, lane) : 0.0f;
+  const int stream_head = p.sampler == Sampler::kGrouped
+                              ? unit.kv_head * p.num_head_blocks() + unit.block
+                              : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7);
+  const RandomStream stream = random_stream(p, unit.batch_index, unit.row, stream_head);
+
+  uint32_t produced = 0, slot = ring;
+#pragma unroll 1
+  for (int tile = first_tile; tile < num_keys; tile += stride) {
+    const int tile_keys = min(kDrawTileKv, num_keys - tile), num_slots = scorer.num_slots(tile_keys);
+    TileScores scores(score_area, pitch, tile_keys);
+    scorer.begin(first_key + tile, tile_keys);
+#pragma unroll 1
+    for (int i = 0; i < num_slots; ++i) {
+      cp_async_wait_but(ring_slots - 1);
+      __syncwarp();  // the other lanes' copies are visible
+      scorer.score(slot, i, scores, lane);
+      slot = next_slot(slot);
+      __syncwarp();  // the other lanes are done with the slot, which is filled next
+      load_ahead();
+    }
+    scorer.finish(scores, lane);
+    const RandomStream tile_stream = {anew(stream.key_0), anew(stream.key_1)};
+    draw_tile(p, unit, scores, tile_stream, level, first_key + tile, queue, produced, anew(lane));
+    __syncwarp();  // all lanes have read the scores
+  }
+  cp_async_wait<0>();
+}
+
+// T: of q, and of values that are not float8.
+template <typename Scorer, typename T, int HEAD_DIM>
+__device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* shared_bytes, Scorer& scorer,
+                                         int first_part) {
+  auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
+  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, score_pitch_of(head_block_of(p, 0).count));
+  unsigned char* const areas = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
+  const auto queue_of = [&](int w) {
+    return DrawQueue{shared.full[w], shared.empty[w],
+                     reinterpret_cast<DrawChunk*>(areas + (w + 1) * area_bytes - 2 * kChunkBytes)};
+  };
+  const RowUnit& unit = shared.unit;
+  const int last_part = min(first_part + p.plan.run_parts, unit.row.num_tiles);
+  if (warp < num_warps) {
+    const int first_key = first_part * unit.row.tile_kv;
+    const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * unit.row.tile_kv,
+                                 static_cast<int64_t>(unit.row.kv_len - first_key));
+    score_tiles(p, unit, scorer, shared, areas + warp * area_bytes, first_key, static_cast<int>(num_keys),
+                queue_of(warp), warp, lane);
+  } else if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
+    gather_parts<Float8, HEAD_DIM>(p, unit, first_part, last_part, queue_of, lane);
+  } else {
+    gather_parts<T, HEAD_DIM>(p, unit, first_part, last_part, queue_of, lane);
+  }
+}
+
+// What the CTA works on; false where there is nothing. Runs, and in them KV heads and head blocks fastest: concurrent CTAs
+// read neighbouring memory.
+__device__ __forceinline__ bool find_work(const DecodeParams& p, OnePassShared& shared, int& first_part) {
+  const int num_units = p.num_units();
+  const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x % num_units);
+  first_part = blockIdx.x / num_units * p.plan.run_parts;
+  if (threadIdx.x == 0) shared.unit = unit;
+  if (threadIdx.x < p.plan.num_warps * 2) {
+    mbarrier_init(&shared.full[threadIdx.x >> 1][threadIdx.x & 1], 32);
+    mbarrier_init(&shared.empty[threadIdx.x >> 1][threadIdx.x & 1], 32);
+  }
+  __syncthreads();
+  return unit.row.one_pass() && first_part < unit.row.num_tiles;
+}
+
+template <typename T, typename K, int HEAD_DIM>
+__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + 1) * 32, 2)
+    one_pass_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(256) unsigned char one_pass_bytes[];
+  using Scorer = KeyScorer<T, K, HEAD_DIM>;
+  launch_dependents();
+  auto& shared = *reinterpret_cast<OnePassShared*>(one_pass_bytes);
+  int first_part;
+  if (!find_work(p, shared, first_part)) return;
+  Scorer scorer(p, shared.unit, nullptr);
+  one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, first_part);
+}
+
+}  // namespace santa::cuda

@@ -1,0 +1,126 @@
+// Raw scores: products of the group's query heads with keys in shared memory, by one warp. Keys are the M of m16n8k16
+// and up to 8 query heads its N: a KV head serves them with one read.
+#pragma once
+
+#include "cuda/decode/load.cuh"
+
+namespace santa::cuda {
+
+// q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and
+// two matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
+template <typename T, int HEAD_DIM>
+struct QueryFragments {
+  uint4 chunk[HEAD_DIM / 32];
+
+  __device__ __forceinline__ void load(const T* q, int64_t stride_head, int num_heads, bool aligned, int lane) {
+    const int head = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 32; ++j) {
+      chunk[j] = {0, 0, 0, 0};
+      if (head < num_heads) chunk[j] = load_global_8(q + head * stride_head + (4 * j + t) * 8, aligned);
+    }
+  }
+};
+
+// Adds the products of a chunk of 16 keys: of key g and of key g + 8.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&scores)[4], uint4 low, uint4 high, uint4 query) {
+  Float16Traits<T>::mma(scores, {low.x, high.x, low.y, high.y}, query.x, query.y);
+  Float16Traits<T>::mma(scores, {low.z, high.z, low.w, high.w}, query.z, query.w);
+}
+
+// Raw scores of 16 keys x 8 heads. Lane (g, t) gets keys g (0, 1) and g + 8 (2, 3), heads 2 t and 2 t + 1.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot, const QueryFragments<T, HEAD_DIM>& query,
+                                           int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < HEAD_DIM / 32; ++j) {
+    const uint4 low = load_shared_16(slot + chunk_offset<HEAD_DIM>(g, 4 * j + t));
+    const uint4 high = load_shared_16(slot + chunk_offset<HEAD_DIM>(g + 8, 4 * j + t));
+    multiply<T>(scores, low, high, query.chunk[j]);
+  }
+}
+
+// p.score_scale, which only float8 keys have to look up.
+template <typename K>
+__device__ __forceinline__ float score_scale_of(const DecodeParams& p, int kv_head) {
+  return std::is_same_v<K, Float8> ? p.score_scale(kv_head) : p.scale_log2;
+}
+
+// ---- keys in float8: codes stay codes in shared memory and become float16 on their way into the matrix product
+//
+// float16 has every number of float8. q is float16, or bfloat16 that is brought there by a power of two per head: what
+// is lost are bits below 2^-38 of the head's largest element. The inverse goes into the scale of the head's scores.
+
+// Brings q to float16, in place. Returns 1 / (what it was multiplied with), for the lane's head, lane / 4.
+template <int HEAD_DIM>
+__device__ __forceinline__ float to_float16(QueryFragments<__half, HEAD_DIM>&) {
+  return 1.0f;
+}
+
+template <int HEAD_DIM>
+__device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_DIM>& query) {
+  __nv_bfloat162 largest = __floats2bfloat162_rn(0.0f, 0.0f);  // of the magnitudes; NaN is passed over
+  const auto each_word = [&](const auto& function) {
+#pragma unroll
+    for (uint4& chunk : query.chunk) function(chunk.x), function(chunk.y), function(chunk.z), function(chunk.w);
+  };
+  each_word([&](uint32_t word) {
+    word &= 0x7fff7fffu;
+    largest = __hmax2(largest, *reinterpret_cast<const __nv_bfloat162*>(&word));
+  });
+  const uint32_t packed = *reinterpret_cast<const uint32_t*>(&largest);
+  uint32_t exponent = max(packed & 0xffffu, packed >> 16) >> 7;
+  exponent = max(exponent, __shfl_xor_sync(0xffffffffu, exponent, 1));
+  exponent = max(exponent, __shfl_xor_sync(0xffffffffu, exponent, 2));
+  // To 2^14 .. 2^15. Infinity stays what it is; from 2^-112 down the inverse would not be a normal number.
+  exponent = max(exponent, 15u);
+  const float factor = __uint_as_float((268u - exponent) << 23);
+  each_word([&](uint32_t& word) {
+    const float2 pair = Float16Traits<__nv_bfloat16>::unpack(word);
+    word = Float16Traits<__half>::pack(pair.x * factor, pair.y * factor);
+  });
+  return __uint_as_float((exponent - 14u) << 23);
+}
+
+// multiply for chunks of codes.
+__device__ __forceinline__ void multiply_codes(float (&scores)[4], uint2 low, uint2 high, uint4 query) {
+  uint2 low_halves = halves_of_codes(low.x), high_halves = halves_of_codes(high.x);
+  if (nan_codes(low.x) != 0) low_halves.x = 0x7fff7fffu;
+  if (nan_codes(high.x) != 0) high_halves.x = 0x7fff7fffu;
+  Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.x, query.y);
+  low_halves = halves_of_codes(low.y), high_halves = halves_of_codes(high.y);
+  if (nan_codes(low.y) != 0) low_halves.x = 0x7fff7fffu;
+  if (nan_codes(high.y) != 0) high_halves.x = 0x7fff7fffu;
+  Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.z, query.w);
+}
+
+// Raw scores of 16 keys x 8 heads, in the order of score_slot, times kHalvesScale and what to_float16 multiplied with.
+// `rows` is the address of the first key, a multiple of 16 of them from the start of the slot.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows, const QueryFragments<T, HEAD_DIM>& query,
+                                            int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  uint32_t low_nans = 0, high_nans = 0;
+  scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < HEAD_DIM / 32; ++j) {
+    const uint2 low = load_shared_8(rows + code_offset<HEAD_DIM>(g, 2 * j) + t * 8);
+    const uint2 high = load_shared_8(rows + code_offset<HEAD_DIM>(g + 8, 2 * j) + t * 8);
+    uint2 low_halves = halves_of_codes(low.x), high_halves = halves_of_codes(high.x);
+    Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.chunk[j].x,
+                      query.chunk[j].y);
+    low_halves = halves_of_codes(low.y), high_halves = halves_of_codes(high.y);
+    low_nans |= nan_codes(low.x) | nan_codes(low.y), high_nans |= nan_codes(high.x) | nan_codes(high.y);
+    if (j + 1 == HEAD_DIM / 32) {
+      if (low_nans != 0) low_halves.y = 0x7fff7fffu;
+      if (high_nans != 0) high_halves.y = 0x7fff7fffu;
+    }
+    Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.chunk[j].z,
+                      query.chunk[j].w);
+  }
+}
+
+}  // namespace santa::cuda
