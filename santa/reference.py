@@ -205,23 +205,23 @@ def _one_pass_moments(
     so that variances add up; under the uniform one from one per row, which has gone on by R tile_keys / n draws where
     the next tile begins."""
     m = one_pass_draws(p, num_samples, sampler, budget, pilot_run=pilot_run)
-    terms = torch.where(m > 0, p / m, 0.0)
+    ratio = torch.where(m > 0, p / m, 0.0)
     kv_len = p.shape[-1]
     results = []
     for block in head_blocks(len(p)):
         heads = range(len(p))[block]
-        draws = num_samples * (len(heads) if sampler == "grouped" else 1)
-        for h in heads:
+        for together in [heads] if sampler == "grouped" else [range(h, h + 1) for h in heads]:
+            terms = torch.cat([ratio[h, :, None] * values for h in together], dim=-1)
             pieces = []  # what one uniform number draws from: begin and end of each key on the line, and its term
             for tile in torch.arange(kv_len).split(TILE_KV):
-                start = math.fmod(draws * int(tile[0]) / kv_len, 1.0) if budget == "uniform" else 0.0
-                line = start + torch.cat([m.new_zeros(1), torch.cumsum(m[h, tile], dim=0)])
-                pieces.append((line[:-1], line[1:], terms[h, tile, None] * values[tile]))
+                gone_on = len(together) * num_samples * int(tile[0]) / kv_len if budget == "uniform" else 0.0
+                line = gone_on % 1.0 + torch.cat([m.new_zeros(1), torch.cumsum(m[together[0], tile], dim=0)])
+                pieces.append((line[:-1], line[1:], terms[tile]))
             if budget == "uniform":
                 pieces = [tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))]
             moments_of = [_systematic_sums(*piece) for piece in pieces]
-            results.append([sum(parts) for parts in zip(*moments_of, strict=True)])
-    return torch.stack([mean for mean, _ in results]), torch.stack([variance for _, variance in results])
+            results.append([sum(parts).reshape(len(together), -1) for parts in zip(*moments_of, strict=True)])
+    return torch.cat([mean for mean, _ in results]), torch.cat([variance for _, variance in results])
 
 
 def _systematic_sums(begin: Tensor, end: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
