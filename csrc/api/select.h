@@ -27,7 +27,10 @@ struct DrawParams {
   int unit_bits;
   int64_t seed;
 
-  SANTA_HD RandomStream stream(int row) const { return RandomStream::make(seed, row_seeds[row], 0, 0); }
+  SANTA_HD uint32_t offset(int row, int tile) const {
+    const RandomStream stream = RandomStream::make(seed, row_seeds[row], 0, 0);
+    return tile_offset(Budget::kStreaming, stream, static_cast<int64_t>(tile) * kDrawTileKv, 1, 0, unit_bits);
+  }
 };
 
 namespace api {

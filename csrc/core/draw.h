@@ -100,19 +100,19 @@ SANTA_HD uint32_t draws_between(uint32_t below, uint32_t units, uint32_t offset,
 }
 
 // ---- the random offset of a tile, in [0, 2^unit_bits)
-
-// streaming: a number for each tile.
-SANTA_HD uint32_t streaming_offset(RandomStream stream, int tile, int unit_bits) {
-  return unit_bits == 0 ? 0 : static_cast<uint32_t>(stream.bits(static_cast<uint32_t>(tile), 0) >> (64 - unit_bits));
-}
-
-// uniform: what a tile expects is known beforehand, so one number and one line of thresholds serve the whole row, and
-// the draws of all tiles add up to `num_draws`, the row's.
-SANTA_HD uint32_t uniform_offset(RandomStream stream, int64_t first_key, int kv_len, int64_t num_draws, int unit_bits) {
-  if (unit_bits == 0) return 0;
-  const uint64_t before = static_cast<uint64_t>(num_draws) * static_cast<uint64_t>(first_key) % kv_len;
-  const uint32_t fraction = static_cast<uint32_t>((before << 32) / static_cast<uint64_t>(kv_len));
-  return (static_cast<uint32_t>(stream.bits(0, 0) >> 32) + fraction) >> (32 - unit_bits);
+//
+// streaming: a number for each tile. uniform: what a tile expects is known beforehand, so one number and one line of
+// thresholds serve the whole row, and the draws of all tiles add up to `num_draws`, the row's.
+SANTA_HD uint32_t tile_offset(Budget budget, RandomStream stream, int64_t first_key, int kv_len, int64_t num_draws,
+                              int unit_bits) {
+  const bool streaming = budget == Budget::kStreaming;
+  uint32_t bits = static_cast<uint32_t>(
+      stream.bits(streaming ? static_cast<uint32_t>(first_key / kDrawTileKv) : 0u, 0) >> 32);
+  if (!streaming) {
+    const uint64_t before = static_cast<uint64_t>(num_draws) * static_cast<uint64_t>(first_key) % kv_len;
+    bits += static_cast<uint32_t>((before << 32) / static_cast<uint64_t>(kv_len));
+  }
+  return unit_bits == 0 ? 0 : bits >> (32 - unit_bits);
 }
 
 // ---- weights

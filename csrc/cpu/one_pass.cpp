@@ -82,9 +82,7 @@ struct ScoredTile {
 uint32_t offset_of(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile, int head,
                    int64_t num_draws, int unit_bits) {
   const RandomStream stream = random_stream(p, at.batch_index, row, head);
-  return p.budget == Budget::kStreaming
-             ? streaming_offset(stream, static_cast<int>(tile.first / kDrawTileKv), unit_bits)
-             : uniform_offset(stream, tile.first, row.kv_len, num_draws, unit_bits);
+  return tile_offset(p.budget, stream, tile.first, row.kv_len, num_draws, unit_bits);
 }
 
 // One set of rows for all heads of a block. Returns how many.

@@ -38,7 +38,8 @@ struct FeatureScorer {
   static constexpr bool kFloat8 = false;
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
   static constexpr int kOnceBytes = list_bytes(HEAD_DIM);
-  static constexpr int kPilotRun = 8;
+  static constexpr int kSlotKeys = kDrawTileKv;
+  static constexpr int kPilotSlots = 0;  // pilot keys come straight from memory
 
   const BernoulliParams& p;
   const FeatureList& list;
@@ -113,7 +114,9 @@ struct FeatureScorer {
     for (int i = 0; i < kTileProducts * 4; ++i) sums[i / 4][i % 4] = 0.0f;
   }
 
-  __device__ __forceinline__ void score(uint32_t slot, int index, TileScores&, int lane) {
+  // Adds the slot's features; `finish` has the scores.
+  template <typename Put>
+  __device__ __forceinline__ void score(uint32_t slot, int index, int lane, const Put&) {
     // Of a lane: the row of the slot and, at the first product, the chunk that it names to ldmatrix.
     const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
     const uint32_t fragment = row * kFeatureBytes + (chunk ^ row % 8) * 16;
@@ -132,20 +135,25 @@ struct FeatureScorer {
 #pragma unroll
     for (int i = 0; i < kTileProducts * 4; ++i) undefined = undefined || sums[i / 4][i % 4] != sums[i / 4][i % 4];
     if (__any_sync(0xffffffffu, undefined)) take_apart(lane);
-    const int g = lane >> 2, t = lane & 3;
+    const int t = lane & 3;
     const float first_scale = list.scales[2 * t], second_scale = list.scales[2 * t + 1];
 #pragma unroll
     for (int tile = 0; tile < kTileProducts; ++tile) {
       const float (&own)[4] = sums[tile];
-      out.put(tile * 16 + g, t, logit_of(own[0], first_scale), logit_of(own[1], second_scale));
-      out.put(tile * 16 + g + 8, t, logit_of(own[2], first_scale), logit_of(own[3], second_scale));
+      const float logits[4] = {logit_of(own[0], first_scale), logit_of(own[1], second_scale),
+                               logit_of(own[2], first_scale), logit_of(own[3], second_scale)};
+      out.put(tile * 16, logits, lane);
     }
   }
 
-  // Pilot keys straight from memory; those that are not finite count as zeros here, where nothing hangs on them.
-  __device__ __forceinline__ void score_pilot(float (&products)[4], int low, int high, int lane) const {
-    const int g = lane >> 2, t = lane & 3;
-    products[0] = products[1] = products[2] = products[3] = 0.0f;
+  __device__ __forceinline__ void load_pilot(uint32_t, int, int, uint64_t, int) const {}
+
+  // 16 pilot keys, in runs of 8 neighbours. Those that are not finite count as zeros here, where nothing hangs on them.
+  __device__ __forceinline__ void score_pilot(int group, int kv_len, OnePassShared& shared, int lane) const {
+    const int g = lane >> 2, t = lane & 3, size = pilot_size(kv_len);
+    const int low = pilot_position(min(group * 16 + g, size - 1), kv_len, 8);
+    const int high = pilot_position(min(group * 16 + g + 8, size - 1), kv_len, 8);
+    float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const auto element = [&](int position, int item) -> uint32_t {
       if (item >= list.num_features) return 0;
       const uint16_t bits = reinterpret_cast<const uint16_t*>(keys)[position + list.features[item] * p.stride_k_feature];
@@ -162,9 +170,10 @@ struct FeatureScorer {
       const auto* b = reinterpret_cast<const uint32_t*>(counts() + g * count_pitch(HEAD_DIM) + item);
       Float16Traits<T>::mma(products, a, b[0], b[4]);
     }
-    products[0] = logit_of(products[0], list.scales[2 * t]), products[2] = logit_of(products[2], list.scales[2 * t]);
-    products[1] = logit_of(products[1], list.scales[2 * t + 1]);
-    products[3] = logit_of(products[3], list.scales[2 * t + 1]);
+    const float first_scale = list.scales[2 * t], second_scale = list.scales[2 * t + 1];
+    const float logits[4] = {logit_of(products[0], first_scale), logit_of(products[1], second_scale),
+                             logit_of(products[2], first_scale), logit_of(products[3], second_scale)};
+    put_pilot(shared, group, logits, kv_len, lane);
   }
 
  private:

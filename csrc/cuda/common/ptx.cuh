@@ -85,6 +85,12 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint8_t load_shared_1(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return static_cast<uint8_t>(value);
+}
+
 __device__ __forceinline__ void store_shared_1(uint32_t address, uint8_t value) {
   asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value)) : "memory");
 }
@@ -99,7 +105,17 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 value) {
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements, transposed on the way to registers.
+// Four 8x8 matrices of 16-bit elements; of one each, rows are where 8 lanes point to.
+__device__ __forceinline__ uint4 ldmatrix_x4(uint32_t address) {
+  uint4 value;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// The same, transposed on the way to registers.
 __device__ __forceinline__ uint4 ldmatrix_x4_transposed(uint32_t address) {
   uint4 value;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

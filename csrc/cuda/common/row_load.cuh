@@ -21,6 +21,14 @@ __device__ __forceinline__ uint4 load_global_8(const T* source, bool aligned) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Two neighbours.
+template <typename T>
+__device__ __forceinline__ uint32_t load_global_2(const T* source, bool aligned) {
+  if (aligned) return __ldg(reinterpret_cast<const uint32_t*>(source));
+  const auto* elements = reinterpret_cast<const uint16_t*>(source);
+  return static_cast<uint32_t>(elements[0]) | static_cast<uint32_t>(elements[1]) << 16;
+}
+
 // Eight codes of float8, likewise.
 __device__ __forceinline__ uint2 load_global_8(const Float8* source, bool aligned) {
   if (aligned) return __ldg(reinterpret_cast<const uint2*>(source));

@@ -45,10 +45,6 @@ struct DrawQueue {
   static __device__ __forceinline__ uint32_t parity(uint32_t n) { return n >> 1 & 1; }
 };
 
-// Where the scores of a key lie, so that the writers, 8 neighbouring keys, and the readers, 4 neighbours a lane, are free
-// of bank conflicts at a pitch of 4 floats.
-__device__ __forceinline__ int score_place(int key) { return key ^ ((key >> 3) & 3); }
-
 // What to subtract before exp2: scores of -inf weigh 0 even if there is nothing larger.
 __device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 
@@ -57,99 +53,103 @@ __device__ __forceinline__ float max_over_keys(float value) {
   return value;
 }
 
-// Scores of a tile, as matrix products have them: lane (g, t) holds two heads, 2 t and the next.
+// Scores of a tile, as matrix products have them.
 struct TileScores {
-  float* scores;  // [kDrawTileKv, pitch] in shared memory, keys at their score_place
+  float* scores;  // [kDrawTileKv, pitch] in shared memory
   int pitch;
-  int num_keys;
-  float max[2] = {-INFINITY, -INFINITY};  // NaN is passed over
+  int num_keys;  // that are there; others may hold anything
 
-  __device__ __forceinline__ TileScores(float* scores, int pitch, int num_keys)
-      : scores(scores), pitch(pitch), num_keys(num_keys) {}
-
-  __device__ __forceinline__ void put(int key, int t, float first, float second) {
-    if (key >= num_keys) first = second = -INFINITY;
-    max[0] = fmaxf(max[0], first), max[1] = fmaxf(max[1], second);
-    if (2 * t < pitch) *reinterpret_cast<float2*>(scores + score_place(key) * pitch + 2 * t) = {first, second};
+  // Of keys first + g and first + g + 8, heads 2 t and the next: the order of score_slot.
+  __device__ __forceinline__ void put(int first, const float (&logits)[4], int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    float* place = scores + (first + g) * pitch + 2 * t;
+    if (2 * t < pitch) {
+      *reinterpret_cast<float2*>(place) = {logits[0], logits[1]};
+      *reinterpret_cast<float2*>(place + 8 * pitch) = {logits[2], logits[3]};
+    }
   }
 };
 
-// Sums of 4 values over the lanes: that of value i in the lanes with i = 2 (lane / 16) + lane / 8 % 2.
-__device__ __forceinline__ float sum_four(const float (&values)[4], int lane) {
+// Combines each of 4 values over the lanes: value i ends up in the lanes with i = 2 (lane / 16) + lane / 8 % 2.
+template <typename Combine>
+__device__ __forceinline__ float reduce_four(const float (&values)[4], int lane, const Combine& combine) {
   const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
-  const float first = (high ? values[2] : values[0]) + __shfl_xor_sync(0xffffffffu, high ? values[0] : values[2], 16);
-  const float second = (high ? values[3] : values[1]) + __shfl_xor_sync(0xffffffffu, high ? values[1] : values[3], 16);
-  float sum = (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 8);
-  for (int offset = 4; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  return sum;
-}
-__device__ __forceinline__ int sum_four_lane(int i) { return (i & 2) << 3 | (i & 1) << 3; }
-
-__device__ __forceinline__ uint32_t warp_scan(uint32_t value, int lane) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t below = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane >= offset) value += below;
+  const float first =
+      combine(high ? values[2] : values[0], __shfl_xor_sync(0xffffffffu, high ? values[0] : values[2], 16));
+  const float second =
+      combine(high ? values[3] : values[1], __shfl_xor_sync(0xffffffffu, high ? values[1] : values[3], 16));
+  float result = combine(odd ? second : first, __shfl_xor_sync(0xffffffffu, odd ? first : second, 8));
+  for (int offset = 4; offset > 0; offset >>= 1) {
+    result = combine(result, __shfl_xor_sync(0xffffffffu, result, offset));
   }
-  return value;
+  return result;
 }
+__device__ __forceinline__ int lane_of_four(int i) { return (i & 2) << 3 | (i & 1) << 3; }
 
-// How often each of a lane's 4 keys is drawn, by whole warps. `total`: units of all keys.
+// How often each of a lane's 4 keys, lane + 32 j, is drawn, by whole warps. `total`: units of all keys.
 __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t& total, const uint32_t (&units)[4],
-                                            uint32_t offset, int unit_bits, int lane) {
-  const uint32_t own = units[0] + units[1] + units[2] + units[3], end = warp_scan(own, lane);
-  total = __shfl_sync(0xffffffffu, end, 31);
-  uint32_t below = end - own;
+                                                 uint32_t offset, int unit_bits, int lane) {
+  uint32_t ends[4] = {units[0], units[1], units[2], units[3]};
+#pragma unroll
+  for (int distance = 1; distance < 32; distance <<= 1) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t below = __shfl_up_sync(0xffffffffu, ends[j], distance);
+      if (lane >= distance) ends[j] += below;
+    }
+  }
+  total = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    counts[j] = draws_between(below, units[j], offset, unit_bits);
-    below += units[j];
+    counts[j] = draws_between(total + ends[j] - units[j], units[j], offset, unit_bits);
+    total += __shfl_sync(0xffffffffu, ends[j], 31);
   }
 }
 
-// Starts a row of V on its way to the L2.
-__device__ __forceinline__ void prefetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
-  const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
-  const auto rows = make_kv_rows<char>(p.v, unit.batch_index, unit.kv_head, unit.row.kv_start,
-                                       p.stride_v_batch * element_bytes, p.stride_v_token * element_bytes,
-                                       p.stride_v_head * element_bytes);
-  for (int byte = 0; byte < p.head_dim * element_bytes; byte += 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.row(key) + byte));
-  }
-}
-
-// Draws from the tile whose scores are in shared memory. Lane l owns keys 4 l to 4 l + 3; what belongs to head h alone
-// is in lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in
-// their place.
+// Draws from the tile whose scores are in shared memory. Lane l owns keys l + 32 j; what belongs to head h alone is in
+// lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in their
+// place.
 __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
                                           RandomStream stream, float level, int first_key, const DrawQueue& queue,
                                           uint32_t& produced, int lane) {
   const int num_heads = unit.heads.count, own_head = lane & 7, num_quads = scores.pitch / 4;
-  const auto place_of = [&](int j) { return scores.scores + score_place(4 * lane + j) * scores.pitch; };
+  const auto place_of = [&](int j) { return scores.scores + (lane + 32 * j) * scores.pitch; };
   const auto quad_of = [&](int j, int quad) -> float4& { return reinterpret_cast<float4*>(place_of(j))[quad]; };
 
-  // The tile's softmax state.
-  const float first_max = max_over_keys(scores.max[0]), second_max = max_over_keys(scores.max[1]);
-  const float even_max = __shfl_sync(0xffffffffu, first_max, own_head >> 1);
-  const float odd_max = __shfl_sync(0xffffffffu, second_max, own_head >> 1);
-  SoftmaxState state = {(own_head & 1) != 0 ? odd_max : even_max, 0.0f};
-  const float below = finite_max(state.max);
+  // The tile's softmax state. NaN is passed over by the maximum, not by the sum.
+  SoftmaxState state = empty_softmax_state();
   __syncwarp();  // all scores are there
 #pragma unroll 1
   for (int quad = 0; quad < num_quads; ++quad) {
-    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, head_max[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) head_max[i] = __shfl_sync(0xffffffffu, below, quad * 4 + i);
+    float e[4][4], values[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float4& place = quad_of(j, quad);
-      const float4 e = {exp2_approx(place.x - head_max[0]), exp2_approx(place.y - head_max[1]),
-                        exp2_approx(place.z - head_max[2]), exp2_approx(place.w - head_max[3])};
-      sums[0] += e.x, sums[1] += e.y, sums[2] += e.z, sums[3] += e.w;
-      place = e;
+      const float4 four = quad_of(j, quad);
+      e[j][0] = four.x, e[j][1] = four.y, e[j][2] = four.z, e[j][3] = four.w;
     }
-    const float sum = __shfl_sync(0xffffffffu, sum_four(sums, lane), sum_four_lane(own_head & 3));
-    if (own_head >> 2 == quad) state.sum = sum;
+    if (scores.num_keys < kDrawTileKv) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if (lane + 32 * (i / 4) >= scores.num_keys) e[i / 4][i % 4] = -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = fmaxf(fmaxf(e[0][i], e[1][i]), fmaxf(fmaxf(e[2][i], e[3][i]), -INFINITY));
+    const float max = reduce_four(values, lane, [](float a, float b) { return fmaxf(a, b); });
+    const float below = finite_max(max);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float head_below = __shfl_sync(0xffffffffu, below, lane_of_four(i));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) e[j][i] = exp2_approx(e[j][i] - head_below);
+      values[i] = (e[0][i] + e[1][i]) + (e[2][i] + e[3][i]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) quad_of(j, quad) = {e[j][0], e[j][1], e[j][2], e[j][3]};
+    const float sum = reduce_four(values, lane, [](float a, float b) { return a + b; });
+    const SoftmaxState quad_state = {__shfl_sync(0xffffffffu, max, lane_of_four(own_head & 3)),
+                                     __shfl_sync(0xffffffffu, sum, lane_of_four(own_head & 3))};
+    if (own_head >> 2 == quad) state = quad_state;
   }
 
   // What follows from it, for the lane's head.
@@ -160,10 +160,8 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
   const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
   const float reference = there ? tile_reference(p.budget, level, state.max) : -INFINITY;
   const int unit_bits = unit_bits_of(p.sampler, p.num_samples);
-  const uint32_t offset =
-      streaming ? streaming_offset(stream, first_key / kDrawTileKv, unit_bits)
-                : uniform_offset(stream, first_key, unit.row.kv_len,
-                                 static_cast<int64_t>(p.num_samples) * (grouped ? num_heads : 1), unit_bits);
+  const uint32_t offset = tile_offset(p.budget, stream, first_key, unit.row.kv_len,
+                                      static_cast<int64_t>(p.num_samples) * (grouped ? num_heads : 1), unit_bits);
 
   // Draws. A weight is factor[h] times what is in the key's place, times `inverse`.
   bool drawn[4] = {false, false, false, false};
@@ -220,13 +218,12 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
   for (int h = 0; h < kHeadBlock; ++h) factor[h] = __shfl_sync(0xffffffffu, own_factor, h);
 
   // Places in the list: keys ascending.
-  int count = 0, place = 0;
+  int count = 0, places[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const uint32_t bits = __ballot_sync(0xffffffffu, drawn[j]);
+    places[j] = count + __popc(bits & ((1u << lane) - 1u));
     count += __popc(bits);
-    place += __popc(bits & ((1u << lane) - 1u));
-    if (drawn[j]) prefetch_value(p, unit, first_key + 4 * lane + j);
   }
 #pragma unroll 1
   for (int first = 0; first == 0 || first < count; first += kChunkDraws, ++produced) {
@@ -241,22 +238,19 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
       chunk.count = static_cast<uint16_t>(min(count - first, kChunkDraws));
       chunk.is_last = count - first <= kChunkDraws ? 1 : 0;
     }
-    int at = place - first;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (!drawn[j]) continue;
-      if (at >= 0 && at < kChunkDraws) {
-        chunk.key[at] = static_cast<uint8_t>(4 * lane + j);
-        const float4 low = quad_of(j, 0);
-        chunk.weight[at][0] = {low.x * factor[0] * inverse[j], low.y * factor[1] * inverse[j],
-                               low.z * factor[2] * inverse[j], low.w * factor[3] * inverse[j]};
-        if (num_quads > 1) {
-          const float4 high = quad_of(j, 1);
-          chunk.weight[at][1] = {high.x * factor[4] * inverse[j], high.y * factor[5] * inverse[j],
-                                 high.z * factor[6] * inverse[j], high.w * factor[7] * inverse[j]};
-        }
+      const int at = places[j] - first;
+      if (!drawn[j] || at < 0 || at >= kChunkDraws) continue;
+      chunk.key[at] = static_cast<uint8_t>(lane + 32 * j);
+      const float4 low = quad_of(j, 0);
+      chunk.weight[at][0] = {low.x * factor[0] * inverse[j], low.y * factor[1] * inverse[j],
+                             low.z * factor[2] * inverse[j], low.w * factor[3] * inverse[j]};
+      if (num_quads > 1) {
+        const float4 high = quad_of(j, 1);
+        chunk.weight[at][1] = {high.x * factor[4] * inverse[j], high.y * factor[5] * inverse[j],
+                               high.z * factor[6] * inverse[j], high.w * factor[7] * inverse[j]};
       }
-      ++at;
     }
     mbarrier_arrive(&queue.full[buffer]);
   }

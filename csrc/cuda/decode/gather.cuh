@@ -2,6 +2,8 @@
 // the keys, whoever drew them and whenever. Its sums depend on the row alone.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/common/float8.cuh"
 #include "cuda/common/row_load.cuh"
 #include "cuda/decode/draw.cuh"
@@ -22,7 +24,11 @@ struct LaneValues {
   static constexpr int kWords = ELEMENTS * sizeof(V) < 4 ? 1 : ELEMENTS * sizeof(V) / 4;
   uint32_t words[kWords];
 
-  __device__ __forceinline__ void load(const V* source, bool aligned) {
+  // Zeros where there is no row.
+  __device__ __forceinline__ void load(const V* source, bool there, bool aligned) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = 0;
+    if (!there) return;
     if (aligned) {
       if constexpr (ELEMENTS * sizeof(V) == 16) {
         const uint4 value = __ldg(reinterpret_cast<const uint4*>(source));
@@ -40,7 +46,6 @@ struct LaneValues {
     constexpr int kPerWord = ELEMENTS / kWords, kBits = 8 * sizeof(V);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      words[w] = 0;
 #pragma unroll
       for (int i = 0; i < kPerWord; ++i) {
         uint32_t bits;
@@ -69,6 +74,39 @@ struct LaneValues {
   }
 };
 
+// Multiplies the weights of a draw with the factors that its chunk has in the place of the references.
+__device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t chunk, bool wide) {
+#pragma unroll 1
+  for (int quad = 0; quad <= (wide ? 1 : 0); ++quad) {
+    const uint4 w = load_shared_16(weights + quad * 16);
+    const uint4 f = load_shared_16(chunk + offsetof(DrawChunk, reference) + quad * 16);
+    const auto product = [](uint32_t a, uint32_t b) { return __float_as_uint(__uint_as_float(a) * __uint_as_float(b)); };
+    store_shared_16(weights + quad * 16, {product(w.x, f.x), product(w.y, f.y), product(w.z, f.z), product(w.w, f.w)});
+  }
+}
+
+// Adds weight[h] v to the sums of four heads, first_head on, row by row. Lane i has the address of row i's weights.
+template <typename V, int ELEMENTS, int ROWS>
+__device__ __forceinline__ void add_rows(float (&acc)[kHeadBlock][ELEMENTS], int first_head,
+                                         const LaneValues<V, ELEMENTS> (&rows)[ROWS], uint32_t weights) {
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const uint4 bits = load_shared_16(__shfl_sync(0xffffffffu, weights, i));
+    const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                        __uint_as_float(bits.w)};
+    float v[ELEMENTS];
+    rows[i].unpack(v);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+#pragma unroll
+      for (int d = 0; d < ELEMENTS; ++d) acc[first_head + h][d] = fmaf(w[h], v[d], acc[first_head + h][d]);
+    }
+  }
+}
+
+constexpr int kWeightBytes = sizeof(float4) * 2;  // of a draw
+constexpr int kChunksInSight = 4;  // lane 8 i + h looks at head h of chunk i
+
 // Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the run.
 template <typename V, int HEAD_DIM, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
@@ -76,8 +114,8 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
   using Lanes = ValueLanes<HEAD_DIM>;
   constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
   const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv;
-  const bool wide = num_heads > 4;
-  const int own_head = lane & 7;
+  const int own_head = lane & 7, own_chunk = lane >> 3;
+  const bool wide = num_heads > 4, has_head = own_head < num_heads;
   const auto values = value_rows<V>(p, unit.batch_index, unit.kv_head, unit.row.kv_start);
   const int lane_element = min(lane, Lanes::kLanes - 1) * kElements;
 
@@ -91,134 +129,112 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - first_key), kDrawTileKv);
 
     while (tiles_left > 0) {
-      // Chunks of the next tiles as far as they are there: lane i looks at the tile i further on.
-      const int warp = (owner + lane) % num_warps;
+      // The chunk of this lane: of the tile own_chunk further on, if it is there. The first one is waited for.
+      int warp = owner + own_chunk;
+      while (warp >= num_warps) warp -= num_warps;
       const uint32_t n = __shfl_sync(0xffffffffu, consumed, warp);
       const DrawQueue queue = queue_of(warp);
-      const bool in_sight = lane < min(min(num_warps, 8), tiles_left);
-      {
-        const uint32_t next = __shfl_sync(0xffffffffu, consumed, owner);
-        mbarrier_wait(&queue_of(owner).full[DrawQueue::buffer(next)], DrawQueue::parity(next));
-      }
-      const bool full = in_sight && mbarrier_test(&queue.full[DrawQueue::buffer(n)], DrawQueue::parity(n));
-      const DrawChunk& own_chunk = queue.chunks[DrawQueue::buffer(n)];
-      const int own_count = full ? own_chunk.count : 0;
-      const bool own_last = full && own_chunk.is_last != 0;
-      const uint32_t open = ~__ballot_sync(0xffffffffu, full), unfinished = ~__ballot_sync(0xffffffffu, own_last);
-      // Up to the first one that is not there, and no further than one that its tile goes on after.
-      int num_chunks = min(__ffs(open) - 1, __ffs(unfinished));
+      DrawChunk& chunk = queue.chunks[DrawQueue::buffer(n)];
+      if (own_chunk == 0) mbarrier_wait(&queue.full[DrawQueue::buffer(n)], DrawQueue::parity(n));
+      __syncwarp();
+      const bool full = own_chunk < min(num_warps, tiles_left) &&
+                        mbarrier_test(&queue.full[DrawQueue::buffer(n)], DrawQueue::parity(n));
+      const int own_count = full ? chunk.count : 0;
+      const bool is_last = full && chunk.is_last != 0;
+      const float tile_reference = full ? chunk.reference[own_head] : 0.0f;
+      const SoftmaxState tile = full ? chunk.tile[own_head] : empty_softmax_state();
 
-      // In the order of the tiles, so that it does not matter how many are there at once: the reference rises at the
-      // first chunk only, later ones that would raise it have to wait.
-      bool unscaled = true;
-#pragma unroll 1
-      for (int i = 0; i < num_chunks; ++i) {
-        const int of = (owner + i) % num_warps;
-        const uint32_t nth = __shfl_sync(0xffffffffu, consumed, of);
-        const DrawQueue from = queue_of(of);
-        mbarrier_wait(&from.full[DrawQueue::buffer(nth)], DrawQueue::parity(nth));  // at once: every lane acquires
-        DrawChunk& chunk = from.chunks[DrawQueue::buffer(nth)];
-        const float tile_reference = chunk.reference[own_head];
-        const bool rises = own_head < num_heads && tile_reference > reference;
-        if (__any_sync(0xffffffffu, rises)) {
-          if (i > 0) {
-            num_chunks = i;
-            break;
-          }
-          const float risen = fmaxf(reference, tile_reference), scale = exp2_below(reference, risen);
-          reference = risen;
-          sum *= scale;
+      // What sums are relative to rises at the first chunk only: a later one that would raise it has to wait its turn,
+      // however many are there at once.
+      const float first_reference = __shfl_sync(0xffffffffu, tile_reference, own_head);
+      const bool rises = has_head && first_reference > reference;
+      if (__any_sync(0xffffffffu, rises)) {
+        const float risen = fmaxf(reference, first_reference), scale = exp2_below(reference, risen);
+        reference = risen;
+        sum *= scale;
 #pragma unroll
-          for (int h = 0; h < kHeadBlock; ++h) {
-            const float head_scale = __shfl_sync(0xffffffffu, scale, h);
+        for (int h = 0; h < kHeadBlock; ++h) {
+          const float head_scale = __shfl_sync(0xffffffffu, scale, h);
 #pragma unroll
-            for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
-          }
+          for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
         }
-        const float factor = own_head < num_heads ? exp2_below(tile_reference, reference) : 1.0f;
-        unscaled = unscaled && __all_sync(0xffffffffu, factor == 1.0f);
-        if (chunk.is_last != 0 && own_head < num_heads) {
-          const SoftmaxState tile = chunk.tile[own_head];
-          sum += tile.sum * exp2_below(tile.max, reference);
-        }
-        __syncwarp();
-        if (lane < kHeadBlock) chunk.reference[lane] = factor;
       }
+      // A chunk ends what is taken if it is not there, if it would raise the reference, or if its tile goes on after it.
+      const uint32_t ends = __ballot_sync(0xffffffffu, !full || (has_head && tile_reference > reference));
+      const uint32_t unfinished = __ballot_sync(0xffffffffu, !is_last);
+      int num_chunks = ends == 0 ? kChunksInSight : (__ffs(ends) - 1) >> 3;
+      if (unfinished != 0) num_chunks = min(num_chunks, ((__ffs(unfinished) - 1) >> 3) + 1);
+      const bool taken = own_chunk < num_chunks;
+
+      // Tile by tile, in their order.
+      const float factor = taken && has_head ? exp2_below(tile_reference, reference) : 1.0f;
+      const float mass = taken && is_last && has_head ? tile.sum * exp2_below(tile.max, reference) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kChunksInSight; ++i) sum += __shfl_sync(0xffffffffu, mass, i * 8 + own_head);
+      const bool scaled = __any_sync(0xffffffffu, factor != 1.0f);
+      if (scaled && taken) chunk.reference[own_head] = factor;
       __syncwarp();
 
-      // Draws of these chunks, as one list: where those of lane i's chunk end.
-      int end = lane < num_chunks ? own_count : 0;
+      // The draws of these chunks are one list: those of chunk i end at ends_at[i].
+      int ends_at[kChunksInSight], num_draws = 0;
 #pragma unroll
-      for (int offset = 1; offset < 8; offset <<= 1) {
-        const int lower = __shfl_up_sync(0xffffffffu, end, offset);
-        if (lane >= offset) end += lower;
+      for (int i = 0; i < kChunksInSight; ++i) {
+        const int count = __shfl_sync(0xffffffffu, own_count, i * 8);
+        ends_at[i] = num_draws += i < num_chunks ? count : 0;
       }
-      const int num_draws = __shfl_sync(0xffffffffu, end, num_chunks - 1);
       rows_read += num_draws;
 #pragma unroll 1
       for (int base = 0; base < num_draws; base += kInFlight) {
         // Lane i finds draw base + i.
-        const int draw = base + lane;
-        int chunk_index = 0, before = 0;
-#pragma unroll 1
-        for (int i = 0; i + 1 < num_chunks; ++i) {
-          const int chunk_end = __shfl_sync(0xffffffffu, end, i);
-          if (draw >= chunk_end) chunk_index = i + 1, before = chunk_end;
+        const int draw = min(base + lane, num_draws - 1);
+        int of = 0, before = 0;
+#pragma unroll
+        for (int i = 0; i + 1 < kChunksInSight; ++i) {
+          if (draw >= ends_at[i]) of = i + 1, before = ends_at[i];
         }
-        const int of = (owner + chunk_index) % num_warps;
-        DrawChunk& chunk = queue_of(of).chunks[DrawQueue::buffer(__shfl_sync(0xffffffffu, consumed, of))];
-        const int at = min(draw - before, kChunkDraws - 1);
-        const int key = draw < num_draws ? first_key + chunk_index * kDrawTileKv + chunk.key[at] : 0;
-        uint32_t weights = shared_address(&chunk.weight[at][0]);
-        if (!unscaled && draw < num_draws && lane < kInFlight) {
-          float4& low = chunk.weight[at][0];
-          const float* factors = chunk.reference;
-          low = {low.x * factors[0], low.y * factors[1], low.z * factors[2], low.w * factors[3]};
-          if (wide) {
-            float4& high = chunk.weight[at][1];
-            high = {high.x * factors[4], high.y * factors[5], high.z * factors[6], high.w * factors[7]};
-          }
-        }
+        const uint32_t chunk_address = __shfl_sync(0xffffffffu, shared_address(&chunk), of * 8);
+        const uint32_t weights = chunk_address + (draw - before) * kWeightBytes;
+        const int key =
+            first_key + of * kDrawTileKv + load_shared_1(chunk_address + offsetof(DrawChunk, key) + draw - before);
+        const auto row_address = reinterpret_cast<uint64_t>(values.row(key));
+        if (scaled && lane < min(kInFlight, num_draws - base)) scale_weights(weights, chunk_address, wide);
         __syncwarp();
 
+        // All rows of the batch are on their way before the first is used. Past the end: zeros.
         LaneValues<V, kElements> rows[kInFlight];
+        const auto load = [&](bool aligned) {
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          const int row = __shfl_sync(0xffffffffu, key, i);
-          if (base + i < num_draws) rows[i].load(values.row(row) + lane_element, p.aligned);
-        }
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          if (base + i >= num_draws) break;
-          const uint32_t address = __shfl_sync(0xffffffffu, weights, i);
-          float v[kElements];
-          rows[i].unpack(v);
-#pragma unroll
-          for (int quad = 0; quad < 2; ++quad) {
-            if (quad == 1 && !wide) break;
-            const uint4 bits = load_shared_16(address + quad * 16);
-            const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-                                __uint_as_float(bits.w)};
-#pragma unroll
-            for (int h = 0; h < 4; ++h) {
-#pragma unroll
-              for (int d = 0; d < kElements; ++d) acc[quad * 4 + h][d] = fmaf(w[h], v[d], acc[quad * 4 + h][d]);
-            }
+          for (int i = 0; i < kInFlight; ++i) {
+            const auto row = reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i));
+            rows[i].load(row + lane_element, base + i < num_draws, aligned);
           }
+        };
+        if (p.aligned) {
+          load(true);
+        } else {
+          load(false);
         }
+        add_rows<V, kElements, kInFlight>(acc, 0, rows, weights);
+        if (wide) add_rows<V, kElements, kInFlight>(acc, 4, rows, weights + 16);
       }
 
-      // Hand the chunks back.
-#pragma unroll 1
-      for (int i = 0; i < num_chunks; ++i) {
-        const int of = (owner + i) % num_warps;
-        const uint32_t nth = __shfl_sync(0xffffffffu, consumed, of);
+      // Hand the chunks back: every lane says that it has read them all.
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kChunksInSight; ++i) {
+        if (i >= num_chunks) break;
+        int of = owner + i;
+        while (of >= num_warps) of -= num_warps;
+        const uint32_t nth = __shfl_sync(0xffffffffu, n, i * 8);
         mbarrier_arrive(&queue_of(of).empty[DrawQueue::buffer(nth)]);
       }
-      const int position = (lane - owner + num_warps) % num_warps;  // of this lane's warp among the chunks
+      int position = lane - owner;  // of this lane's warp among the chunks
+      if (position < 0) position += num_warps;
       if (lane < num_warps && position < num_chunks) ++consumed;
-      const int finished = (unfinished >> (num_chunks - 1) & 1) != 0 ? num_chunks - 1 : num_chunks;
-      owner = (owner + finished) % num_warps;
+      const bool goes_on = (unfinished >> (8 * num_chunks - 8) & 1) != 0;
+      const int finished = goes_on ? num_chunks - 1 : num_chunks;
+      owner += finished;
+      while (owner >= num_warps) owner -= num_warps;
       first_key += finished * kDrawTileKv;
       tiles_left -= finished;
     }

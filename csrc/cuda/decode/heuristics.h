@@ -89,10 +89,7 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   const ForcedPlan& forced = forced_plan();
   const int64_t parts = static_cast<int64_t>(p.batch) * p.num_units() * plan.max_parts;
   plan.run_parts = forced.run_parts > 0 ? forced.run_parts : run_parts_of(parts, plan.max_parts, 2 * device.num_sms);
-  // Warps beyond the tiles of a run would find nothing to do.
-  const int64_t most_keys = std::min<int64_t>(int64_t{plan.run_parts} * part_kv_of(p.max_kv_len, p.num_units()),
-                                              std::max(p.max_kv_len, 1));
-  plan.num_warps = std::min(num_warps, static_cast<int>(ceil_div(most_keys, kDrawTileKv)));
+  plan.num_warps = num_warps;  // those beyond the tiles of a run share the pilot
   plan.num_slots = num_slots;
   if (forced.num_warps > 0) plan.num_warps = std::min(forced.num_warps, num_warps);
   if (forced.num_slots > 0) plan.num_slots = std::min(forced.num_slots, num_slots);

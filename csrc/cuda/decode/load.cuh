@@ -15,13 +15,13 @@ constexpr int kSlotRows = 16;  // rows per slot: the M of the matrix instruction
 
 constexpr int slot_bytes(int head_dim) { return kSlotRows * slot_row_pitch(head_dim) * 2; }
 
-// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that both readers are free of
-// bank conflicts: fragments of K read 4 chunks of 2 adjacent rows at once (they differ in bit 2 of the permutation),
-// ldmatrix on V reads one chunk of 8 rows (all 8 differ).
+// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that ldmatrix, which reads one
+// chunk of 8 rows, is free of bank conflicts: all 8 differ.
+SANTA_HD constexpr uint32_t chunk_permutation(int row) { return (row & 7) * 16; }
+
 template <int HEAD_DIM>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
-  const int permuted = chunk ^ (((row & 1) << 2) | ((row >> 1) & 3));
-  return static_cast<uint32_t>(row * slot_row_pitch(HEAD_DIM) * 2 + permuted * 16);
+  return static_cast<uint32_t>(row * slot_row_pitch(HEAD_DIM) * 2) + (chunk * 16 ^ chunk_permutation(row));
 }
 
 // Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read. Rows that are not
@@ -104,57 +104,80 @@ __device__ __forceinline__ void expand_codes(uint32_t slot, int lane) {
 // (g, t) of a half-warp read 8 bytes each, 32 of 4 adjacent rows, and the permutation spreads the 4 over all banks.
 // Rows of 96 bytes need none.
 template <int HEAD_DIM>
-__device__ __forceinline__ uint32_t code_offset(int row, int chunk) {
-  const int permutation = HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0;
-  return static_cast<uint32_t>(row * HEAD_DIM + (chunk ^ (permutation << 1)) * 16);
+SANTA_HD constexpr uint32_t code_permutation(int row) {
+  return (HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0) * 32;
 }
 
-// Starts the copy of ROWS rows of K, `stride` elements apart, of which the first num_rows are there; zeros for the
-// others, which are not read. Rows that are not aligned to 16 bytes are copied element by element.
+template <int HEAD_DIM>
+__device__ __forceinline__ uint32_t code_offset(int row, int chunk) {
+  return static_cast<uint32_t>(row * HEAD_DIM) + (chunk * 16 ^ code_permutation<HEAD_DIM>(row));
+}
+
+// Byte offset of a 16-byte chunk of a row in a slot, for both kinds of keys.
+template <typename K, int HEAD_DIM>
+__device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk) {
+  if constexpr (std::is_same_v<K, Float8>) {
+    return code_offset<HEAD_DIM>(row, chunk);
+  } else {
+    return chunk_offset<HEAD_DIM>(row, chunk);
+  }
+}
+
+// Starts the copy of the rows row_of(0) to row_of(num_rows - 1) to a slot of ROWS; zeros for the others, which are not
+// read. Rows that are not aligned to 16 bytes are copied element by element.
+template <typename K, int HEAD_DIM, int ROWS, typename RowOf>
+__device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_of, int num_rows, bool aligned,
+                                               uint64_t policy, int lane) {
+  constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements;
+  if (aligned) {
+#pragma unroll 2
+    for (int i = 0; i < ROWS * kChunks / 32; ++i) {
+      const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+      const bool valid = row < num_rows;
+      cp_async_16(slot + place_of_chunk<K, HEAD_DIM>(row, chunk), row_of(valid ? row : 0) + chunk * kChunkElements,
+                  valid, policy);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int item = lane; item < ROWS * HEAD_DIM; item += 32) {
+    const int row = item / HEAD_DIM, column = item % HEAD_DIM;
+    const uint32_t place = slot + place_of_chunk<K, HEAD_DIM>(row, column / kChunkElements) +
+                           column % kChunkElements * static_cast<int>(sizeof(K));
+    if constexpr (std::is_same_v<K, Float8>) {
+      store_shared_1(place, row < num_rows ? row_of(row)[column].code : 0);
+    } else {
+      store_shared_2(place, row < num_rows ? reinterpret_cast<const uint16_t*>(row_of(row))[column] : 0);
+    }
+  }
+}
+
+// The same for neighbours, `stride` elements apart, and fast if all are there.
 template <typename K, int HEAD_DIM, int ROWS>
 __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t stride, int num_rows, bool aligned,
                                           uint64_t policy, int lane) {
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements, kCopies = ROWS * kChunks / 32;
-  const auto offset_of = [](int row, int chunk) {
-    if constexpr (std::is_same_v<K, Float8>) {
-      return code_offset<HEAD_DIM>(row, chunk);
-    } else {
-      return chunk_offset<HEAD_DIM>(row, chunk);
-    }
-  };
-  if (!aligned) {
-#pragma unroll 1
-    for (int item = lane; item < ROWS * HEAD_DIM; item += 32) {
-      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
-      const uint32_t place =
-          slot + offset_of(row, column / kChunkElements) + column % kChunkElements * static_cast<int>(sizeof(K));
-      if constexpr (std::is_same_v<K, Float8>) {
-        store_shared_1(place, row < num_rows ? rows[row * stride + column].code : 0);
-      } else {
-        store_shared_2(place, row < num_rows ? reinterpret_cast<const uint16_t*>(rows)[row * stride + column] : 0);
-      }
-    }
+  if (!aligned || num_rows < ROWS) {
+    load_some_rows<K, HEAD_DIM, ROWS>(
+        slot, [&](int row) { return rows + row * stride; }, num_rows, aligned, policy, lane);
     return;
   }
-  // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on.
+  // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on: a power of two, and the
+  // pattern's rows are below it, so that the permutation of row + i kPeriodRows is that of the two, one after the other.
   constexpr int kPeriod = kChunks % 3 == 0 ? 3 : 1, kPeriodRows = 32 * kPeriod / kChunks;
-  if (num_rows >= ROWS) {
+  constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  constexpr int kRowBytes = kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2;
+  static_assert((kPeriodRows & (kPeriodRows - 1)) == 0);
 #pragma unroll
-    for (int u = 0; u < kPeriod; ++u) {
-      const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-      const K* source = rows + row * stride + chunk * kChunkElements;
+  for (int u = 0; u < kPeriod; ++u) {
+    const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+    const K* source = rows + row * stride + chunk * kChunkElements;
+    const uint32_t place = place_of_chunk<K, HEAD_DIM>(row, chunk);
 #pragma unroll
-      for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) {
-        cp_async_whole_16(slot + offset_of(row + i * kPeriodRows, chunk), source, policy);
-      }
-    }
-  } else {
-#pragma unroll 2
-    for (int i = 0; i < kCopies; ++i) {
-      const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-      const bool valid = row < num_rows;
-      cp_async_16(slot + offset_of(row, chunk), rows + (valid ? row : 0) * stride + chunk * kChunkElements, valid,
-                  policy);
+    for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) {
+      const int further = i * kPeriodRows;
+      const uint32_t permutation = kFloat8 ? code_permutation<HEAD_DIM>(further) : chunk_permutation(further);
+      cp_async_whole_16(slot + (place ^ permutation) + further * kRowBytes, source, policy);
     }
   }
 }

@@ -25,6 +25,36 @@ struct OnePassShared {
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
 
+// The pilot's states, 16 keys at a time. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the
+// order of score_slot.
+__device__ __forceinline__ void put_pilot(OnePassShared& shared, int group, const float (&logits)[4], int kv_len,
+                                          int lane) {
+  const int low = group * 16 + (lane >> 2), high = low + 8, size = pilot_size(kv_len);
+  if (group * 16 >= size) return;
+  const float low_weight = low < size ? pilot_log2_weight(low, kv_len) : -INFINITY;
+  const float high_weight = high < size ? pilot_log2_weight(high, kv_len) : -INFINITY;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float first = logits[j] + low_weight, second = logits[2 + j] + high_weight;
+    const float max = max_over_keys(fmaxf(first, second)), below = finite_max(max);
+    float sum = exp2_approx(first - below) + exp2_approx(second - below);
+    for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane < 4) shared.pilot[group][2 * lane + j] = {max, sum};
+  }
+}
+
+// What the pilot estimates the row's log-sum-exp to be, of head lane % 8: the same in every CTA, whatever the number of
+// warps.
+__device__ __forceinline__ float pilot_level(const OnePassShared& shared, int num_groups, int lane) {
+  SoftmaxState state = empty_softmax_state();
+  for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, shared.pilot[group][lane & 7]);
+  for (int offset = 8; offset < 32; offset <<= 1) {
+    state = merge(state, {__shfl_xor_sync(0xffffffffu, state.max, offset),
+                          __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+  }
+  return log2_sum(state);
+}
+
 // Scores of keys that lie in rows. T of q, K of keys: T or Float8.
 template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
@@ -32,12 +62,12 @@ struct KeyScorer {
   static constexpr int kSlotKeys = kFloat8 ? 32 : 16;  // as many bytes
   static constexpr int kSlotBytes = kFloat8 ? kSlotKeys * HEAD_DIM : slot_bytes(HEAD_DIM);
   static constexpr int kOnceBytes = 0;
-  static constexpr int kPilotRun = 1;
+  static constexpr int kPilotSlots = kPilotKeys / kSlotKeys;
 
   const DecodeParams& p;
   KvRows<K> keys;
   float scale[2];  // of the lane's heads, 2 t and the next
-  QueryFragments<T, HEAD_DIM> query;
+  QueryFragments<T, HEAD_DIM, kFloat8> query;
 
   __device__ __forceinline__ KeyScorer(const DecodeParams& p, const RowUnit& unit, unsigned char*)
       : p(p), keys(key_rows<K>(p, unit.batch_index, unit.kv_head, unit.row.kv_start)) {}
@@ -66,128 +96,119 @@ struct KeyScorer {
 
   __device__ __forceinline__ void begin(int, int) {}
 
-  __device__ __forceinline__ void score(uint32_t slot, int index, TileScores& out, int lane) const {
-    const int g = lane >> 2, t = lane & 3;
+  // Hands the logits of the slot to put(first key within the slot, logits in the order of score_slot).
+  template <typename Put>
+  __device__ __forceinline__ void score(uint32_t slot, int, int lane, const Put& put) const {
 #pragma unroll
-    for (int half = 0; half < kSlotKeys / 16; ++half) {
+    for (int first = 0; first < kSlotKeys; first += 16) {
       float products[4];
       if constexpr (kFloat8) {
-        score_codes<T, HEAD_DIM>(products, slot + half * 16 * HEAD_DIM, query, lane);
+        score_codes<T, HEAD_DIM>(products, slot + first * HEAD_DIM, query, lane);
       } else {
         score_slot<T, HEAD_DIM>(products, slot, query, lane);
       }
-      const int key = index * kSlotKeys + half * 16 + g;
-      out.put(key, t, logit_of(products[0], scale[0]), logit_of(products[1], scale[1]));
-      out.put(key + 8, t, logit_of(products[2], scale[0]), logit_of(products[3], scale[1]));
+      put(first, {logit_of(products[0], scale[0]), logit_of(products[1], scale[1]), logit_of(products[2], scale[0]),
+                  logit_of(products[3], scale[1])});
     }
   }
 
   __device__ __forceinline__ void finish(TileScores&, int) const {}
 
-  // Scores of 16 pilot keys, straight from memory, in the order of score_slot. `low`, `high`: positions of keys g and
-  // g + 8.
-  __device__ __forceinline__ void score_pilot(float (&products)[4], int low, int high, int lane) const {
-    const int t = lane & 3;
-    const K *low_row = keys.row(low), *high_row = keys.row(high);
-    products[0] = products[1] = products[2] = products[3] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < HEAD_DIM / 32; ++j) {
-      const auto low_chunk = load_global_8(low_row + (4 * j + t) * 8, p.aligned);
-      const auto high_chunk = load_global_8(high_row + (4 * j + t) * 8, p.aligned);
-      if constexpr (kFloat8) {
-        multiply_codes(products, low_chunk, high_chunk, query.chunk[j]);
-      } else {
-        multiply<T>(products, low_chunk, high_chunk, query.chunk[j]);
-      }
-    }
-    products[0] = logit_of(products[0], scale[0]), products[2] = logit_of(products[2], scale[0]);
-    products[1] = logit_of(products[1], scale[1]), products[3] = logit_of(products[3], scale[1]);
+  // Pilot keys [group kSlotKeys, ...) to a slot, and their logits to the pilot's states.
+  __device__ __forceinline__ void load_pilot(uint32_t slot, int group, int kv_len, uint64_t policy, int lane) const {
+    const int first = group * kSlotKeys;
+    load_some_rows<K, HEAD_DIM, kSlotKeys>(
+        slot, [&](int row) { return keys.row(pilot_position(first + row, kv_len, 1)); }, pilot_size(kv_len) - first,
+        p.aligned, policy, lane);
   }
 };
 
-// The pilot: 16 keys at a time, by the score warps in turn. Its estimate of the row's log-sum-exp of head lane % 8 is the
-// same in every CTA, whatever the number of warps.
-template <typename Scorer>
-__device__ __forceinline__ float pilot_level(const DecodeParams& p, const RowUnit& unit, const Scorer& scorer,
-                                             OnePassShared& shared, int warp, int lane) {
-  const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), g = lane >> 2, t = lane & 3;
-#pragma unroll 1
-  for (int group = warp; group < kPilotGroups; group += p.plan.num_warps) {
-    float scores[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    if (group * 16 < size) {
-      const int low = group * 16 + g, high = low + 8;
-      scorer.score_pilot(scores, pilot_position(min(low, size - 1), kv_len, Scorer::kPilotRun),
-                         pilot_position(min(high, size - 1), kv_len, Scorer::kPilotRun), lane);
-      const float low_weight = low < size ? pilot_log2_weight(low, kv_len) : -INFINITY;
-      const float high_weight = high < size ? pilot_log2_weight(high, kv_len) : -INFINITY;
-      scores[0] += low_weight, scores[1] += low_weight, scores[2] += high_weight, scores[3] += high_weight;
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float max = max_over_keys(fmaxf(scores[j], scores[2 + j])), below = finite_max(max);
-      float sum = exp2_approx(scores[j] - below) + exp2_approx(scores[2 + j] - below);
-      for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      if (g == 0) shared.pilot[group][2 * t + j] = {max, sum};
-    }
-  }
-  score_warps_barrier(p.plan.num_warps);
-  SoftmaxState state = empty_softmax_state();
-#pragma unroll 4
-  for (int group = 0; group < kPilotGroups; ++group) state = merge(state, shared.pilot[group][lane & 7]);
-  return log2_sum(state);
-}
-
 // The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on.
+//
+// Copies run ahead of what is scored by the slots of the ring, on into the next tile. The pilot's keys go through it as
+// well, behind the first slots of the first tile: they are known before the first draw, and memory is busy meanwhile.
 template <typename Scorer>
 __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, Scorer& scorer,
                                             OnePassShared& shared, unsigned char* area, int first_key, int num_keys,
                                             const DrawQueue& queue, int warp, int lane) {
-  const int ring_slots = p.plan.num_slots, first_tile = warp * kDrawTileKv, stride = p.plan.num_warps * kDrawTileKv;
+  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots, kv_len = unit.row.kv_len;
+  const int first_tile = warp * kDrawTileKv, stride = num_warps * kDrawTileKv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
-  const int pitch = score_pitch_of(unit.heads.count);
-  const auto next_slot = [&](uint32_t slot) {
-    return slot + Scorer::kSlotBytes == ring_end ? ring : slot + Scorer::kSlotBytes;
-  };
+  const bool streaming = p.budget == Budget::kStreaming;
 
-  // What is copied next: slot `ahead_index` of the tile that begins at key `ahead` of the run. It runs on into the next
-  // tile. Every call is a group of copies, be it an empty one. With several head blocks the keys are read again soon.
-  const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
-  int ahead = first_tile, ahead_index = 0;
-  uint32_t ahead_slot = ring;
-  const auto load_ahead = [&] {
-    if (ahead < num_keys) {
+  // What passes through the ring is numbered: `lead` slots of the first tile, the warp's part of the pilot, all others.
+  const int lead = first_tile < num_keys
+                       ? min(ring_slots, scorer.num_slots(min(kDrawTileKv, num_keys - first_tile)))
+                       : 0;
+  const int pilot_slots = streaming && Scorer::kPilotSlots > 0 ? scorer.num_slots(pilot_size(kv_len)) : 0;
+  const int num_pilots = max(pilot_slots + num_warps - 1 - warp, 0) / num_warps;
+  const auto is_pilot = [&](int number) { return number >= lead && number < lead + num_pilots; };
+  const auto pilot_of = [&](int number) { return warp + (number - lead) * num_warps; };
+
+  int ahead = first_tile, ahead_index = 0;  // tile and slot that are copied next
+  const auto load = [&](uint32_t slot, int number) {
+    if (is_pilot(number)) {
+      scorer.load_pilot(slot, pilot_of(number), kv_len, evict_normal_policy(), anew(lane));
+    } else if (ahead < num_keys) {
       const int tile_keys = min(kDrawTileKv, num_keys - ahead);
-      scorer.load(ahead_slot, first_key + ahead, tile_keys, ahead_index, policy, anew(lane));
-      ahead_slot = next_slot(ahead_slot);
+      // With several head blocks the keys are read again soon.
+      const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
+      scorer.load(slot, first_key + ahead, tile_keys, ahead_index, policy, anew(lane));
       if (++ahead_index == scorer.num_slots(tile_keys)) ahead += stride, ahead_index = 0;
     }
-    cp_async_commit();
+    cp_async_commit();  // every call is a group of copies, be it an empty one
   };
-  for (int i = 0; i < ring_slots; ++i) load_ahead();
+#pragma unroll 1
+  for (int number = 0; number < ring_slots; ++number) load(ring + number * Scorer::kSlotBytes, number);
 
   scorer.load_query(unit, lane);
-  const float level = p.budget == Budget::kStreaming ? pilot_level(p, unit, scorer, shared, warp, lane) : 0.0f;
+  // Of head lane % 8; grouped draws have one stream for all.
   const int stream_head = p.sampler == Sampler::kGrouped
                               ? unit.kv_head * p.num_head_blocks() + unit.block
                               : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7);
   const RandomStream stream = random_stream(p, unit.batch_index, unit.row, stream_head);
 
+  float level = 0.0f;  // of head lane % 8
+  bool has_level = !streaming;
   uint32_t produced = 0, slot = ring;
+  int number = 0;
 #pragma unroll 1
-  for (int tile = first_tile; tile < num_keys; tile += stride) {
-    const int tile_keys = min(kDrawTileKv, num_keys - tile), num_slots = scorer.num_slots(tile_keys);
-    TileScores scores(score_area, pitch, tile_keys);
+  for (int tile = first_tile; tile < num_keys || !has_level; tile += stride) {
+    const int tile_keys = max(min(kDrawTileKv, num_keys - tile), 0);
+    TileScores scores{score_area, score_pitch_of(unit.heads.count), tile_keys};
     scorer.begin(first_key + tile, tile_keys);
+    int left = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
+    if (number <= lead) left += num_pilots;
+    int index = 0;
 #pragma unroll 1
-    for (int i = 0; i < num_slots; ++i) {
+    for (; left > 0; --left, ++number) {
       cp_async_wait_but(ring_slots - 1);
       __syncwarp();  // the other lanes' copies are visible
-      scorer.score(slot, i, scores, lane);
-      slot = next_slot(slot);
-      __syncwarp();  // the other lanes are done with the slot, which is filled next
-      load_ahead();
+      const bool pilot = is_pilot(number);
+      scorer.score(slot, index, lane, [&](int first, const float (&logits)[4]) {
+        if (pilot) {
+          put_pilot(shared, pilot_of(number) * (Scorer::kSlotKeys / 16) + first / 16, logits, kv_len, lane);
+        } else {
+          scores.put(index * Scorer::kSlotKeys + first, logits, lane);
+        }
+      });
+      index += pilot ? 0 : 1;
+      __syncwarp();  // the other lanes are done with the slot: it is filled again
+      load(slot, number + ring_slots);
+      slot = slot + Scorer::kSlotBytes == ring_end ? ring : slot + Scorer::kSlotBytes;
     }
+    if (!has_level) {
+      if constexpr (Scorer::kPilotSlots == 0) {
+        for (int group = warp; group * 16 < pilot_size(kv_len); group += num_warps) {
+          scorer.score_pilot(group, kv_len, shared, lane);
+        }
+      }
+      score_warps_barrier(num_warps);
+      level = pilot_level(shared, ceil_div_int(pilot_size(kv_len), 16), lane);
+      has_level = true;
+    }
+    if (tile_keys == 0) break;
     scorer.finish(scores, lane);
     const RandomStream tile_stream = {anew(stream.key_0), anew(stream.key_1)};
     draw_tile(p, unit, scores, tile_stream, level, first_key + tile, queue, produced, anew(lane));

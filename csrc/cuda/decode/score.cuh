@@ -6,41 +6,48 @@
 
 namespace santa::cuda {
 
-// q as B fragments, in the feature order in which lanes read keys: lane (g, t) takes the 16-byte chunks 4 j + t, and
-// two matrix products share one chunk. A dot product may be summed in any order; q and k only have to agree on it.
-template <typename T, int HEAD_DIM>
+// q as B fragments of HEAD_DIM / 16 matrix products, a pair of them in a word of four. CODES: in the feature order in
+// which lanes read float8 keys, 8 neighbours at a time; a dot product may be summed in any order, q and k only have to
+// agree on it. Lane (g, t) has head g.
+template <typename T, int HEAD_DIM, bool CODES = false>
 struct QueryFragments {
   uint4 chunk[HEAD_DIM / 32];
 
   __device__ __forceinline__ void load(const T* q, int64_t stride_head, int num_heads, bool aligned, int lane) {
     const int head = lane >> 2, t = lane & 3;
+    const T* row = q + head * stride_head;
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; ++j) {
       chunk[j] = {0, 0, 0, 0};
-      if (head < num_heads) chunk[j] = load_global_8(q + head * stride_head + (4 * j + t) * 8, aligned);
+      if (head >= num_heads) continue;
+      if constexpr (CODES) {
+        chunk[j] = load_global_8(row + (4 * j + t) * 8, aligned);
+      } else {
+        const T* pair = row + 32 * j + 2 * t;
+        chunk[j] = {load_global_2(pair, aligned), load_global_2(pair + 8, aligned), load_global_2(pair + 16, aligned),
+                    load_global_2(pair + 24, aligned)};
+      }
     }
   }
 };
-
-// Adds the products of a chunk of 16 keys: of key g and of key g + 8.
-template <typename T>
-__device__ __forceinline__ void multiply(float (&scores)[4], uint4 low, uint4 high, uint4 query) {
-  Float16Traits<T>::mma(scores, {low.x, high.x, low.y, high.y}, query.x, query.y);
-  Float16Traits<T>::mma(scores, {low.z, high.z, low.w, high.w}, query.z, query.w);
-}
 
 // Raw scores of 16 keys x 8 heads. Lane (g, t) gets keys g (0, 1) and g + 8 (2, 3), heads 2 t and 2 t + 1.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot, const QueryFragments<T, HEAD_DIM>& query,
                                            int lane) {
-  const int g = lane >> 2, t = lane & 3;
+  // The row and, in the first product, the chunk that a lane names to ldmatrix.
+  const int row = lane & 15;
+  const uint32_t rows = slot + row * slot_row_pitch(HEAD_DIM) * 2, first = (lane >> 4) * 16 ^ chunk_permutation(row);
+  float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two sums: a product need not wait for the one before
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 32; ++j) {
-    const uint4 low = load_shared_16(slot + chunk_offset<HEAD_DIM>(g, 4 * j + t));
-    const uint4 high = load_shared_16(slot + chunk_offset<HEAD_DIM>(g + 8, 4 * j + t));
-    multiply<T>(scores, low, high, query.chunk[j]);
+    const uint4 a = ldmatrix_x4(rows + (first ^ (64 * j))), b = ldmatrix_x4(rows + (first ^ (64 * j + 32)));
+    Float16Traits<T>::mma(scores, {a.x, a.y, a.z, a.w}, query.chunk[j].x, query.chunk[j].y);
+    Float16Traits<T>::mma(odd, {b.x, b.y, b.z, b.w}, query.chunk[j].z, query.chunk[j].w);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) scores[i] += odd[i];
 }
 
 // p.score_scale, which only float8 keys have to look up.
@@ -56,12 +63,12 @@ __device__ __forceinline__ float score_scale_of(const DecodeParams& p, int kv_he
 
 // Brings q to float16, in place. Returns 1 / (what it was multiplied with), for the lane's head, lane / 4.
 template <int HEAD_DIM>
-__device__ __forceinline__ float to_float16(QueryFragments<__half, HEAD_DIM>&) {
+__device__ __forceinline__ float to_float16(QueryFragments<__half, HEAD_DIM, true>&) {
   return 1.0f;
 }
 
 template <int HEAD_DIM>
-__device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_DIM>& query) {
+__device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_DIM, true>& query) {
   __nv_bfloat162 largest = __floats2bfloat162_rn(0.0f, 0.0f);  // of the magnitudes; NaN is passed over
   const auto each_word = [&](const auto& function) {
 #pragma unroll
@@ -85,22 +92,10 @@ __device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_D
   return __uint_as_float((exponent - 14u) << 23);
 }
 
-// multiply for chunks of codes.
-__device__ __forceinline__ void multiply_codes(float (&scores)[4], uint2 low, uint2 high, uint4 query) {
-  uint2 low_halves = halves_of_codes(low.x), high_halves = halves_of_codes(high.x);
-  if (nan_codes(low.x) != 0) low_halves.x = 0x7fff7fffu;
-  if (nan_codes(high.x) != 0) high_halves.x = 0x7fff7fffu;
-  Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.x, query.y);
-  low_halves = halves_of_codes(low.y), high_halves = halves_of_codes(high.y);
-  if (nan_codes(low.y) != 0) low_halves.x = 0x7fff7fffu;
-  if (nan_codes(high.y) != 0) high_halves.x = 0x7fff7fffu;
-  Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.z, query.w);
-}
-
 // Raw scores of 16 keys x 8 heads, in the order of score_slot, times kHalvesScale and what to_float16 multiplied with.
 // `rows` is the address of the first key, a multiple of 16 of them from the start of the slot.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows, const QueryFragments<T, HEAD_DIM>& query,
+__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows, const QueryFragments<T, HEAD_DIM, true>& query,
                                             int lane) {
   const int g = lane >> 2, t = lane & 3;
   uint32_t low_nans = 0, high_nans = 0;
