@@ -160,7 +160,8 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
                       : kind == RowKind::kOnePass ? part_kv_of(kv_len, p.num_units())
                                                   : tile_kv_of(kv_len);
   const int position = p.positions != nullptr ? p.positions[batch_index] : kv_len;
-  return {start, kv_len, position, valid, kind, tile_kv, ceil_div_int(kv_len, tile_kv)};
+  const int num_tiles = kind == RowKind::kOnePass ? num_parts_of(kv_len, tile_kv) : ceil_div_int(kv_len, tile_kv);
+  return {start, kv_len, position, valid, kind, tile_kv, num_tiles};
 }
 
 // ---- the identity of a random stream: each sampler's draws, for all stages and both backends

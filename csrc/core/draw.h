@@ -57,7 +57,7 @@ SANTA_HD float pilot_log2_weight(int i, int kv_len) {
 // ---- shares and units
 
 SANTA_HD float streaming_share(float tile_lse, float level, int tile_keys, int kv_len) {
-  const float floor = 0.25f * static_cast<float>(tile_keys) / static_cast<float>(kv_len);
+  const float floor = approximate_quotient(0.25f * static_cast<float>(tile_keys), static_cast<float>(kv_len));
   return fminf(1.0f, fmaxf(exp2f(tile_lse - level), floor));  // fmaxf passes over the NaN of two infinities
 }
 
@@ -68,7 +68,8 @@ SANTA_HD float uniform_share(int tile_keys, int kv_len) {
 // Draws per unit of exp2(score - tile max), of one head. A head whose sum is not finite takes no part: its output is
 // NaN, its neighbours' are not.
 SANTA_HD float draw_rate(int num_samples, float share, SoftmaxState tile) {
-  return is_finite(tile.sum) && tile.sum > 0.0f ? static_cast<float>(num_samples) * share / tile.sum : 0.0f;
+  if (!is_finite(tile.sum) || !(tile.sum > 0.0f)) return 0.0f;
+  return approximate_quotient(static_cast<float>(num_samples) * share, tile.sum);
 }
 
 // A tile of 128 keys adds up to 2^31 units at most, and an offset still fits 32 bits.
@@ -84,8 +85,8 @@ SANTA_HD int unit_bits_of(Sampler sampler, int num_samples) {
 // A key with any mass has one unit at least: one that could never be drawn would bias the estimate. Zero and NaN give 0.
 SANTA_HD uint32_t draw_units(float expected, float most, int unit_bits) {
   if (!(expected > 0.0f)) return 0;
-  const float scaled = fminf(expected, most) * static_cast<float>(1u << unit_bits);
-  return static_cast<uint32_t>(scaled) + 1;
+  const uint32_t units = static_cast<uint32_t>(fminf(expected, most) * static_cast<float>(1u << unit_bits) + 0.5f);
+  return units > 0 ? units : 1;
 }
 
 // grouped: one draw at most.

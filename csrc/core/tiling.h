@@ -72,6 +72,15 @@ SANTA_HD int part_kv_of(int64_t kv_len, int num_units) {
   return part_kv;
 }
 
+SANTA_HD int num_parts_of(int kv_len, int part_kv) {  // part_kv is a power of two
+#if defined(__CUDA_ARCH__)
+  const int shift = __ffs(part_kv) - 1;
+  return (kv_len >> shift) + ((kv_len & (part_kv - 1)) != 0 ? 1 : 0);
+#else
+  return ceil_div_int(kv_len, part_kv);
+#endif
+}
+
 // Upper bound over all lengths up to max_kv_len: a row has most parts just before its parts grow, or at the end.
 inline int max_num_parts(int64_t max_kv_len, int num_units) {
   int bound = static_cast<int>(ceil_div(max_kv_len, part_kv_of(max_kv_len, num_units)));

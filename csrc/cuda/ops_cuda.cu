@@ -70,11 +70,11 @@ struct SelectBackend {
 // One warp per (row, tile), with the device function that score warps draw with.
 __global__ void __launch_bounds__(32) draw_kernel(const __grid_constant__ DrawParams p) {
   const int tile = blockIdx.x, row = blockIdx.y, lane = threadIdx.x;
-  const int64_t first = (static_cast<int64_t>(row) * p.tiles + tile) * kDrawTileKv + lane;
+  const int64_t first = (static_cast<int64_t>(row) * p.tiles + tile) * kDrawTileKv + 4 * lane;
   uint32_t units[4], counts[4], total;
-  for (int j = 0; j < 4; ++j) units[j] = static_cast<uint32_t>(p.units[first + 32 * j]);
+  for (int j = 0; j < 4; ++j) units[j] = static_cast<uint32_t>(p.units[first + j]);
   count_tile_draws(counts, total, units, p.offset(row, tile), p.unit_bits, lane);
-  for (int j = 0; j < 4; ++j) p.counts[first + 32 * j] = static_cast<int32_t>(counts[j]);
+  for (int j = 0; j < 4; ++j) p.counts[first + j] = static_cast<int32_t>(counts[j]);
 }
 
 struct DrawBackend {

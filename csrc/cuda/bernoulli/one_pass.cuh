@@ -224,19 +224,18 @@ struct FeatureScorer {
 };
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + 1) * 32, 2)
+__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + kGatherWarps) * 32, 2)
     one_pass_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
-  extern __shared__ __align__(256) unsigned char one_pass_bytes[];
+  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = FeatureScorer<T, HEAD_DIM>;
   wait_for_previous();
   launch_dependents();
-  auto& shared = *reinterpret_cast<OnePassShared*>(one_pass_bytes);
-  int first_part;
-  if (!find_work(p.decode, shared, first_part)) return;
-  Scorer::fetch_list(p, shared.unit, one_pass_bytes + kSharedBytes);
+  const Work work(p.decode);
+  if (!work.exists()) return;
+  Scorer::fetch_list(p, work.unit, one_pass_bytes + kSharedBytes);
   __syncthreads();
-  Scorer scorer(p, shared.unit, one_pass_bytes + kSharedBytes);
-  one_pass<Scorer, T, HEAD_DIM>(p.decode, one_pass_bytes, scorer, first_part);
+  Scorer scorer(p, work.unit, one_pass_bytes + kSharedBytes);
+  one_pass<Scorer, T, HEAD_DIM>(p.decode, one_pass_bytes, scorer, work);
 }
 
 template <typename T, int HEAD_DIM>

@@ -59,14 +59,16 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// The same for a number that is not known to the compiler, 1 to 3.
+// The same for a number that is not known to the compiler, 1 to 7.
 __device__ __forceinline__ void cp_async_wait_but(int pending) {
-  if (pending == 1) {
+  if (pending <= 1) {
     cp_async_wait<1>();
-  } else if (pending == 2) {
-    cp_async_wait<2>();
+  } else if (pending >= 7) {
+    cp_async_wait<7>();
+  } else if (pending <= 3) {
+    pending == 2 ? cp_async_wait<2>() : cp_async_wait<3>();
   } else {
-    cp_async_wait<3>();
+    pending == 4 ? cp_async_wait<4>() : pending == 5 ? cp_async_wait<5>() : cp_async_wait<6>();
   }
 }
 
@@ -110,8 +112,7 @@ __device__ __forceinline__ uint4 ldmatrix_x4(uint32_t address) {
   uint4 value;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
+               : "r"(address));
   return value;
 }
 
@@ -192,6 +193,12 @@ __device__ __forceinline__ Number anew(Number value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+
+// And one of its last two.
+__device__ __forceinline__ void gather_warps_barrier() { asm volatile("barrier.sync 2, 64;" ::: "memory"); }
+
+// One of all, which may be met in different places.
+__device__ __forceinline__ void cta_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
 // 2^x, results below 2^-126 flushed to zero.
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -10,28 +10,43 @@ namespace santa::cuda {
 
 constexpr int kCombineThreads = 256;
 
-// Threads along head_dim take 4 dimensions each; the rest split the tiles.
+constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
+
+// Threads along head_dim take 4 dimensions each; the rest, `slots` of them, take the tiles in turn. The order of every sum
+// depends on the number of tiles alone.
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ float4 partial[kCombineThreads];
-  __shared__ float shared_lse;
   __shared__ int shared_rows[kCombineThreads];
 
-  wait_for_previous();
   const int qo_head = blockIdx.x, batch_index = blockIdx.y;
   const int kv_head = qo_head / p.gqa_group_size, h = qo_head % p.gqa_group_size;
   const RowShape row = row_shape_of(p, batch_index);
-  if (!row.sampled() && row.num_tiles <= 1 && p.max_tiles > 0) return;  // the tile kernel wrote it
-  const int64_t group = p.group_index(batch_index, kv_head);
-  const int64_t stats = p.stats_offset(group) + h;
+  const int64_t group = p.group_index(batch_index, kv_head), stats = p.stats_offset(group) + h;
   const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;
-  const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
+  const int lanes = p.head_dim / 4, slots = kCombineThreads / lanes;
+  const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const int first = slot < slots ? slot : row.num_tiles;
+  const auto value_of = [&](int tile) {
+    const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
+    return *reinterpret_cast<const float4*>(p.o_accum + index * p.head_dim + lane * 4);
+  };
+  wait_for_previous();
+  if (!row.sampled() && row.num_tiles <= 1 && p.max_tiles > 0) return;  // the tile kernel wrote it
 
+  float4 ahead[kCombineAhead];
+#pragma unroll
+  for (int i = 0; i < kCombineAhead; ++i) {
+    if (first + i * slots < row.num_tiles) ahead[i] = value_of(first + i * slots);
+  }
+
+  // The row's log-sum-exp, by every warp for itself.
+  float lse;
   if (row.proportional()) {
-    if (threadIdx.x == 0) shared_lse = p.row_lse[group * p.gqa_group_size + h];
-  } else if (threadIdx.x < 32) {
+    lse = p.row_lse[group * p.gqa_group_size + h];
+  } else {
     SoftmaxState state = empty_softmax_state();
-    for (int tile = threadIdx.x; tile < row.num_tiles; tile += 32) {
+    for (int tile = threadIdx.x & 31; tile < row.num_tiles; tile += 32) {
       const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
       state = merge(state, {p.tile_max[index], p.tile_sum[index]});
     }
@@ -39,25 +54,26 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
       state = merge(state,
                     {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
     }
-    if (threadIdx.x == 0) shared_lse = log2_sum(state);
+    lse = log2_sum(state);
   }
-  __syncthreads();
-  const float lse = shared_lse;
 
-  const int lanes = p.head_dim / 4, slots = kCombineThreads / lanes;
-  const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  // Of a proportional tile without draws o_accum is undefined; elsewhere a weight of 0 has nothing to add.
+  const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (slot < slots) {
-#pragma unroll 8
-    for (int tile = slot; tile < row.num_tiles; tile += slots) {
-      if (row.proportional() && tile_rows[tile] == 0) continue;
-      const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
-      const float weight = row.proportional() ? 1.0f : exp2_below(p.tile_max[index], lse);
-      const float4 value = *reinterpret_cast<const float4*>(p.o_accum + index * p.head_dim + lane * 4);
-      acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
-    }
+  const auto add = [&](int tile, float4 value) {
+    const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
+    const float weight = row.proportional() ? (tile_rows[tile] != 0 ? 1.0f : 0.0f) : exp2_below(p.tile_max[index], lse);
+    if (weight == 0.0f) return;
+    acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
+  };
+#pragma unroll
+  for (int i = 0; i < kCombineAhead; ++i) {
+    if (first + i * slots < row.num_tiles) add(first + i * slots, ahead[i]);
   }
+#pragma unroll 4
+  for (int tile = first + kCombineAhead * slots; tile < row.num_tiles; tile += slots) add(tile, value_of(tile));
   partial[threadIdx.x] = acc;
+
   const bool counts_rows = p.rows_read != nullptr && h == 0;
   if (counts_rows) {
     int rows = 0;
@@ -83,7 +99,8 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
     }
     const float scale = p.output_scale(kv_head);
     const auto output = [&](float sum) { return output_of(row, lse, sum, scale); };
-    const uint2 packed = {Float16Traits<T>::pack(output(acc.x), output(acc.y)), Float16Traits<T>::pack(output(acc.z), output(acc.w))};
+    const uint2 packed = {Float16Traits<T>::pack(output(acc.x), output(acc.y)),
+                          Float16Traits<T>::pack(output(acc.z), output(acc.w))};
     *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + threadIdx.x * 4) = packed;
     if (threadIdx.x == 0) p.lse[head_index] = lse_output_of(row, lse);
   }

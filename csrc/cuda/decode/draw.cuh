@@ -16,7 +16,7 @@ struct RowUnit {
   int64_t group;
 
   __device__ __forceinline__ static RowUnit make(const DecodeParams& p, int batch_index, int unit) {
-    const int blocks = p.num_head_blocks(), kv_head = unit / blocks, block = unit % blocks;
+    const int blocks = p.num_head_blocks(), kv_head = blocks == 1 ? unit : unit / blocks, block = unit - kv_head * blocks;
     return {row_shape_of(p, batch_index),  batch_index, kv_head, block, head_block_of(p, block),
             p.group_index(batch_index, kv_head)};
   }
@@ -25,7 +25,8 @@ struct RowUnit {
 // The draws of a tile, or up to kChunkDraws of them.
 struct alignas(16) DrawChunk {
   float4 weight[kChunkDraws][2];  // of each head of the block
-  float reference[kHeadBlock];    // what weights are relative to; the gather warp turns them into factors
+  float reference[kHeadBlock];    // what weights are relative to
+  float factor[1 + kGatherWarps][kHeadBlock];  // of the weights: the score warp's own, those of the gather warps
   SoftmaxState tile[kHeadBlock];
   uint8_t key[kChunkDraws];  // within the tile, ascending
   uint16_t count;
@@ -53,19 +54,22 @@ __device__ __forceinline__ float max_over_keys(float value) {
   return value;
 }
 
+// Where the scores of a key lie, so that the writers, 8 neighbouring keys, and the readers, 4 neighbours a lane, are free
+// of bank conflicts at a pitch of 4 floats.
+__device__ __forceinline__ int score_place(int key) { return key ^ ((key >> 3) & 3); }
+
 // Scores of a tile, as matrix products have them.
 struct TileScores {
-  float* scores;  // [kDrawTileKv, pitch] in shared memory
+  float* scores;  // [kDrawTileKv, pitch] in shared memory, keys at their score_place
   int pitch;
   int num_keys;  // that are there; others may hold anything
 
-  // Of keys first + g and first + g + 8, heads 2 t and the next: the order of score_slot.
+  // Of keys first + g and first + g + 8, heads 2 t and the next: the order of score_slot. `first` is a multiple of 16.
   __device__ __forceinline__ void put(int first, const float (&logits)[4], int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    float* place = scores + (first + g) * pitch + 2 * t;
-    if (2 * t < pitch) {
-      *reinterpret_cast<float2*>(place) = {logits[0], logits[1]};
-      *reinterpret_cast<float2*>(place + 8 * pitch) = {logits[2], logits[3]};
+    const int place = score_place(first + (lane >> 2)), head = 2 * (lane & 3);
+    if (head < pitch) {
+      *reinterpret_cast<float2*>(scores + place * pitch + head) = {logits[0], logits[1]};
+      *reinterpret_cast<float2*>(scores + ((place ^ 1) + 8) * pitch + head) = {logits[2], logits[3]};
     }
   }
 };
@@ -86,34 +90,33 @@ __device__ __forceinline__ float reduce_four(const float (&values)[4], int lane,
 }
 __device__ __forceinline__ int lane_of_four(int i) { return (i & 2) << 3 | (i & 1) << 3; }
 
-// How often each of a lane's 4 keys, lane + 32 j, is drawn, by whole warps. `total`: units of all keys.
+// How often each of a lane's 4 keys, 4 lane + j, is drawn, by whole warps. `total`: units of all keys.
 __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t& total, const uint32_t (&units)[4],
                                                  uint32_t offset, int unit_bits, int lane) {
-  uint32_t ends[4] = {units[0], units[1], units[2], units[3]};
+  const uint32_t own = (units[0] + units[1]) + (units[2] + units[3]);
+  uint32_t end = own;
 #pragma unroll
   for (int distance = 1; distance < 32; distance <<= 1) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t below = __shfl_up_sync(0xffffffffu, ends[j], distance);
-      if (lane >= distance) ends[j] += below;
-    }
+    const uint32_t below = __shfl_up_sync(0xffffffffu, end, distance);
+    if (lane >= distance) end += below;
   }
-  total = 0;
+  total = __shfl_sync(0xffffffffu, end, 31);
+  uint32_t below = end - own;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    counts[j] = draws_between(total + ends[j] - units[j], units[j], offset, unit_bits);
-    total += __shfl_sync(0xffffffffu, ends[j], 31);
+    counts[j] = draws_between(below, units[j], offset, unit_bits);
+    below += units[j];
   }
 }
 
-// Draws from the tile whose scores are in shared memory. Lane l owns keys l + 32 j; what belongs to head h alone is in
-// lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in their
-// place.
+// Draws from the tile whose scores are in shared memory. Lane l owns keys 4 l to 4 l + 3; what belongs to head h alone
+// is in lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in
+// their place. `offset`: tile_offset, of the lane's head.
 __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
-                                          RandomStream stream, float level, int first_key, const DrawQueue& queue,
-                                          uint32_t& produced, int lane) {
+                                          uint32_t offset, float level, const DrawQueue& queue, uint32_t& produced,
+                                          int lane) {
   const int num_heads = unit.heads.count, own_head = lane & 7, num_quads = scores.pitch / 4;
-  const auto place_of = [&](int j) { return scores.scores + (lane + 32 * j) * scores.pitch; };
+  const auto place_of = [&](int j) { return scores.scores + score_place(4 * lane + j) * scores.pitch; };
   const auto quad_of = [&](int j, int quad) -> float4& { return reinterpret_cast<float4*>(place_of(j))[quad]; };
 
   // The tile's softmax state. NaN is passed over by the maximum, not by the sum.
@@ -130,7 +133,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     if (scores.num_keys < kDrawTileKv) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        if (lane + 32 * (i / 4) >= scores.num_keys) e[i / 4][i % 4] = -INFINITY;
+        if (4 * lane + i / 4 >= scores.num_keys) e[i / 4][i % 4] = -INFINITY;
       }
     }
 #pragma unroll
@@ -144,26 +147,33 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
       for (int j = 0; j < 4; ++j) e[j][i] = exp2_approx(e[j][i] - head_below);
       values[i] = (e[0][i] + e[1][i]) + (e[2][i] + e[3][i]);
     }
+    const float sum = reduce_four(values, lane, [](float a, float b) { return a + b; });
+    if (__any_sync(0xffffffffu, !is_finite(sum))) {
+      // A head that is undefined takes no part in what its block draws.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (is_finite(__shfl_sync(0xffffffffu, sum, lane_of_four(i)))) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) e[j][i] = 0.0f;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) quad_of(j, quad) = {e[j][0], e[j][1], e[j][2], e[j][3]};
-    const float sum = reduce_four(values, lane, [](float a, float b) { return a + b; });
     const SoftmaxState quad_state = {__shfl_sync(0xffffffffu, max, lane_of_four(own_head & 3)),
                                      __shfl_sync(0xffffffffu, sum, lane_of_four(own_head & 3))};
     if (own_head >> 2 == quad) state = quad_state;
   }
 
   // What follows from it, for the lane's head.
-  const bool there = own_head < num_heads, streaming = p.budget == Budget::kStreaming;
-  const bool grouped = p.sampler == Sampler::kGrouped;
-  const float share = streaming ? streaming_share(log2_sum(state), level, scores.num_keys, unit.row.kv_len)
-                                : uniform_share(scores.num_keys, unit.row.kv_len);
+  const bool there = own_head < num_heads, grouped = p.sampler == Sampler::kGrouped;
+  const float share = p.budget == Budget::kStreaming
+                          ? streaming_share(log2_sum(state), level, scores.num_keys, unit.row.kv_len)
+                          : uniform_share(scores.num_keys, unit.row.kv_len);
   const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
   const float reference = there ? tile_reference(p.budget, level, state.max) : -INFINITY;
-  const int unit_bits = unit_bits_of(p.sampler, p.num_samples);
-  const uint32_t offset = tile_offset(p.budget, stream, first_key, unit.row.kv_len,
-                                      static_cast<int64_t>(p.num_samples) * (grouped ? num_heads : 1), unit_bits);
 
-  // Draws. A weight is factor[h] times what is in the key's place, times `inverse`.
+  // How often each key is drawn. A weight is a head's factor times what is in the key's place, and for grouped draws
+  // divided by the probability of the draw: Horvitz-Thompson, inclusion_weight with the exponential at hand.
   bool drawn[4] = {false, false, false, false};
   float inverse[4] = {1.0f, 1.0f, 1.0f, 1.0f};
   uint32_t units[4], counts[4], total;
@@ -177,11 +187,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float4 e = quad_of(j, quad);
-        const float own[4] = {e.x, e.y, e.z, e.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // a head without a rate may hold NaN
-          expected[j] = fmaf(rates[i], rates[i] > 0.0f ? own[i] : 0.0f, expected[j]);
-        }
+        expected[j] = fmaf(rates[0], e.x, fmaf(rates[1], e.y, fmaf(rates[2], e.z, fmaf(rates[3], e.w, expected[j]))));
       }
     }
 #pragma unroll
@@ -190,17 +196,16 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       drawn[j] = counts[j] != 0;
-      // Horvitz-Thompson: inclusion_weight, with the exponential at hand.
-      inverse[j] = __fdividef(static_cast<float>(1u << kGroupedUnitBits), static_cast<float>(units[j]));
+      inverse[j] = approximate_quotient(static_cast<float>(1u << kGroupedUnitBits), static_cast<float>(units[j]));
     }
   } else {
+    const int unit_bits = unit_bits_of(p.sampler, p.num_samples);
 #pragma unroll 1
     for (int h = 0; h < num_heads; ++h) {
       const float head_rate = __shfl_sync(0xffffffffu, rate, h);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float expected = head_rate > 0.0f ? head_rate * place_of(j)[h] : 0.0f;
-        units[j] = draw_units(expected, static_cast<float>(p.num_samples), unit_bits);
+        units[j] = draw_units(head_rate * place_of(j)[h], static_cast<float>(p.num_samples), unit_bits);
       }
       count_tile_draws(counts, total, units, __shfl_sync(0xffffffffu, offset, h), unit_bits, lane);
       const SoftmaxState tile = {__shfl_sync(0xffffffffu, state.max, h), __shfl_sync(0xffffffffu, state.sum, h)};
@@ -212,44 +217,50 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
       }
     }
   }
-  const float own_factor = !there ? 0.0f : !grouped ? 1.0f : rate > 0.0f ? exp2_below(state.max, reference) : 0.0f;
-  float factor[kHeadBlock];
-#pragma unroll
-  for (int h = 0; h < kHeadBlock; ++h) factor[h] = __shfl_sync(0xffffffffu, own_factor, h);
+  const float factor = !grouped ? 1.0f : rate > 0.0f ? exp2_below(state.max, reference) : 0.0f;
 
   // Places in the list: keys ascending.
-  int count = 0, places[4];
+  int count = 0, place = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const uint32_t bits = __ballot_sync(0xffffffffu, drawn[j]);
-    places[j] = count + __popc(bits & ((1u << lane) - 1u));
     count += __popc(bits);
+    place += __popc(bits & ((1u << lane) - 1u));
   }
 #pragma unroll 1
   for (int first = 0; first == 0 || first < count; first += kChunkDraws, ++produced) {
-    const int buffer = DrawQueue::buffer(produced);
+    const int buffer = DrawQueue::buffer(produced), listed = min(count - first, kChunkDraws);
     DrawChunk& chunk = queue.chunks[buffer];
     mbarrier_wait(&queue.empty[buffer], DrawQueue::parity(produced) ^ 1);
     if (lane < kHeadBlock) {
       chunk.tile[lane] = state;
       chunk.reference[lane] = reference;
+      chunk.factor[0][lane] = factor;
     }
     if (lane == 0) {
-      chunk.count = static_cast<uint16_t>(min(count - first, kChunkDraws));
+      chunk.count = static_cast<uint16_t>(listed);
       chunk.is_last = count - first <= kChunkDraws ? 1 : 0;
     }
+    int at = place - first;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int at = places[j] - first;
-      if (!drawn[j] || at < 0 || at >= kChunkDraws) continue;
-      chunk.key[at] = static_cast<uint8_t>(lane + 32 * j);
-      const float4 low = quad_of(j, 0);
-      chunk.weight[at][0] = {low.x * factor[0] * inverse[j], low.y * factor[1] * inverse[j],
-                             low.z * factor[2] * inverse[j], low.w * factor[3] * inverse[j]};
-      if (num_quads > 1) {
-        const float4 high = quad_of(j, 1);
-        chunk.weight[at][1] = {high.x * factor[4] * inverse[j], high.y * factor[5] * inverse[j],
-                               high.z * factor[6] * inverse[j], high.w * factor[7] * inverse[j]};
+      if (drawn[j] && at >= 0 && at < kChunkDraws) {
+        chunk.key[at] = static_cast<uint8_t>(4 * lane + j);
+        chunk.weight[at][0].x = inverse[j];
+      }
+      at += drawn[j] ? 1 : 0;
+    }
+    __syncwarp();
+    // The weights: a lane a draw.
+    if (lane < listed) {
+      const float inclusion_inverse = chunk.weight[lane][0].x;
+      const float* key_scores = scores.scores + score_place(chunk.key[lane]) * scores.pitch;
+#pragma unroll 1
+      for (int quad = 0; quad < num_quads; ++quad) {
+        const float4 e = reinterpret_cast<const float4*>(key_scores)[quad];
+        const float4 f = reinterpret_cast<const float4*>(chunk.factor[0])[quad];
+        chunk.weight[lane][quad] = {e.x * f.x * inclusion_inverse, e.y * f.y * inclusion_inverse,
+                                    e.z * f.z * inclusion_inverse, e.w * f.w * inclusion_inverse};
       }
     }
     mbarrier_arrive(&queue.full[buffer]);

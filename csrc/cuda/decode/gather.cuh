@@ -1,5 +1,6 @@
-// One pass, by the gather warp of a CTA: reads the value rows that score warps drew, and adds them up in the order of
-// the keys, whoever drew them and whenever. Its sums depend on the row alone.
+// One pass, by the gather warps of a CTA: read the value rows that score warps drew, and add them up in the order of the
+// keys, whoever drew them and whenever: one warp every other draw of a part, from the first one on, its neighbour the
+// others. The sums depend on the row alone.
 #pragma once
 
 #include <cstddef>
@@ -74,12 +75,12 @@ struct LaneValues {
   }
 };
 
-// Multiplies the weights of a draw with the factors that its chunk has in the place of the references.
-__device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t chunk, bool wide) {
+// Multiplies the weights of a draw with the factors of its chunk.
+__device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t factors, bool wide) {
 #pragma unroll 1
   for (int quad = 0; quad <= (wide ? 1 : 0); ++quad) {
     const uint4 w = load_shared_16(weights + quad * 16);
-    const uint4 f = load_shared_16(chunk + offsetof(DrawChunk, reference) + quad * 16);
+    const uint4 f = load_shared_16(factors + quad * 16);
     const auto product = [](uint32_t a, uint32_t b) { return __float_as_uint(__uint_as_float(a) * __uint_as_float(b)); };
     store_shared_16(weights + quad * 16, {product(w.x, f.x), product(w.y, f.y), product(w.z, f.z), product(w.w, f.w)});
   }
@@ -104,13 +105,26 @@ __device__ __forceinline__ void add_rows(float (&acc)[kHeadBlock][ELEMENTS], int
   }
 }
 
+template <int ELEMENTS>
+__device__ __forceinline__ void store_elements(float* to, const float (&values)[ELEMENTS]) {
+  if constexpr (ELEMENTS == 2) {
+    *reinterpret_cast<float2*>(to) = {values[0], values[1]};
+  } else {
+#pragma unroll
+    for (int d = 0; d < ELEMENTS; d += 4) {
+      *reinterpret_cast<float4*>(to + d) = {values[d], values[d + 1], values[d + 2], values[d + 3]};
+    }
+  }
+}
+
 constexpr int kWeightBytes = sizeof(float4) * 2;  // of a draw
 constexpr int kChunksInSight = 4;  // lane 8 i + h looks at head h of chunk i
 
 // Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the run.
+// `neighbour`: in shared memory, [heads of the block, HEAD_DIM], for the sums of the second warp.
 template <typename V, int HEAD_DIM, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
-                                             const QueueOf& queue_of, int lane) {
+                                             const QueueOf& queue_of, float* neighbour, int gather_warp, int lane) {
   using Lanes = ValueLanes<HEAD_DIM>;
   constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
   const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv;
@@ -172,7 +186,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
 #pragma unroll
       for (int i = 0; i < kChunksInSight; ++i) sum += __shfl_sync(0xffffffffu, mass, i * 8 + own_head);
       const bool scaled = __any_sync(0xffffffffu, factor != 1.0f);
-      if (scaled && taken) chunk.reference[own_head] = factor;
+      if (scaled && taken) chunk.factor[1 + gather_warp][own_head] = factor;
       __syncwarp();
 
       // The draws of these chunks are one list: those of chunk i end at ends_at[i].
@@ -182,11 +196,12 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         const int count = __shfl_sync(0xffffffffu, own_count, i * 8);
         ends_at[i] = num_draws += i < num_chunks ? count : 0;
       }
+      const int first_draw = (rows_read ^ gather_warp) & 1;  // of this warp
       rows_read += num_draws;
 #pragma unroll 1
-      for (int base = 0; base < num_draws; base += kInFlight) {
-        // Lane i finds draw base + i.
-        const int draw = min(base + lane, num_draws - 1);
+      for (int base = first_draw; base < num_draws; base += kGatherWarps * kInFlight) {
+        // Lane i finds draw base + 2 i.
+        const int draw = min(base + kGatherWarps * lane, num_draws - 1);
         int of = 0, before = 0;
 #pragma unroll
         for (int i = 0; i + 1 < kChunksInSight; ++i) {
@@ -197,7 +212,9 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         const int key =
             first_key + of * kDrawTileKv + load_shared_1(chunk_address + offsetof(DrawChunk, key) + draw - before);
         const auto row_address = reinterpret_cast<uint64_t>(values.row(key));
-        if (scaled && lane < min(kInFlight, num_draws - base)) scale_weights(weights, chunk_address, wide);
+        if (scaled && lane < kInFlight && base + kGatherWarps * lane < num_draws) {
+          scale_weights(weights, chunk_address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
+        }
         __syncwarp();
 
         // All rows of the batch are on their way before the first is used. Past the end: zeros.
@@ -206,7 +223,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
 #pragma unroll
           for (int i = 0; i < kInFlight; ++i) {
             const auto row = reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i));
-            rows[i].load(row + lane_element, base + i < num_draws, aligned);
+            rows[i].load(row + lane_element, base + kGatherWarps * i < num_draws, aligned);
           }
         };
         if (p.aligned) {
@@ -239,6 +256,17 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
       tiles_left -= finished;
     }
 
+    // The second warp's sums to the first.
+    gather_warps_barrier();  // those of the part before are taken
+    const int lane_offset = lane * kElements;
+    if (gather_warp == 1) {
+#pragma unroll
+      for (int h = 0; h < kHeadBlock; ++h) {
+        if (h < num_heads && lane < Lanes::kLanes) store_elements(neighbour + h * HEAD_DIM + lane_offset, acc[h]);
+      }
+    }
+    gather_warps_barrier();
+    if (gather_warp == 1) continue;
     const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.gqa_group_size + unit.heads.first;
     if (lane < num_heads) {
       p.tile_max[stats + lane] = reference;
@@ -246,18 +274,10 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     }
 #pragma unroll
     for (int h = 0; h < kHeadBlock; ++h) {
-      if (h >= num_heads) break;
-      if (lane < Lanes::kLanes) {
-        float* out = p.o_accum + (stats + h) * HEAD_DIM + lane_element;
-        if constexpr (kElements == 2) {
-          *reinterpret_cast<float2*>(out) = {acc[h][0], acc[h][1]};
-        } else {
+      if (h >= num_heads || lane >= Lanes::kLanes) break;
 #pragma unroll
-          for (int d = 0; d < kElements; d += 4) {
-            *reinterpret_cast<float4*>(out + d) = {acc[h][d], acc[h][d + 1], acc[h][d + 2], acc[h][d + 3]};
-          }
-        }
-      }
+      for (int d = 0; d < kElements; ++d) acc[h][d] += neighbour[h * HEAD_DIM + lane_offset + d];
+      store_elements(p.o_accum + (stats + h) * HEAD_DIM + lane_offset, acc[h]);
     }
     if (p.rows_read != nullptr && lane == 0) {
       p.tile_rows[(unit.group * p.num_head_blocks() + unit.block) * p.max_tiles + part] = rows_read;

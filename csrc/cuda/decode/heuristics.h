@@ -9,11 +9,12 @@
 namespace santa::cuda {
 
 constexpr int kMaxScoreWarps = 8;
-// The gather warp sums up 8 heads in registers: beyond 128 elements of a row it needs more than 9 warps a CTA have.
-constexpr int max_score_warps(int head_dim) { return head_dim > 128 ? kMaxScoreWarps - 1 : kMaxScoreWarps; }
-constexpr int kMaxSlots = 4;        // of a score warp's ring
+// Gather warps sum up 8 heads in registers: beyond 128 elements of a row they need more than 10 warps a CTA leave them.
+constexpr int max_score_warps(int head_dim) { return head_dim > 128 ? kMaxScoreWarps - 2 : kMaxScoreWarps; }
+constexpr int kMaxSlots = 8;        // of a score warp's ring
+constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;     // draws that a score warp hands on at a time
-constexpr int kChunkBytes = 640;    // of a DrawChunk, for 8 heads; draw.cuh checks it
+constexpr int kChunkBytes = 736;    // of a DrawChunk, for 8 heads; draw.cuh checks it
 constexpr int kSharedBytes = 1536;  // of OnePassShared; one_pass.cuh checks it
 
 // What scores of one kind take of shared memory: by the slot of a ring, and once per CTA.
@@ -34,12 +35,15 @@ inline ScoreBytes key_score_bytes(const DecodeParams& p) {
 // Floats from the scores of a key to those of the next.
 SANTA_HD int score_pitch_of(int num_heads) { return num_heads <= 4 ? 4 : 8; }
 
-SANTA_HD int align_up(int bytes) { return (bytes + 255) / 256 * 256; }
+SANTA_HD int align_up(int bytes) { return (bytes + 511) / 512 * 512; }
 
 // Of a score warp: its ring, the scores of its tile, two chunks of draws.
 SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch) {
   return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + 2 * kChunkBytes);
 }
+
+// Of a gather warp's sums, for its neighbour.
+SANTA_HD int sum_bytes_of(const DecodeParams& p) { return align_up(head_block_of(p, 0).count * p.head_dim * 4); }
 
 struct DeviceLimits {
   int num_sms;
@@ -66,18 +70,25 @@ inline int run_parts_of(int64_t parts, int max_parts, int ctas_at_once) {
   return run;
 }
 
+constexpr int kMaxRuns = 65535;  // blockIdx.y
+
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreBytes& bytes) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
-  return kSharedBytes + align_up(bytes.once) + p.plan.num_warps * warp_bytes_of(bytes.slot, p.plan.num_slots, pitch);
+  return kSharedBytes + align_up(bytes.once) + sum_bytes_of(p) + p.plan.num_warps * warp_bytes_of(bytes.slot, p.plan.num_slots, pitch);
 }
 
-// Two CTAs live on a multiprocessor: one draws and merges while the other streams. As many warps as fit with two slots
-// each, then more slots.
+// Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
+// warps as fit with two slots each, then more slots.
 inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreBytes& bytes) {
   if (!p.plan.one_pass) return;
   CallPlan& plan = p.plan;
   constexpr int kReserved = 1024;  // by the system, per CTA
-  const int room = std::min(device.sm_bytes / 2 - kReserved, device.cta_bytes);
+  const ForcedPlan& forced = forced_plan();
+  const int64_t rows = static_cast<int64_t>(p.batch) * p.num_units(), parts = rows * plan.max_parts;
+  plan.run_parts = forced.run_parts > 0 ? forced.run_parts : run_parts_of(parts, plan.max_parts, 2 * device.num_sms);
+  while (ceil_div_int(plan.max_parts, plan.run_parts) > kMaxRuns) plan.run_parts *= 2;
+  const bool alone = rows * ceil_div_int(plan.max_parts, plan.run_parts) <= device.num_sms;
+  const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
     return one_pass_shared_bytes(p, bytes) <= room;
@@ -86,9 +97,6 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
   while (num_slots < kMaxSlots && fits(num_warps, num_slots + 1)) ++num_slots;
 
-  const ForcedPlan& forced = forced_plan();
-  const int64_t parts = static_cast<int64_t>(p.batch) * p.num_units() * plan.max_parts;
-  plan.run_parts = forced.run_parts > 0 ? forced.run_parts : run_parts_of(parts, plan.max_parts, 2 * device.num_sms);
   plan.num_warps = num_warps;  // those beyond the tiles of a run share the pilot
   plan.num_slots = num_slots;
   if (forced.num_warps > 0) plan.num_warps = std::min(forced.num_warps, num_warps);

@@ -171,13 +171,20 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
 #pragma unroll
   for (int u = 0; u < kPeriod; ++u) {
     const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const K* source = rows + row * stride + chunk * kChunkElements;
-    const uint32_t place = place_of_chunk<K, HEAD_DIM>(row, chunk);
-#pragma unroll
-    for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) {
+    const uint32_t place = slot + place_of_chunk<K, HEAD_DIM>(row, chunk);  // slots start at multiples of 128
+    const auto copy = [&](int i, const K* source) {
       const int further = i * kPeriodRows;
       const uint32_t permutation = kFloat8 ? code_permutation<HEAD_DIM>(further) : chunk_permutation(further);
-      cp_async_whole_16(slot + (place ^ permutation) + further * kRowBytes, source, policy);
+      cp_async_whole_16((place ^ permutation) + further * kRowBytes, source, policy);
+    };
+    if (stride == HEAD_DIM) {  // one behind the other: offsets that the instruction holds
+      const K* source = rows + row * HEAD_DIM + chunk * kChunkElements;
+#pragma unroll
+      for (int i = 0; i < kCopies / kPeriod; ++i) copy(i, source + i * kPeriodRows * HEAD_DIM);
+    } else {
+      const K* source = rows + row * stride + chunk * kChunkElements;
+#pragma unroll
+      for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) copy(i, source);
     }
   }
 }

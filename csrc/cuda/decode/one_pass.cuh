@@ -128,10 +128,10 @@ struct KeyScorer {
 // Copies run ahead of what is scored by the slots of the ring, on into the next tile. The pilot's keys go through it as
 // well, behind the first slots of the first tile: they are known before the first draw, and memory is busy meanwhile.
 template <typename Scorer>
-__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, Scorer& scorer,
+__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, int kv_len, Scorer& scorer,
                                             OnePassShared& shared, unsigned char* area, int first_key, int num_keys,
                                             const DrawQueue& queue, int warp, int lane) {
-  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots, kv_len = unit.row.kv_len;
+  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots;
   const int first_tile = warp * kDrawTileKv, stride = num_warps * kDrawTileKv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
@@ -161,10 +161,12 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   };
 #pragma unroll 1
   for (int number = 0; number < ring_slots; ++number) load(ring + number * Scorer::kSlotBytes, number);
+  cta_barrier();  // what the CTA shares is set up; copies are on their way before that
 
   scorer.load_query(unit, lane);
   // Of head lane % 8; grouped draws have one stream for all.
-  const int stream_head = p.sampler == Sampler::kGrouped
+  const bool grouped = p.sampler == Sampler::kGrouped;
+  const int stream_head = grouped
                               ? unit.kv_head * p.num_head_blocks() + unit.block
                               : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7);
   const RandomStream stream = random_stream(p, unit.batch_index, unit.row, stream_head);
@@ -178,6 +180,11 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     const int tile_keys = max(min(kDrawTileKv, num_keys - tile), 0);
     TileScores scores{score_area, score_pitch_of(unit.heads.count), tile_keys};
     scorer.begin(first_key + tile, tile_keys);
+    const RandomStream tile_stream = {anew(stream.key_0), anew(stream.key_1)};
+    const uint32_t offset =
+        tile_offset(p.budget, tile_stream, first_key + tile, kv_len,
+                    static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
+                    unit_bits_of(p.sampler, p.num_samples));
     int left = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
     if (number <= lead) left += num_pilots;
     int index = 0;
@@ -210,66 +217,69 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     }
     if (tile_keys == 0) break;
     scorer.finish(scores, lane);
-    const RandomStream tile_stream = {anew(stream.key_0), anew(stream.key_1)};
-    draw_tile(p, unit, scores, tile_stream, level, first_key + tile, queue, produced, anew(lane));
+    draw_tile(p, unit, scores, offset, level, queue, produced, anew(lane));
     __syncwarp();  // all lanes have read the scores
   }
   cp_async_wait<0>();
 }
 
+// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory. With first_part at
+// or past unit.row.num_tiles, or a row of another kind, there is nothing to do.
+struct Work {
+  RowUnit unit;
+  int first_part;
+
+  __device__ __forceinline__ explicit Work(const DecodeParams& p)
+      : unit(RowUnit::make(p, blockIdx.z, blockIdx.x)), first_part(blockIdx.y * p.plan.run_parts) {}
+  __device__ __forceinline__ bool exists() const { return unit.row.one_pass() && first_part < unit.row.num_tiles; }
+};
+
 // T: of q, and of values that are not float8.
 template <typename Scorer, typename T, int HEAD_DIM>
 __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* shared_bytes, Scorer& scorer,
-                                         int first_part) {
+                                         const Work& work) {
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
   const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, score_pitch_of(head_block_of(p, 0).count));
-  unsigned char* const areas = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
+  unsigned char* const sums = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
+  unsigned char* const areas = sums + sum_bytes_of(p);
   const auto queue_of = [&](int w) {
     return DrawQueue{shared.full[w], shared.empty[w],
                      reinterpret_cast<DrawChunk*>(areas + (w + 1) * area_bytes - 2 * kChunkBytes)};
   };
-  const RowUnit& unit = shared.unit;
-  const int last_part = min(first_part + p.plan.run_parts, unit.row.num_tiles);
-  if (warp < num_warps) {
-    const int first_key = first_part * unit.row.tile_kv;
-    const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * unit.row.tile_kv,
-                                 static_cast<int64_t>(unit.row.kv_len - first_key));
-    score_tiles(p, unit, scorer, shared, areas + warp * area_bytes, first_key, static_cast<int>(num_keys),
-                queue_of(warp), warp, lane);
-  } else if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
-    gather_parts<Float8, HEAD_DIM>(p, unit, first_part, last_part, queue_of, lane);
-  } else {
-    gather_parts<T, HEAD_DIM>(p, unit, first_part, last_part, queue_of, lane);
-  }
-}
-
-// What the CTA works on; false where there is nothing. Runs, and in them KV heads and head blocks fastest: concurrent CTAs
-// read neighbouring memory.
-__device__ __forceinline__ bool find_work(const DecodeParams& p, OnePassShared& shared, int& first_part) {
-  const int num_units = p.num_units();
-  const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x % num_units);
-  first_part = blockIdx.x / num_units * p.plan.run_parts;
-  if (threadIdx.x == 0) shared.unit = unit;
-  if (threadIdx.x < p.plan.num_warps * 2) {
+  const int first_part = work.first_part, last_part = min(first_part + p.plan.run_parts, work.unit.row.num_tiles);
+  if (threadIdx.x == 0) shared.unit = work.unit;
+  if (threadIdx.x < num_warps * 2) {
     mbarrier_init(&shared.full[threadIdx.x >> 1][threadIdx.x & 1], 32);
-    mbarrier_init(&shared.empty[threadIdx.x >> 1][threadIdx.x & 1], 32);
+    mbarrier_init(&shared.empty[threadIdx.x >> 1][threadIdx.x & 1], kGatherWarps * 32);
   }
-  __syncthreads();
-  return unit.row.one_pass() && first_part < unit.row.num_tiles;
+  if (warp < num_warps) {
+    const int first_key = first_part * work.unit.row.tile_kv;
+    const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
+                                 static_cast<int64_t>(work.unit.row.kv_len - first_key));
+    score_tiles(p, shared.unit, work.unit.row.kv_len, scorer, shared, areas + warp * area_bytes, first_key,
+                static_cast<int>(num_keys), queue_of(warp), warp, lane);
+    return;
+  }
+  cta_barrier();
+  auto* const neighbour = reinterpret_cast<float*>(sums);
+  if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
+    gather_parts<Float8, HEAD_DIM>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
+  } else {
+    gather_parts<T, HEAD_DIM>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
+  }
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + 1) * 32, 2)
+__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + kGatherWarps) * 32, 2)
     one_pass_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(256) unsigned char one_pass_bytes[];
+  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
-  auto& shared = *reinterpret_cast<OnePassShared*>(one_pass_bytes);
-  int first_part;
-  if (!find_work(p, shared, first_part)) return;
-  Scorer scorer(p, shared.unit, nullptr);
-  one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, first_part);
+  const Work work(p);
+  if (!work.exists()) return;
+  Scorer scorer(p, work.unit, nullptr);
+  one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, work);
 }
 
 }  // namespace santa::cuda

@@ -13,8 +13,8 @@
 
 namespace santa::cuda {
 
-constexpr int kGatherWarps = 4;
-constexpr int kGatherThreads = kGatherWarps * 32;
+constexpr int kSelectWarps = 4;
+constexpr int kSelectThreads = kSelectWarps * 32;
 constexpr int kGatherHeads = 4;  // query heads that share one pass over the selected rows: 32 accumulators per lane
 
 // How a warp reads rows of V: 8 elements per lane, kRows rows at a time.
@@ -112,14 +112,14 @@ __device__ __forceinline__ float reduce_rows(float value) {
 }
 
 template <typename V, int HEAD_DIM>
-__global__ void __launch_bounds__(kGatherThreads, 4) proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ SelectShared all_shared[kGatherWarps];
+__global__ void __launch_bounds__(kSelectThreads, 4) proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ SelectShared all_shared[kSelectWarps];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   SelectShared& shared = all_shared[warp];
   wait_for_previous();
 
   // Streams fastest, then KV heads, then tiles.
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kGatherWarps + warp;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp;
   const int num_streams = p.num_streams();
   const int stream = static_cast<int>(item % num_streams);
   const int kv_head = static_cast<int>(item / num_streams % p.num_kv_heads);

@@ -38,11 +38,15 @@ __device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot, co
   // The row and, in the first product, the chunk that a lane names to ldmatrix.
   const int row = lane & 15;
   const uint32_t rows = slot + row * slot_row_pitch(HEAD_DIM) * 2, first = (lane >> 4) * 16 ^ chunk_permutation(row);
+  constexpr bool kPowerOfTwo = (slot_row_pitch(HEAD_DIM) & (slot_row_pitch(HEAD_DIM) - 1)) == 0;
+  const auto chunk = [&](int number) {  // slots start at multiples of 512
+    return kPowerOfTwo ? (rows + first) ^ (32 * number) : rows + (first ^ (32 * number));
+  };
   float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two sums: a product need not wait for the one before
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 32; ++j) {
-    const uint4 a = ldmatrix_x4(rows + (first ^ (64 * j))), b = ldmatrix_x4(rows + (first ^ (64 * j + 32)));
+    const uint4 a = ldmatrix_x4(chunk(2 * j)), b = ldmatrix_x4(chunk(2 * j + 1));
     Float16Traits<T>::mma(scores, {a.x, a.y, a.z, a.w}, query.chunk[j].x, query.chunk[j].y);
     Float16Traits<T>::mma(odd, {b.x, b.y, b.z, b.w}, query.chunk[j].z, query.chunk[j].w);
   }

@@ -28,7 +28,7 @@ void launch_one_pass_kernel(void (*kernel)(Params), const Params& argument, cons
   allow_shared_memory(kernel, shared_bytes);
   prefer_shared_memory(kernel);
   const unsigned runs = static_cast<unsigned>(ceil_div_int(p.plan.max_parts, p.plan.run_parts));
-  kernel<<<dim3(runs * p.num_units(), p.batch), (p.plan.num_warps + 1) * 32, shared_bytes, stream>>>(argument);
+  kernel<<<dim3(p.num_units(), runs, p.batch), (p.plan.num_warps + kGatherWarps) * 32, shared_bytes, stream>>>(argument);
   check_launch("one_pass_kernel");
 }
 
@@ -40,8 +40,8 @@ void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
 template <typename V, int HEAD_DIM>
 void launch_proportional_gather(const DecodeParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(max_num_tiles(p.max_kv_len)) * p.num_kv_heads * p.num_streams();
-  const dim3 grid(static_cast<unsigned>(ceil_div(items, kGatherWarps)), p.batch);
-  launch_after(proportional_gather_kernel<V, HEAD_DIM>, grid, kGatherThreads, stream, "proportional_gather_kernel", p);
+  const dim3 grid(static_cast<unsigned>(ceil_div(items, kSelectWarps)), p.batch);
+  launch_after(proportional_gather_kernel<V, HEAD_DIM>, grid, kSelectThreads, stream, "proportional_gather_kernel", p);
 }
 
 }  // namespace santa::cuda

@@ -274,7 +274,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
     tile_kernel(const __grid_constant__ DecodeParams p, int head_blocks) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  extern __shared__ __align__(512) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
 
