@@ -68,7 +68,8 @@ struct DecodeParams {
   int gqa_group_size;
   int head_dim;
   int max_kv_len;
-  bool aligned;  // q, k and v rows all start on 16-byte boundaries
+  bool aligned;      // q, k and v rows all start on 16-byte boundaries
+  bool by_features;  // k is feature-major: Bernoulli scores
 
   float scale_log2;  // sm_scale * log2(e): scores are kept in base 2
   Sampler sampler;
@@ -140,6 +141,7 @@ struct RowShape {
   RowKind kind;
   int tile_kv;    // in one pass: of a part
   int num_tiles;  // in one pass: parts
+  int draw_kv;    // in one pass: of a tile
 
   SANTA_HD bool one_pass() const { return kind == RowKind::kOnePass; }
   SANTA_HD bool proportional() const { return kind == RowKind::kProportional; }
@@ -161,7 +163,7 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
                                                   : tile_kv_of(kv_len);
   const int position = p.positions != nullptr ? p.positions[batch_index] : kv_len;
   const int num_tiles = kind == RowKind::kOnePass ? num_parts_of(kv_len, tile_kv) : ceil_div_int(kv_len, tile_kv);
-  return {start, kv_len, position, valid, kind, tile_kv, num_tiles};
+  return {start, kv_len, position, valid, kind, tile_kv, num_tiles, draw_tile_kv_of(kv_len, p.by_features)};
 }
 
 // ---- the identity of a random stream: each sampler's draws, for all stages and both backends

@@ -130,7 +130,7 @@ def grouped_weights(p: Tensor, num_samples: int, u: float) -> Tensor:
 
 # The one-pass budgets: keys of the pilot, keys of a tile, and the most query heads that share their samples.
 PILOT_FIRST, PILOT_SPACED, PILOT_LAST = 16, 192, 48
-TILE_KV = 128
+TILE_KV = 128  # 64 in rows of up to 16,384 keys, unless keys are stored by features
 HEAD_BLOCK = 8
 
 

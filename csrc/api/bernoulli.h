@@ -74,6 +74,7 @@ BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, i
   p.decode = params_beside_keys(a, outputs.decode);
   p.decode.k = a.k.const_data_ptr();
   p.decode.k_dtype = dtype_of(a.k);
+  p.decode.by_features = true;
   p.decode.stride_k_batch = a.k.stride(0), p.decode.stride_k_head = a.k.stride(1);
   p.decode.stride_k_token = 1;
   p.stride_k_feature = a.k.stride(2);

@@ -104,11 +104,11 @@ SANTA_HD uint32_t draws_between(uint32_t below, uint32_t units, uint32_t offset,
 //
 // streaming: a number for each tile. uniform: what a tile expects is known beforehand, so one number and one line of
 // thresholds serve the whole row, and the draws of all tiles add up to `num_draws`, the row's.
-SANTA_HD uint32_t tile_offset(Budget budget, RandomStream stream, int64_t first_key, int kv_len, int64_t num_draws,
-                              int unit_bits) {
+SANTA_HD uint32_t tile_offset(Budget budget, RandomStream stream, int64_t first_key, int tile_kv, int kv_len,
+                              int64_t num_draws, int unit_bits) {
   const bool streaming = budget == Budget::kStreaming;
   uint32_t bits = static_cast<uint32_t>(
-      stream.bits(streaming ? static_cast<uint32_t>(first_key / kDrawTileKv) : 0u, 0) >> 32);
+      stream.bits(streaming ? static_cast<uint32_t>(first_key) / static_cast<uint32_t>(tile_kv) : 0u, 0) >> 32);
   if (!streaming) {
     const uint64_t before = static_cast<uint64_t>(num_draws) * static_cast<uint64_t>(first_key) % kv_len;
     bits += static_cast<uint32_t>((before << 32) / static_cast<uint64_t>(kv_len));

@@ -82,7 +82,7 @@ struct ScoredTile {
 uint32_t offset_of(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile, int head,
                    int64_t num_draws, int unit_bits) {
   const RandomStream stream = random_stream(p, at.batch_index, row, head);
-  return tile_offset(p.budget, stream, tile.first, row.kv_len, num_draws, unit_bits);
+  return tile_offset(p.budget, stream, tile.first, row.draw_kv, row.kv_len, num_draws, unit_bits);
 }
 
 // One set of rows for all heads of a block. Returns how many.
@@ -168,8 +168,8 @@ void sample_part(const DecodeParams& p, GroupIndex at, int part, const RowShape&
   std::vector<int32_t> rows(p.num_head_blocks(), 0);
   PartSums sums(p, group, part);
   ScoredTile tile(p.gqa_group_size);
-  for (tile.first = begin; tile.first < end; tile.first += kDrawTileKv) {
-    tile.count = static_cast<int>(std::min<int64_t>(kDrawTileKv, end - tile.first));
+  for (tile.first = begin; tile.first < end; tile.first += row.draw_kv) {
+    tile.count = static_cast<int>(std::min<int64_t>(row.draw_kv, end - tile.first));
     score_keys(at, row, tile.first, tile.count, tile.scores.data(), kDrawTileKv);
     for (int h = 0; h < p.gqa_group_size; ++h) {
       const float* scores = tile.scores.data() + h * kDrawTileKv;

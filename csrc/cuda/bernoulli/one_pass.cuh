@@ -224,7 +224,7 @@ struct FeatureScorer {
 };
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + kGatherWarps) * 32, 2)
+__global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
     one_pass_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = FeatureScorer<T, HEAD_DIM>;

@@ -109,12 +109,25 @@ __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t
   }
 }
 
+// Starts a row of V on its way to the L2, where the gather warps find it.
+__device__ __forceinline__ void prefetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
+  const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
+  const auto rows = make_kv_rows<char>(p.v, unit.batch_index, unit.kv_head, unit.row.kv_start,
+                                       p.stride_v_batch * element_bytes, p.stride_v_token * element_bytes,
+                                       p.stride_v_head * element_bytes);
+  const char* row = rows.row(key);
+#pragma unroll 1
+  for (int byte = 0; byte < p.head_dim * element_bytes; byte += 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + byte));
+  }
+}
+
 // Draws from the tile whose scores are in shared memory. Lane l owns keys 4 l to 4 l + 3; what belongs to head h alone
 // is in lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in
 // their place. `offset`: tile_offset, of the lane's head.
 __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
-                                          uint32_t offset, float level, const DrawQueue& queue, uint32_t& produced,
-                                          int lane) {
+                                          uint32_t offset, float level, int first_key, const DrawQueue& queue,
+                                          uint32_t& produced, int lane) {
   const int num_heads = unit.heads.count, own_head = lane & 7, num_quads = scores.pitch / 4;
   const auto place_of = [&](int j) { return scores.scores + score_place(4 * lane + j) * scores.pitch; };
   const auto quad_of = [&](int j, int quad) -> float4& { return reinterpret_cast<float4*>(place_of(j))[quad]; };
@@ -253,6 +266,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     __syncwarp();
     // The weights: a lane a draw.
     if (lane < listed) {
+      prefetch_value(p, unit, first_key + chunk.key[lane]);
       const float inclusion_inverse = chunk.weight[lane][0].x;
       const float* key_scores = scores.scores + score_place(chunk.key[lane]) * scores.pitch;
 #pragma unroll 1

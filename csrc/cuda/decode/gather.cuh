@@ -127,7 +127,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
                                              const QueueOf& queue_of, float* neighbour, int gather_warp, int lane) {
   using Lanes = ValueLanes<HEAD_DIM>;
   constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
-  const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv;
+  const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv, draw_kv = unit.row.draw_kv;
   const int own_head = lane & 7, own_chunk = lane >> 3;
   const bool wide = num_heads > 4, has_head = own_head < num_heads;
   const auto values = value_rows<V>(p, unit.batch_index, unit.kv_head, unit.row.kv_start);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     float reference = -INFINITY, sum = 0.0f;  // of head lane % 8
     int rows_read = 0;
     int first_key = part * part_kv;
-    int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - first_key), kDrawTileKv);
+    int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - first_key), draw_kv);
 
     while (tiles_left > 0) {
       // The chunk of this lane: of the tile own_chunk further on, if it is there. The first one is waited for.
@@ -210,7 +210,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         const uint32_t chunk_address = __shfl_sync(0xffffffffu, shared_address(&chunk), of * 8);
         const uint32_t weights = chunk_address + (draw - before) * kWeightBytes;
         const int key =
-            first_key + of * kDrawTileKv + load_shared_1(chunk_address + offsetof(DrawChunk, key) + draw - before);
+            first_key + of * draw_kv + load_shared_1(chunk_address + offsetof(DrawChunk, key) + draw - before);
         const auto row_address = reinterpret_cast<uint64_t>(values.row(key));
         if (scaled && lane < kInFlight && base + kGatherWarps * lane < num_draws) {
           scale_weights(weights, chunk_address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
@@ -252,7 +252,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
       const int finished = goes_on ? num_chunks - 1 : num_chunks;
       owner += finished;
       while (owner >= num_warps) owner -= num_warps;
-      first_key += finished * kDrawTileKv;
+      first_key += finished * draw_kv;
       tiles_left -= finished;
     }
 

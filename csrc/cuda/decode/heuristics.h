@@ -8,9 +8,7 @@
 
 namespace santa::cuda {
 
-constexpr int kMaxScoreWarps = 8;
-// Gather warps sum up 8 heads in registers: beyond 128 elements of a row they need more than 10 warps a CTA leave them.
-constexpr int max_score_warps(int head_dim) { return head_dim > 128 ? kMaxScoreWarps - 2 : kMaxScoreWarps; }
+constexpr int kMaxScoreWarps = 4;
 constexpr int kMaxSlots = 8;        // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;     // draws that a score warp hands on at a time
@@ -27,9 +25,9 @@ struct ScoreBytes {
 // their chunks (load.cuh) stays inside the row.
 constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
 
-// Of keys that lie in rows: 16 of 2 bytes an element, or 32 of 1, without gaps.
+// Of keys that lie in rows: 32 a slot, those of 1 byte an element without gaps.
 inline ScoreBytes key_score_bytes(const DecodeParams& p) {
-  return {p.k_dtype == Dtype::kFloat8E4M3 ? 32 * p.head_dim : 16 * slot_row_pitch(p.head_dim) * 2, 0};
+  return {32 * (p.k_dtype == Dtype::kFloat8E4M3 ? p.head_dim : slot_row_pitch(p.head_dim) * 2), 0};
 }
 
 // Floats from the scores of a key to those of the next.
@@ -93,7 +91,7 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
     plan.num_warps = num_warps, plan.num_slots = num_slots;
     return one_pass_shared_bytes(p, bytes) <= room;
   };
-  int num_warps = max_score_warps(p.head_dim), num_slots = 2;
+  int num_warps = kMaxScoreWarps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
   while (num_slots < kMaxSlots && fits(num_warps, num_slots + 1)) ++num_slots;
 

@@ -59,8 +59,8 @@ __device__ __forceinline__ float pilot_level(const OnePassShared& shared, int nu
 template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
-  static constexpr int kSlotKeys = kFloat8 ? 32 : 16;  // as many bytes
-  static constexpr int kSlotBytes = kFloat8 ? kSlotKeys * HEAD_DIM : slot_bytes(HEAD_DIM);
+  static constexpr int kSlotKeys = 32;  // two matrix products at a time: a product need not wait for the one before
+  static constexpr int kSlotBytes = kFloat8 ? kSlotKeys * HEAD_DIM : 2 * slot_bytes(HEAD_DIM);
   static constexpr int kOnceBytes = 0;
   static constexpr int kPilotSlots = kPilotKeys / kSlotKeys;
 
@@ -105,7 +105,7 @@ struct KeyScorer {
       if constexpr (kFloat8) {
         score_codes<T, HEAD_DIM>(products, slot + first * HEAD_DIM, query, lane);
       } else {
-        score_slot<T, HEAD_DIM>(products, slot, query, lane);
+        score_slot<T, HEAD_DIM>(products, slot + first / 16 * slot_bytes(HEAD_DIM), query, lane);
       }
       put(first, {logit_of(products[0], scale[0]), logit_of(products[1], scale[1]), logit_of(products[2], scale[0]),
                   logit_of(products[3], scale[1])});
@@ -128,18 +128,18 @@ struct KeyScorer {
 // Copies run ahead of what is scored by the slots of the ring, on into the next tile. The pilot's keys go through it as
 // well, behind the first slots of the first tile: they are known before the first draw, and memory is busy meanwhile.
 template <typename Scorer>
-__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, int kv_len, Scorer& scorer,
+__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& unit_row, Scorer& scorer,
                                             OnePassShared& shared, unsigned char* area, int first_key, int num_keys,
                                             const DrawQueue& queue, int warp, int lane) {
-  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots;
-  const int first_tile = warp * kDrawTileKv, stride = num_warps * kDrawTileKv;
+  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots, kv_len = unit_row.kv_len;
+  const int draw_kv = unit_row.draw_kv, first_tile = warp * draw_kv, stride = num_warps * draw_kv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
   const bool streaming = p.budget == Budget::kStreaming;
 
   // What passes through the ring is numbered: `lead` slots of the first tile, the warp's part of the pilot, all others.
   const int lead = first_tile < num_keys
-                       ? min(ring_slots, scorer.num_slots(min(kDrawTileKv, num_keys - first_tile)))
+                       ? min(ring_slots, scorer.num_slots(min(draw_kv, num_keys - first_tile)))
                        : 0;
   const int pilot_slots = streaming && Scorer::kPilotSlots > 0 ? scorer.num_slots(pilot_size(kv_len)) : 0;
   const int num_pilots = max(pilot_slots + num_warps - 1 - warp, 0) / num_warps;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     if (is_pilot(number)) {
       scorer.load_pilot(slot, pilot_of(number), kv_len, evict_normal_policy(), anew(lane));
     } else if (ahead < num_keys) {
-      const int tile_keys = min(kDrawTileKv, num_keys - ahead);
+      const int tile_keys = min(draw_kv, num_keys - ahead);
       // With several head blocks the keys are read again soon.
       const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
       scorer.load(slot, first_key + ahead, tile_keys, ahead_index, policy, anew(lane));
@@ -177,12 +177,12 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   int number = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < num_keys || !has_level; tile += stride) {
-    const int tile_keys = max(min(kDrawTileKv, num_keys - tile), 0);
+    const int tile_keys = max(min(draw_kv, num_keys - tile), 0);
     TileScores scores{score_area, score_pitch_of(unit.heads.count), tile_keys};
     scorer.begin(first_key + tile, tile_keys);
-    const RandomStream tile_stream = {anew(stream.key_0), anew(stream.key_1)};
+    const RandomStream tile_stream = {stream.key_0, stream.key_1};
     const uint32_t offset =
-        tile_offset(p.budget, tile_stream, first_key + tile, kv_len,
+        tile_offset(p.budget, tile_stream, first_key + tile, draw_kv, kv_len,
                     static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
                     unit_bits_of(p.sampler, p.num_samples));
     int left = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     }
     if (tile_keys == 0) break;
     scorer.finish(scores, lane);
-    draw_tile(p, unit, scores, offset, level, queue, produced, anew(lane));
+    draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }
   cp_async_wait<0>();
@@ -257,7 +257,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     const int first_key = first_part * work.unit.row.tile_kv;
     const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
                                  static_cast<int64_t>(work.unit.row.kv_len - first_key));
-    score_tiles(p, shared.unit, work.unit.row.kv_len, scorer, shared, areas + warp * area_bytes, first_key,
+    score_tiles(p, shared.unit, work.unit.row, scorer, shared, areas + warp * area_bytes, first_key,
                 static_cast<int>(num_keys), queue_of(warp), warp, lane);
     return;
   }
@@ -271,7 +271,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__((max_score_warps(HEAD_DIM) + kGatherWarps) * 32, 2)
+__global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
     one_pass_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
