@@ -59,13 +59,26 @@ inline ForcedPlan& forced_plan() {
   return plan;
 }
 
-// Consecutive parts per CTA. While all CTAs fit the device side by side, one: a row alone is done soonest. Beyond that,
-// CTAs walk as many as leave about eight rounds of them: a longer run saves pilots and keeps its rings full, and the
-// last round is a small part of the whole.
-inline int run_parts_of(int64_t parts, int max_parts, int ctas_at_once) {
-  int run = 1;
-  while (2 * run <= max_parts && parts >= static_cast<int64_t>(8) * run * ctas_at_once) run *= 2;
-  return run;
+// Consecutive parts per CTA. A longer run saves starts and pilots, and leaves fewer CTAs to share the device evenly: what
+// counts is the time of all rounds of CTAs, each of them as long as a run and a start, which takes as long as some keys.
+// With lengths that the host does not know, rows can be much shorter than they may be, and a few long runs would be
+// waited for: then runs stay short.
+constexpr int kStartKv = 1024;
+constexpr int kUnknownRunKv = 4096;
+
+inline int run_parts_of(int64_t units, int max_parts, int part_kv, bool lengths_known, int ctas_at_once) {
+  const int longest = lengths_known ? max_parts : std::max(1, kUnknownRunKv / part_kv);
+  int best = 1;
+  int64_t best_cost = INT64_MAX;
+  // Of runs of the same number, the shortest.
+  const auto shortened = [&](int run) { return static_cast<int>(ceil_div(max_parts, ceil_div(max_parts, run))); };
+  for (int run = max_parts; run >= 1; run = run > 1 ? shortened(run - 1) : 0) {
+    if (run > longest) continue;
+    const int64_t rounds = ceil_div(units * ceil_div(max_parts, run), ctas_at_once);
+    const int64_t cost = rounds * (static_cast<int64_t>(run) * part_kv + kStartKv);
+    if (cost < best_cost) best = run, best_cost = cost;
+  }
+  return best;
 }
 
 constexpr int kMaxRuns = 65535;  // blockIdx.y
@@ -82,10 +95,12 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   CallPlan& plan = p.plan;
   constexpr int kReserved = 1024;  // by the system, per CTA
   const ForcedPlan& forced = forced_plan();
-  const int64_t rows = static_cast<int64_t>(p.batch) * p.num_units(), parts = rows * plan.max_parts;
-  plan.run_parts = forced.run_parts > 0 ? forced.run_parts : run_parts_of(parts, plan.max_parts, 2 * device.num_sms);
+  const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
+  plan.run_parts = forced.run_parts > 0 ? forced.run_parts
+                                        : run_parts_of(units, plan.max_parts, part_kv_of(p.max_kv_len, p.num_units()),
+                                                       !plan.exact, 2 * device.num_sms);
   while (ceil_div_int(plan.max_parts, plan.run_parts) > kMaxRuns) plan.run_parts *= 2;
-  const bool alone = rows * ceil_div_int(plan.max_parts, plan.run_parts) <= device.num_sms;
+  const bool alone = units * ceil_div_int(plan.max_parts, plan.run_parts) <= device.num_sms;
   const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;

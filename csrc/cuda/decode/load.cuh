@@ -129,7 +129,7 @@ template <typename K, int HEAD_DIM, int ROWS, typename RowOf>
 __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_of, int num_rows, bool aligned,
                                                uint64_t policy, int lane) {
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements;
-  if (aligned) {
+  if (__builtin_expect(aligned, 1)) {
 #pragma unroll 2
     for (int i = 0; i < ROWS * kChunks / 32; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
@@ -157,7 +157,7 @@ template <typename K, int HEAD_DIM, int ROWS>
 __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t stride, int num_rows, bool aligned,
                                           uint64_t policy, int lane) {
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements, kCopies = ROWS * kChunks / 32;
-  if (!aligned || num_rows < ROWS) {
+  if (__builtin_expect(!aligned || num_rows < ROWS, 0)) {
     load_some_rows<K, HEAD_DIM, ROWS>(
         slot, [&](int row) { return rows + row * stride; }, num_rows, aligned, policy, lane);
     return;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
       const uint32_t permutation = kFloat8 ? code_permutation<HEAD_DIM>(further) : chunk_permutation(further);
       cp_async_whole_16((place ^ permutation) + further * kRowBytes, source, policy);
     };
-    if (stride == HEAD_DIM) {  // one behind the other: offsets that the instruction holds
+    if (__builtin_expect(stride == HEAD_DIM, 1)) {  // one behind the other: offsets that the instruction holds
       const K* source = rows + row * HEAD_DIM + chunk * kChunkElements;
 #pragma unroll
       for (int i = 0; i < kCopies / kPeriod; ++i) copy(i, source + i * kPeriodRows * HEAD_DIM);

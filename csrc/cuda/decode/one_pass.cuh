@@ -128,13 +128,15 @@ struct KeyScorer {
 // Copies run ahead of what is scored by the slots of the ring, on into the next tile. The pilot's keys go through it as
 // well, behind the first slots of the first tile: they are known before the first draw, and memory is busy meanwhile.
 template <typename Scorer>
-__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& unit_row, Scorer& scorer,
+__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int num_heads,
+                                            Scorer& scorer,
                                             OnePassShared& shared, unsigned char* area, int first_key, int num_keys,
                                             const DrawQueue& queue, int warp, int lane) {
-  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots, kv_len = unit_row.kv_len;
-  const int draw_kv = unit_row.draw_kv, first_tile = warp * draw_kv, stride = num_warps * draw_kv;
+  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots, kv_len = row.kv_len;
+  const int draw_kv = row.draw_kv, first_tile = warp * draw_kv, stride = num_warps * draw_kv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
+  const int pitch = score_pitch_of(num_heads);
   const bool streaming = p.budget == Budget::kStreaming;
 
   // What passes through the ring is numbered: `lead` slots of the first tile, the warp's part of the pilot, all others.
@@ -159,51 +161,48 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     }
     cp_async_commit();  // every call is a group of copies, be it an empty one
   };
-#pragma unroll 1
-  for (int number = 0; number < ring_slots; ++number) load(ring + number * Scorer::kSlotBytes, number);
-  cta_barrier();  // what the CTA shares is set up; copies are on their way before that
 
-  scorer.load_query(unit, lane);
-  // Of head lane % 8; grouped draws have one stream for all.
   const bool grouped = p.sampler == Sampler::kGrouped;
-  const int stream_head = grouped
-                              ? unit.kv_head * p.num_head_blocks() + unit.block
-                              : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7);
-  const RandomStream stream = random_stream(p, unit.batch_index, unit.row, stream_head);
-
-  float level = 0.0f;  // of head lane % 8
+  RandomStream stream{};  // of head lane % 8; grouped draws have one for all
+  float level = 0.0f;     // of head lane % 8
   bool has_level = !streaming;
   uint32_t produced = 0, slot = ring;
-  int number = 0;
+  int number = -ring_slots;  // of the slot that is scored; before the first one, slots are filled only
 #pragma unroll 1
   for (int tile = first_tile; tile < num_keys || !has_level; tile += stride) {
     const int tile_keys = max(min(draw_kv, num_keys - tile), 0);
-    TileScores scores{score_area, score_pitch_of(unit.heads.count), tile_keys};
+    TileScores scores{score_area, pitch, tile_keys};
     scorer.begin(first_key + tile, tile_keys);
-    const RandomStream tile_stream = {stream.key_0, stream.key_1};
-    const uint32_t offset =
-        tile_offset(p.budget, tile_stream, first_key + tile, draw_kv, kv_len,
-                    static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
-                    unit_bits_of(p.sampler, p.num_samples));
     int left = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
     if (number <= lead) left += num_pilots;
     int index = 0;
 #pragma unroll 1
-    for (; left > 0; --left, ++number) {
-      cp_async_wait_but(ring_slots - 1);
-      __syncwarp();  // the other lanes' copies are visible
-      const bool pilot = is_pilot(number);
-      scorer.score(slot, index, lane, [&](int first, const float (&logits)[4]) {
-        if (pilot) {
-          put_pilot(shared, pilot_of(number) * (Scorer::kSlotKeys / 16) + first / 16, logits, kv_len, lane);
-        } else {
-          scores.put(index * Scorer::kSlotKeys + first, logits, lane);
-        }
-      });
-      index += pilot ? 0 : 1;
-      __syncwarp();  // the other lanes are done with the slot: it is filled again
+    while (left > 0 || number < 0) {
+      if (number >= 0) {
+        cp_async_wait_but(ring_slots - 1);
+        __syncwarp();  // the other lanes' copies are visible
+        const bool pilot = is_pilot(number);
+        scorer.score(slot, index, lane, [&](int first, const float (&logits)[4]) {
+          if (pilot) {
+            put_pilot(shared, pilot_of(number) * (Scorer::kSlotKeys / 16) + first / 16, logits, kv_len, lane);
+          } else {
+            scores.put(index * Scorer::kSlotKeys + first, logits, lane);
+          }
+        });
+        index += pilot ? 0 : 1;
+        --left;
+        __syncwarp();  // the other lanes are done with the slot: it is filled again
+      }
       load(slot, number + ring_slots);
       slot = slot + Scorer::kSlotBytes == ring_end ? ring : slot + Scorer::kSlotBytes;
+      if (++number == 0) {
+        // The first copies are on their way.
+        cta_barrier();  // what the CTA shares is set up
+        scorer.load_query(unit, lane);
+        stream = random_stream(p, unit.batch_index, unit.row,
+                               grouped ? unit.kv_head * p.num_head_blocks() + unit.block
+                                       : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7));
+      }
     }
     if (!has_level) {
       if constexpr (Scorer::kPilotSlots == 0) {
@@ -217,9 +216,13 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     }
     if (tile_keys == 0) break;
     scorer.finish(scores, lane);
+    const uint32_t offset = tile_offset(p.budget, stream, first_key + tile, draw_kv, kv_len,
+                                        static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
+                                        unit_bits_of(p.sampler, p.num_samples));
     draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }
+  if (number < 0) cta_barrier();  // a warp without anything to do
   cp_async_wait<0>();
 }
 
@@ -257,7 +260,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     const int first_key = first_part * work.unit.row.tile_kv;
     const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
                                  static_cast<int64_t>(work.unit.row.kv_len - first_key));
-    score_tiles(p, shared.unit, work.unit.row, scorer, shared, areas + warp * area_bytes, first_key,
+    score_tiles(p, shared.unit, work.unit.row, work.unit.heads.count, scorer, shared, areas + warp * area_bytes, first_key,
                 static_cast<int>(num_keys), queue_of(warp), warp, lane);
     return;
   }
