@@ -95,13 +95,14 @@ class Setting:
 
 def settings_of(arguments: argparse.Namespace, group_size: int, kv_len: int) -> list[Setting]:
     """The exact path, the budgets asked for, and the uniform one (SANTA's Flash) where so many samples are taken."""
+    in_one_pass = [sampler for sampler in arguments.samplers if sampler in ("grouped", "systematic")]
     sampled = [
         Setting(s, sampler, budget)
         for sampler in arguments.samplers
-        for budget in (arguments.budgets if sampler in ("grouped", "systematic") else ["proportional"])
+        for budget in (arguments.budgets if sampler in in_one_pass else ["proportional"])
         for s in arguments.samples
     ]
-    uniform = [Setting(s, sampler, "uniform") for sampler in arguments.samplers for s in arguments.uniform_samples]
+    uniform = [Setting(s, sampler, "uniform") for sampler in in_one_pass for s in arguments.uniform_samples]
     return [
         Setting(0),
         *sampled,

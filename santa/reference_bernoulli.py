@@ -34,9 +34,9 @@ def philox(counter: list[np.ndarray | int], key: tuple[np.ndarray | int, np.ndar
     return words
 
 
-def _stream(seed: int, row_seed: int, kv_len: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+def _stream(seed: int, row_seed: int, position: int, head: int) -> tuple[np.ndarray, np.ndarray]:
     """The Philox key of a head's scores. The top bit of the head word keeps it apart from the value draws."""
-    identity = [row_seed & 0xFFFFFFFF, row_seed >> 32 & 0xFFFFFFFF, kv_len & 0xFFFFFFFF, head | 0x80000000]
+    identity = [row_seed & 0xFFFFFFFF, row_seed >> 32 & 0xFFFFFFFF, position & 0xFFFFFFFF, head | 0x80000000]
     words = philox(identity, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     return words[0], words[1]
 
@@ -72,7 +72,7 @@ def ternary_counts(
     Args:
         q: [batch, num_qo_heads, head_dim], any floating dtype.
         num_draws: B. score_sampler: one of SCORE_SAMPLERS or its index.
-        row_seeds: int64 [batch]; None: 0. kv_lens: integers [batch]; lengths are part of the random stream.
+        row_seeds: int64 [batch]; None: 0. kv_lens: integers [batch], which are the positions of the random streams.
     """
     name = SCORE_SAMPLERS[score_sampler] if isinstance(score_sampler, int) else score_sampler
     if name not in SCORE_SAMPLERS:

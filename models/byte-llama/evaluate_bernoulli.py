@@ -114,7 +114,7 @@ def streams_of_rows(first_row: int) -> Iterator[None]:
 
     def decode_apart(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         rows = torch.arange(first_row, first_row + len(q), device=q.device)
-        return decode(q, k, v, **options, row_seeds=rows)
+        return decode(q, k, v, **options | {"row_seeds": rows})
 
     with mock.patch.object(santa, "decode", decode_apart):
         yield
