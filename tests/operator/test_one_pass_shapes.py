@@ -238,6 +238,22 @@ def test_bernoulli_values_in_one_pass(device, sampler):
     assert_mean(torch.tensor(off), 0.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", [0, 384, KV_LEN - 256])
+def test_same_rows_on_both_devices(combination, first):
+    """At least 999 of 1,000 drawn rows agree, at the start of a row, around the end of a part and in the ragged tile:
+    scores differ in the last bits. V is the identity for 256 keys, so the output shows which of them were drawn."""
+    count = 256
+    q, k, _ = make_qkv(1, 8, 2, KV_LEN, 256, dtype=torch.float16, logit_std=2.0)
+    v = torch.zeros_like(k)
+    v[0, first : first + 256] = torch.eye(256, dtype=torch.float16)[:, None]
+    drawn = [
+        draws_of(*(x.to(device) for x in (q, k, v)), count=count, num_samples=64, **combination)[0].cpu() != 0
+        for device in ("cpu", "cuda")
+    ]
+    assert (drawn[0] != drawn[1]).sum() <= 1e-3 * drawn[0].sum()
+
+
 def offsets_of(seed: int, row_seeds: list[int], tiles: int, unit_bits: int) -> np.ndarray:
     """The random offset of each tile [rows, tiles], from the definition: the top bits of draw 0 of the tile."""
     offsets = np.zeros((len(row_seeds), tiles), dtype=np.uint64)
