@@ -107,7 +107,7 @@ int gather_grouped(const DecodeParams& p, GroupIndex at, const RowShape& row, co
               kGroupedUnitBits, counts);
 
   int rows = 0;
-  float value[256], weights[kHeadBlock];
+  float value[kLargestHeadDim], weights[kHeadBlock];
   for (int n = 0; n < tile.count; ++n) {
     if (counts[n] == 0) continue;
     ++rows;
@@ -142,7 +142,7 @@ int gather_systematic(const DecodeParams& p, GroupIndex at, const RowShape& row,
   }
 
   int rows = 0;
-  float value[256];
+  float value[kLargestHeadDim];
   std::vector<float> drawn(static_cast<size_t>(block.count) * p.head_dim, 0.0f);
   for (int n = 0; n < tile.count; ++n) {
     bool read = false;

@@ -54,8 +54,10 @@ inline float lse_of_tiles(const DecodeParams& p, int64_t group, int h, int num_t
   return log2_sum(state);
 }
 
-constexpr int kBlockKv = 32;  // keys widened to float32 at a time: 32 x 256 floats stay in the L1 cache
-constexpr int kBlockElements = kBlockKv * 256;  // of the largest head_dim
+constexpr int kLargestHeadDim = 256;
+// Keys widened to float32 at a time: 32 x 256 floats stay in the L1 cache.
+constexpr int kBlockKv = 32;
+constexpr int kBlockElements = kBlockKv * kLargestHeadDim;
 
 int element_size(Dtype dtype);
 
