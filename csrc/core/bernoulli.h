@@ -41,14 +41,14 @@ SANTA_HD float draw_scale_of(float max, int num_draws) {
   return scale - scale == 0.0f ? scale : NAN;
 }
 
-// The random numbers of a head's scores: a pure function of (seed, row seed, kv_len, head, draw, feature). The top bit
-// of the head word is set, which that of a value draw never is. `head` is the query head, and for the shared sampler
-// the KV head.
+// The random numbers of a head's scores: a pure function of (seed, row seed, position, head, draw, feature). The top
+// bit of the head word is set, which that of a value draw never is. `head` is the query head, and for the shared
+// sampler the KV head.
 struct ScoreStream {
   RandomStream stream;
 
-  SANTA_HD static ScoreStream make(int64_t seed, int64_t row_seed, int64_t kv_len, int head) {
-    return {RandomStream::make(seed, row_seed, kv_len, static_cast<int>(static_cast<uint32_t>(head) | 0x80000000u))};
+  SANTA_HD static ScoreStream make(int64_t seed, int64_t row_seed, int64_t position, int head) {
+    return {RandomStream::make(seed, row_seed, position, static_cast<int>(static_cast<uint32_t>(head) | 0x80000000u))};
   }
 
   // Uniform numbers of 32 bits for features 4 chunk to 4 chunk + 3 of a draw.

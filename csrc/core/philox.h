@@ -1,8 +1,8 @@
 // Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
 //
-// A draw is a pure function of (seed, row seed, kv_len, head, segment, draw index). Nothing is advanced or stored, so
-// the numbers do not depend on batch, split, layout, device or the number of calls, and a replayed CUDA graph draws
-// fresh numbers as soon as kv_len grows.
+// A draw is a pure function of (seed, row seed, position, head, segment, draw index). Nothing is advanced or stored, so
+// the numbers do not depend on batch, split, layout, device or the number of calls. The position is kv_len unless the
+// caller says otherwise, so a replayed CUDA graph draws fresh numbers as soon as a row grows.
 #pragma once
 
 #include <cstdint>
@@ -43,10 +43,10 @@ SANTA_HD uint64_t mul_high(uint64_t a, uint64_t b) {
 struct RandomStream {
   uint32_t key_0, key_1;
 
-  SANTA_HD static RandomStream make(int64_t seed, int64_t row_seed, int64_t kv_len, int head) {
+  SANTA_HD static RandomStream make(int64_t seed, int64_t row_seed, int64_t position, int head) {
     const auto seed_bits = static_cast<uint64_t>(seed), row_bits = static_cast<uint64_t>(row_seed);
     const PhiloxBlock identity = {{static_cast<uint32_t>(row_bits), static_cast<uint32_t>(row_bits >> 32),
-                                   static_cast<uint32_t>(kv_len), static_cast<uint32_t>(head)}};
+                                   static_cast<uint32_t>(position), static_cast<uint32_t>(head)}};
     const PhiloxBlock hash =
         philox4x32_10(identity, static_cast<uint32_t>(seed_bits), static_cast<uint32_t>(seed_bits >> 32));
     return {hash.word[0], hash.word[1]};

@@ -25,7 +25,7 @@ def case(suite: str, shape: str, times: dict[str, tuple[str, float]], **more: ob
     """Rows of one case: name to (kind, microseconds), with the ratios that derive() adds."""
     batch, kv_len = report.parse_shape(shape)
     common = {"suite": suite, "shape": shape, "case": "", "k_bytes": batch * kv_len * 2048} | more
-    setting = {"num_samples": 128, "sampler": "grouped", "budget": "proportional", "v_rows": 400.0, "error": 0.5}
+    setting = {"num_samples": 128, "sampler": "grouped", "budget": "streaming", "v_rows": 400.0, "error": 0.5}
     rows = [
         common | (setting if kind == "santa" else {}) | {"what": name, "kind": kind, "us": us}
         for name, (kind, us) in times.items()
@@ -54,7 +54,7 @@ def test_ratios_are_to_the_fastest_16_bit_kernel_and_to_each() -> None:
 def test_a_limit_that_is_exceeded_meets_no_target() -> None:
     """A K stream slower than the kernel that reads K and more is a failed measurement, not a success."""
     rows = [
-        {"suite": "table", "shape": "4x32768", "kind": "santa", "what": "santa grouped S=128", "budget": "proportional"}
+        {"suite": "table", "shape": "4x32768", "kind": "santa", "what": "santa grouped S=128", "budget": "streaming"}
     ]
     rows[0] |= {"num_samples": 128, "share": 1.05, "speedup": 1.9, "ratios": {}}
     shares = [r for r in targets.evaluate(rows) if r.target == "share of limit" and r.what == "santa grouped S=128"]
@@ -132,7 +132,7 @@ def test_targets_of_mixed_lengths_and_of_8_bit_caches() -> None:
 
 def test_what_was_not_run_is_said() -> None:
     rows = case("table", "1x32768", {"torch SDPA": ("dense", 40.0)})
-    rows.append(rows[0] | {"what": "santa", "kind": "santa", "num_samples": 128, "budget": "proportional"})
+    rows.append(rows[0] | {"what": "santa", "kind": "santa", "num_samples": 128, "budget": "streaming"})
     del rows[-1]["us"], rows[-1]["speedup"]
     rows[-1]["note"] = "failed: out of memory"
     text = "\n".join(report.target_lines(targets.evaluate(rows)))

@@ -1,5 +1,5 @@
-// santa_core_test: csrc/core as a Python module, and max_num_blocks of csrc/workspace.h, for the tests alone. Built by
-// tools/build_test_module.py. Functions that a test calls many times take and return arrays.
+// santa_core_test: csrc/core as a Python module, for the tests alone. Built by tools/build_test_module.py. Functions
+// that a test calls many times take and return arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,13 +9,13 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/draw.h"
 #include "core/float8.h"
 #include "core/mixture.h"
 #include "core/philox.h"
 #include "core/samplers.h"
 #include "core/softmax_state.h"
 #include "core/tiling.h"
-#include "workspace.h"
 
 namespace py = pybind11;
 using namespace santa;
@@ -77,9 +77,14 @@ Array<int> rows_at(const Array<uint32_t>& cumulative, const Array<uint32_t>& pos
   return result;
 }
 
-std::array<int, 3> plan(int num_tiles, int tiles_per_block, int num_samples, bool uniform) {
-  const SegmentPlan plan = plan_segments(num_tiles, tiles_per_block, num_samples, uniform);
-  return {plan.tiles_per_segment, plan.num_segments, plan.draws};
+// For each tile [first, first + 128) of a row.
+Array<uint32_t> uniform_offsets(const RandomStream& stream, const Array<int64_t>& first_keys, int kv_len,
+                                int64_t num_draws, int unit_bits) {
+  Array<uint32_t> offsets(first_keys.size());
+  for (py::ssize_t i = 0; i < first_keys.size(); ++i) {
+    offsets.mutable_at(i) = uniform_offset(stream, first_keys.at(i), kv_len, num_draws, unit_bits);
+  }
+  return offsets;
 }
 
 using State = std::pair<float, float>;  // (max, sum)
@@ -96,7 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("mul_high", &mul_high);
   py::class_<RandomStream>(m, "RandomStream")
-      .def(py::init(&RandomStream::make), py::arg("seed") = 0, py::arg("row_seed") = 0, py::arg("kv_len") = 0,
+      .def(py::init(&RandomStream::make), py::arg("seed") = 0, py::arg("row_seed") = 0, py::arg("position") = 0,
            py::arg("head") = 0)
       .def_property_readonly("key", [](const RandomStream& s) { return std::array<uint32_t, 2>{s.key_0, s.key_1}; })
       .def("bits", &RandomStream::bits, py::arg("segment"), py::arg("draw"))
@@ -138,14 +143,29 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tile_kv_of", py::vectorize(tile_kv_of));
   m.def("num_tiles_of", py::vectorize(num_tiles_of));
   m.def("max_num_tiles", py::vectorize(max_num_tiles));
-  m.def("block_kv_of", py::vectorize(block_kv_of));
+  m.def("exact_tile_kv_of", py::vectorize(exact_tile_kv_of));
+  m.def("max_exact_tiles", py::vectorize(max_exact_tiles));
+  m.def("part_kv_of", py::vectorize(part_kv_of), py::arg("kv_len"), py::arg("num_units"));
+  m.def("max_num_parts", py::vectorize(max_num_parts), py::arg("max_kv_len"), py::arg("num_units"));
+  m.def("num_head_blocks_of", &num_head_blocks_of);
   m.def("ceil_div_int", &ceil_div_int);
-  m.def("plan_segments", &plan, py::arg("num_tiles"), py::arg("tiles_per_block"), py::arg("num_samples"),
-        py::arg("uniform"), "(tiles_per_segment, num_segments, draws)");
   m.def("default_min_sampled_len", &default_min_sampled_len, py::arg("num_samples"), py::arg("gqa_group_size"));
 
-  // workspace.h
-  m.def("max_num_blocks", py::vectorize(max_num_blocks));
+  // draw.h
+  m.def("pilot_size", &pilot_size);
+  m.def("pilot_position", py::vectorize(pilot_position), py::arg("i"), py::arg("kv_len"), py::arg("run"));
+  m.def("pilot_log2_weight", py::vectorize(pilot_log2_weight), py::arg("i"), py::arg("kv_len"));
+  m.def("streaming_share", py::vectorize(streaming_share), py::arg("tile_lse"), py::arg("level"), py::arg("tile_keys"),
+        py::arg("kv_len"));
+  m.def("uniform_share", py::vectorize(uniform_share), py::arg("tile_keys"), py::arg("kv_len"));
+  m.def("unit_bits_of", &unit_bits_of, py::arg("sampler"), py::arg("num_samples"));
+  m.def("draw_units", py::vectorize(draw_units), py::arg("expected"), py::arg("most"), py::arg("unit_bits"));
+  m.def("inclusion_units", py::vectorize(inclusion_units));
+  m.def("draws_between", py::vectorize(draws_between), py::arg("below"), py::arg("units"), py::arg("offset"),
+        py::arg("unit_bits"));
+  m.def("streaming_offset", &streaming_offset, py::arg("stream"), py::arg("tile"), py::arg("unit_bits"));
+  m.def("uniform_offsets", &uniform_offsets, py::arg("stream"), py::arg("first_keys"), py::arg("kv_len"),
+        py::arg("num_draws"), py::arg("unit_bits"));
 
   // float8.h
   m.def("float_of_e4m3", py::vectorize(float_of_e4m3));
@@ -156,5 +176,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("log2_sum", [](State state) { return log2_sum({state.first, state.second}); });
   m.def("is_finite", &is_finite);
   m.def("tile_factor", &tile_factor);
-  m.def("segment_factor", &segment_factor);
 }

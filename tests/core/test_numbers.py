@@ -87,10 +87,10 @@ def test_merge_of_what_is_not_finite():
 
 
 def test_factors_of_heads_that_take_part():
-    """exp2(tile_max - segment_lse), and 0 for a head whose log-sum-exp is not finite."""
-    assert core.tile_factor(3.0, 5.0) == core.segment_factor(3.0, 5.0) == 0.25
+    """exp2(tile_max - row_lse), and 0 for a head whose log-sum-exp is not finite."""
+    assert core.tile_factor(3.0, 5.0) == 0.25
     assert core.tile_factor(-math.inf, 5.0) == 0.0
     for value in (math.nan, math.inf, -math.inf):
         assert not core.is_finite(value)
-        assert core.tile_factor(3.0, value) == core.segment_factor(3.0, value) == 0.0
+        assert core.tile_factor(3.0, value) == 0.0
     assert core.is_finite(-3.4e38) and core.is_finite(0.0)

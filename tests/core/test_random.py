@@ -46,14 +46,14 @@ def test_philox_equals_its_equations(counter, key):
 
 
 @for_all(int64s, int64s, kv_lens, uint32s.filter(lambda head: head < 2**31), uint32s, uint32s)
-def test_stream_is_the_documented_function(seed, row_seed, kv_len, head, segment, draw):
+def test_stream_is_the_documented_function(seed, row_seed, position, head, segment, draw):
     """A seed reproduces its draws in every release, so the function is pinned: the identity is hashed into a
     key, and the counter is (draw, segment, 0, 0)."""
     seed_bits, row_bits = seed % 2**64, row_seed % 2**64
-    identity = (row_bits % 2**32, row_bits >> 32, kv_len, head)
+    identity = (row_bits % 2**32, row_bits >> 32, position, head)
     key = philox_model(identity, (seed_bits % 2**32, seed_bits >> 32))[:2]
     low, high = philox_model((draw, segment, 0, 0), key)[:2]
-    stream = core.RandomStream(seed=seed, row_seed=row_seed, kv_len=kv_len, head=head)
+    stream = core.RandomStream(seed=seed, row_seed=row_seed, position=position, head=head)
     assert stream.key == key
     assert stream.bits(segment=segment, draw=draw) == (high << 32 | low)
 
@@ -67,21 +67,21 @@ def test_mul_high(a, b):
 def bits_along(axis: str, count: int) -> np.ndarray:
     """The 64-bit numbers met by counting up one component of the identity, the others fixed."""
     if axis == "draw":
-        return core.RandomStream(seed=1, kv_len=32768).bits_of(segment=0, first=0, count=count)
+        return core.RandomStream(seed=1, position=32768).bits_of(segment=0, first=0, count=count)
     if axis == "segment":
-        stream = core.RandomStream(seed=1, kv_len=32768)
+        stream = core.RandomStream(seed=1, position=32768)
         return np.array([stream.bits(segment, 0) for segment in range(count)], dtype=np.uint64)
-    identities = ({"kv_len": 1000, axis: i} for i in range(count))
+    identities = ({"position": 1000, axis: i} for i in range(count))
     return np.array([core.RandomStream(**identity).bits(0, 0) for identity in identities], dtype=np.uint64)
 
 
-AXES = ["seed", "row_seed", "kv_len", "head", "segment", "draw"]
+AXES = ["seed", "row_seed", "position", "head", "segment", "draw"]
 
 
 @pytest.mark.parametrize("axis", AXES)
 def test_bits_are_uniform(axis):
     """Every byte of 2^15 consecutive numbers, and the pairs of top nibbles of neighbours, by chi-square with
-    255 degrees of freedom: consecutive steps of a request (kv_len + 1) are as good as independent. 9
+    255 degrees of freedom: consecutive steps of a request (position + 1) are as good as independent. 9
     statistics an axis, 54 in all, each above 5 sigma with probability 3e-7, or below -5 (too even) as rarely:
     false alarm 4e-5 over the choice of seeds."""
     bits = bits_along(axis, 2**15)
@@ -93,7 +93,7 @@ def test_bits_are_uniform(axis):
 
 @pytest.mark.parametrize(
     ("component", "width"),
-    [("seed", 64), ("row_seed", 64), ("kv_len", 31), ("head", 31), ("segment", 32), ("draw", 32)],
+    [("seed", 64), ("row_seed", 64), ("position", 31), ("head", 31), ("segment", 32), ("draw", 32)],
 )
 def test_each_bit_of_the_identity_changes_the_draw(component, width):
     """Flipping any one bit of the identity changes about half of the 64 bits. A binomial (64, 1/2) is outside
@@ -111,7 +111,7 @@ def test_each_bit_of_the_identity_changes_the_draw(component, width):
         assert 8 <= changed <= 56, f"{component} bit {bit}: {changed} of 64 bits changed"
 
 
-@pytest.mark.parametrize("component", ["seed", "row_seed", "kv_len", "head", "segment"])
+@pytest.mark.parametrize("component", ["seed", "row_seed", "position", "head", "segment"])
 def test_streams_are_independent(component):
     """The same draws of two streams that differ by one in one component agree in half of their bits. 2^12
     draws of 64 bits: the share is 0.5 with deviation 0.5 / 512. Five tests at 5 sigma, two-sided: false alarm
@@ -120,7 +120,7 @@ def test_streams_are_independent(component):
 
     def bits(value):
         segment = value if component == "segment" else 0
-        identity = {"kv_len": 4096, **({} if component == "segment" else {component: value})}
+        identity = {"position": 4096, **({} if component == "segment" else {component: value})}
         return core.RandomStream(**identity).bits_of(segment=segment, first=0, count=count)
 
     agree = np.unpackbits((~(bits(7) ^ bits(8))).view(np.uint8)).mean()
@@ -131,7 +131,7 @@ def test_components_of_the_identity_are_not_mixed_up():
     """(seed 1, row seed 2) is not (2, 1), and so on: 2 to each pair of components, all different keys."""
     identities = [
         dict.fromkeys(pair, 0) | {pair[0]: low, pair[1]: high}
-        for pair in itertools.combinations(["seed", "row_seed", "kv_len", "head"], 2)
+        for pair in itertools.combinations(["seed", "row_seed", "position", "head"], 2)
         for low, high in [(1, 2), (2, 1)]
     ]
     assert len({tuple(core.RandomStream(**identity).key) for identity in identities}) == len(identities)

@@ -16,8 +16,14 @@ OPERATORS = {
     "santa.decode": santa.decode,
     "santa.decode rows_read": lambda *args, **options: santa.decode(*args, **options, return_rows_read=True),
     "ops.decode": torch.ops.santa.decode,
-    "ops.decode_rows_read": torch.ops.santa.decode_rows_read,
+    "ops.decode rows_read": lambda *args, **options: torch.ops.santa.decode(
+        *args, **options, rows_read=rows_read(args)
+    ),
 }
+
+
+def rows_read(args: tuple[Any, ...]) -> torch.Tensor:
+    return torch.empty(BATCH, NUM_KV_HEADS, dtype=torch.int32, device=args[0].device)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float16, device: str = "cpu") -> torch.Tensor:

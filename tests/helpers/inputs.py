@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 SAMPLERS = ["multinomial", "stratified", "systematic", "grouped"]
-BUDGETS = ["proportional", "uniform"]
+BUDGETS = ["proportional", "uniform", "streaming"]
+# The samplers and budgets that go together.
+SAMPLED = [
+    (sampler, budget)
+    for sampler in SAMPLERS
+    for budget in (BUDGETS if sampler in ("systematic", "grouped") else BUDGETS[:1])
+]
 HEAD_DIMS = [64, 96, 128, 192, 256]
 
 

@@ -31,7 +31,7 @@ def test_config_normalises() -> None:
     assert config.budget is santa.Budget.UNIFORM
     assert config.layers == (1, 3)
     assert [config.samples_in_layer(i) for i in range(4)] == [0, 256, 0, 256]
-    assert santa.SantaConfig(sampler="grouped", budget="proportional") == santa.SantaConfig()
+    assert santa.SantaConfig(sampler="grouped", budget=None) == santa.SantaConfig()
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_config_normalises() -> None:
         ),
         ({"sampler": 7}, ValueError, "sampler is 7; it needs to be one of"),
         (
-            {"budget": None},
+            {"budget": "even"},
             ValueError,
-            "budget is None; it needs to be one of .*'uniform'.* or a santa.Budget",
+            "budget is 'even'; it needs to be one of .*'uniform'.* or a santa.Budget",
         ),
         ({"seed": -1}, ValueError, "seed is -1; it needs to be from 0"),
         ({"seed": 1 << 62}, ValueError, "seed is 4611686018427387904; it needs to be from 0"),

@@ -91,7 +91,7 @@ def test_valid_ranges_of_each_step(decode_calls: list[dict[str, Any]]) -> None:
         seen = PROMPT_LEN + 1 + index // NUM_LAYERS
         assert call["kv_starts"].tolist() == [0, PADDING]
         assert call["kv_lens"].tolist() == [seen, seen - PADDING]
-        assert call["row_seeds"].tolist() == [seen, seen - PADDING]
+        assert call["positions"].tolist() == [seen, seen - PADDING]
         assert call["kv_starts"].dtype == call["kv_lens"].dtype == torch.int32
 
 
@@ -101,7 +101,7 @@ def test_full_sliding_window_draws_fresh_numbers_each_step(decode_calls: list[di
     generate(model, make_prompt(padding=PADDING))
     in_layer_0 = decode_calls[::NUM_LAYERS]
     assert {tuple(call["kv_lens"].tolist()) for call in in_layer_0} == {(WINDOW, WINDOW)}
-    assert len({tuple(call["row_seeds"].tolist()) for call in in_layer_0}) == NEW_TOKENS - 1
+    assert len({tuple(call["positions"].tolist()) for call in in_layer_0}) == NEW_TOKENS - 1
 
 
 def test_layers_draw_from_different_streams(decode_calls: list[dict[str, Any]]) -> None:

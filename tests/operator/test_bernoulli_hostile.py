@@ -184,6 +184,24 @@ def test_errors(device):
         bernoulli(q, k, v, num_draws=2.0)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 256), (torch.float16, 2048)])
+def test_counts_beyond_the_whole_numbers_of_the_dtype(device, dtype, most):
+    """In one pass CUDA multiplies keys with counts in q's dtype: more draws than it has whole numbers for are refused,
+    by a rule that does not look at lengths. The other kinds of row and the CPU take them all."""
+    q, k, v = make_qkv(1, 4, 2, 50, 64, dtype=dtype, device=device)
+    k = feature_major(k)
+    for options in ({}, {"budget": "uniform"}, {"sampler": "systematic"}):
+        options = {"num_samples": 8, **options}
+        bernoulli(q, k, v, num_draws=most, **options)
+        if device == "cpu":
+            bernoulli(q, k, v, num_draws=4096, **options)
+            continue
+        with pytest.raises(ValueError, match=f"num_draws is {most + 1}; on CUDA it needs to be at most {most} for"):
+            bernoulli(q, k, v, num_draws=most + 1, **options)
+    for options in ({"num_samples": 0}, {"budget": "proportional"}, {"sampler": "stratified"}):
+        bernoulli(q, k, v, num_draws=4096, **{"num_samples": 8, **options})
+
+
 def test_no_backward(device):
     q, k, v = make_qkv(1, 4, 2, 50, 64, dtype=working_dtype(device), device=device)
     q.requires_grad_()

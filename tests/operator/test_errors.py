@@ -23,7 +23,12 @@ def test_the_valid_arguments_are_valid(operator, device):
     assert [tuple(x.shape) for x in outputs[:2]] == [(BATCH, NUM_QO_HEADS, HEAD_DIM), (BATCH, NUM_QO_HEADS)]
     per_row = {
         name: torch.zeros(BATCH, dtype=dtype, device=device)
-        for name, dtype in [("kv_lens", torch.int32), ("kv_starts", torch.int32), ("row_seeds", torch.int64)]
+        for name, dtype in [
+            ("kv_lens", torch.int32),
+            ("kv_starts", torch.int32),
+            ("row_seeds", torch.int64),
+            ("positions", torch.int32),
+        ]
     }
     call(operator, {**qkv(device), **per_row})
 
@@ -39,8 +44,8 @@ def test_the_valid_arguments_are_valid(operator, device):
         ("num_samples", 2**32, r"santa: num_samples is 4294967296; it needs to be in \[0, 1048576\]"),
         ("sampler", -1, r"santa: sampler is -1; it needs to be (in|one of) .*\b0\b.*\b3\b.*"),
         ("sampler", 4, r"santa: sampler is 4; it needs to be (in|one of) .*\b0\b.*\b3\b.*"),
-        ("budget", -1, r"santa: budget is -1; it needs to be (in|one of) .*\b0\b.*\b1\b.*"),
-        ("budget", 2, r"santa: budget is 2; it needs to be (in|one of) .*\b0\b.*\b1\b.*"),
+        ("budget", -1, r"santa: budget is -1; it needs to be (in|one of) .*\b0\b.*\b2\b.*"),
+        ("budget", 3, r"santa: budget is 3; it needs to be (in|one of) .*\b0\b.*\b2\b.*"),
         ("kv_layout", -1, r"santa: kv_layout is -1; it needs to be (in|one of) .*\b0\b.*\b1\b.*"),
         ("kv_layout", 2, r"santa: kv_layout is 2; it needs to be (in|one of) .*\b0\b.*\b1\b.*"),
         ("sm_scale", 1e31, r"santa: sm_scale is 1e\+31; it needs to be finite and at most 1e\+30 in magnitude"),
@@ -86,7 +91,7 @@ WRONG_TYPES = [
     *((name, value, TENSOR) for name in ("q", "k", "v") for value in (None, 1.0, [1.0], "x")),
     *(
         (name, value, OPTIONAL_TENSOR)
-        for name in ("kv_lens", "kv_starts", "row_seeds", "k_scale", "v_scale")
+        for name in ("kv_lens", "kv_starts", "row_seeds", "positions", "k_scale", "v_scale")
         for value in (3, [3, 3], "x")
     ),
     *(
@@ -99,6 +104,7 @@ WRONG_TYPES = [
         (name, value, rf"a santa\.{kind}, an int or a str")
         for name, kind in [("sampler", "Sampler"), ("budget", "Budget"), ("kv_layout", "KvLayout")]
         for value in (1.5, None, [0], True)
+        if value is not None or name != "budget"  # None: what the sampler takes
     ),
     *(("sm_scale", value, r"a float.*") for value in ("x", [1.0], 1j)),
 ]
@@ -153,7 +159,7 @@ def test_none_for_a_tensor_in_torch_ops(name, grad):
     ("argument", "value", "names"),
     [
         ("sampler", "gruoped", "'multinomial', 'stratified', 'systematic', 'grouped'"),
-        ("budget", "", "'proportional', 'uniform'"),
+        ("budget", "", "'proportional', 'uniform', 'streaming'"),
         ("kv_layout", "HDN", "'NHD', 'HND'"),
     ],
 )
@@ -166,7 +172,7 @@ def test_names_members_and_integers_are_the_same():
     q, k, v = make_qkv(1, 4, 2, 600, 64)
     for argument, kind, names in [
         ("sampler", santa.Sampler, ["multinomial", "stratified", "systematic", "grouped"]),
-        ("budget", santa.Budget, ["proportional", "uniform"]),
+        ("budget", santa.Budget, ["proportional", "uniform", "streaming"]),
         ("kv_layout", santa.KvLayout, ["NHD", "HND"]),
     ]:
         assert [member.name.lower() for member in kind] == [name.lower() for name in names]

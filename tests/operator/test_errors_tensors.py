@@ -157,6 +157,7 @@ def tensor_cases() -> list[Case]:
         ("kv_lens", "int32", torch.int64),
         ("kv_starts", "int32", torch.int64),
         ("row_seeds", "int64", torch.int32),
+        ("positions", "int32", torch.int64),
     ]:
         right = getattr(torch, dtype)
         cases += [
@@ -206,13 +207,13 @@ def test_bad_tensor(operator, device, case):
 
 def elsewhere(name: str, device: str) -> torch.Tensor:
     """Argument `name`, as it has to be, but on another device."""
-    per_row = {"kv_lens": torch.int32, "kv_starts": torch.int32, "row_seeds": torch.int64}
+    per_row = {"kv_lens": torch.int32, "kv_starts": torch.int32, "row_seeds": torch.int64, "positions": torch.int32}
     if name in per_row:
         return torch.empty(BATCH, dtype=per_row[name], device=device)
     return qkv(device)[name]
 
 
-TENSORS_BESIDE_Q = ["k", "v", "kv_lens", "kv_starts", "row_seeds"]
+TENSORS_BESIDE_Q = ["k", "v", "kv_lens", "kv_starts", "row_seeds", "positions"]
 
 
 @pytest.mark.parametrize("name", TENSORS_BESIDE_Q)

@@ -74,7 +74,7 @@ def test_rows_below_min_sampled_len_are_exact(device):
     exact, _, _ = santa.decode(q, k, v, kv_lens=kv_lens, num_samples=0, return_rows_read=True)
     out, _, rows = santa.decode(q, k, v, kv_lens=kv_lens, num_samples=16, min_sampled_len=600, return_rows_read=True)
     assert torch.equal(out[0], exact[0]) and rows[0].tolist() == [599, 599]
-    assert not torch.equal(out[1], exact[1]) and (rows[1] <= 64).all()
+    assert not torch.equal(out[1], exact[1]) and (rows[1] <= 80).all()
 
 
 def test_default_min_sampled_len(device):

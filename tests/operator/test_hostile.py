@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from helpers.inputs import BUDGETS, SAMPLERS, make_qkv, working_dtype
+from helpers.inputs import BUDGETS, SAMPLED, make_qkv, working_dtype
 from helpers.statistics import relative_rms
 
 import santa
 from santa import reference
 
-ALL = [(s, b, 32) for s in SAMPLERS for b in BUDGETS] + [("grouped", "proportional", 0)]
+ALL = [(*combination, 32) for combination in SAMPLED] + [("grouped", "proportional", 0)]
 
 
 @pytest.fixture(params=ALL, ids=lambda o: f"{o[0]}-{o[1]}-{o[2]}")
@@ -47,8 +47,16 @@ def test_empty_rows_and_batches(device, options):
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+def part_of_a_draw(kv_len, options):
+    """Systematic draws of a tile that expects x of them are x rounded up or down. Under the uniform budget x is S times
+    the tile's part of the keys, no whole number; else it is S where the tile has all of the mass."""
+    if (options["sampler"], options["budget"]) != ("systematic", "uniform"):
+        return 0.0
+    return kv_len / (128 * options["num_samples"])
+
+
 def test_all_mass_on_one_key(device, options):
-    """One key holds all probability: every estimator returns its value row exactly."""
+    """One key holds all probability: every estimator returns its value row, exactly but for `part_of_a_draw`."""
     q, k, v = make_qkv(1, 4, 1, 2000, 64, dtype=working_dtype(device), device=device)
     k = k * 0.01
     k[0, 1234, 0] = q[0].mean(dim=0) * 200
@@ -57,7 +65,7 @@ def test_all_mass_on_one_key(device, options):
     out, _, rows = santa.decode(q, k, v, return_rows_read=True, **options)
     p, _, _ = reference.probabilities(q[0].cpu(), k[0].cpu(), v[0].cpu())
     assert p[0, 0, 1234] > 1 - 1e-12
-    torch.testing.assert_close(out[0], v[0, 1234].expand(4, 64), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(out[0], v[0, 1234].expand(4, 64), rtol=1e-3 + part_of_a_draw(2000, options), atol=1e-5)
     if options["num_samples"] and options["budget"] == "proportional":
         assert rows.item() == 1
 
@@ -87,7 +95,7 @@ def test_extreme_logits(device, options, magnitude):
     k[0, ::2, 0, 0] = -1.0
     k[0, 77, 0, 0] = 2.0
     out, lse = santa.decode(q, k, v, sm_scale=magnitude, **options)
-    torch.testing.assert_close(out[0], v[0, 77].expand(4, 64), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(out[0], v[0, 77].expand(4, 64), rtol=1e-3 + part_of_a_draw(600, options), atol=1e-5)
     torch.testing.assert_close(lse, torch.full_like(lse, 2 * magnitude), rtol=1e-6, atol=0)
 
 
@@ -137,8 +145,11 @@ def test_more_than_2_to_31_elements():
     v[:, -2] = float("nan")
     kv_lens = torch.full((batch,), kv_len, dtype=torch.int32, device="cuda")
     q = q.unflatten(1, (heads, 4)).mean(dim=2, keepdim=True).expand(-1, -1, 4, -1).flatten(1, 2).contiguous()
-    out, _, rows = santa.decode(q, k, v, kv_lens=kv_lens, num_samples=64, return_rows_read=True)
-    assert torch.equal(out, v[:, -1].repeat_interleave(4, dim=1)) and (rows == 1).all()
+    for budget in BUDGETS:
+        out, _, rows = santa.decode(q, k, v, kv_lens=kv_lens, num_samples=64, budget=budget, return_rows_read=True)
+        assert torch.equal(out, v[:, -1].repeat_interleave(4, dim=1))
+        # Tiles without mass have their part of the draws in one pass: uniform all of it, streaming a quarter.
+        assert (rows == 1).all() if budget == "proportional" else ((rows >= 1) & (rows <= 64 * 4 + 1)).all()
 
 
 @pytest.mark.gpu
@@ -150,6 +161,8 @@ def test_long_rows():
     v = torch.ones(1, kv_len, 1, 64, dtype=torch.bfloat16, device="cuda")
     for budget in BUDGETS:
         out, lse, rows = santa.decode(q, k, v, num_samples=512, budget=budget, return_rows_read=True)
-        torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-2, atol=0)
-        assert rows.item() >= 2048
+        # Each streaming tile draws by itself, one row in sixteen tiles here: 2,048 rows are 45 more or less.
+        slack = 0.15 if budget == "streaming" else 1e-2
+        torch.testing.assert_close(out, torch.ones_like(out), rtol=slack, atol=0)
+        assert abs(rows.item() - 2048) <= (0.15 * 2048 if budget == "streaming" else 1)
         torch.testing.assert_close(lse, torch.full_like(lse, math.log(kv_len)), rtol=1e-6, atol=0)

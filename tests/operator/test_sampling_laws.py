@@ -1,4 +1,5 @@
-"""The laws of the estimators, end to end through the operator, against the float64 oracle.
+"""The laws of the proportional budget, end to end through the operator, against the float64 oracle. Those of the other
+budgets are in test_one_pass.py.
 
 One call makes N independent draws: the same row N times with different row seeds. Seeds are fixed, so a test that
 passes keeps passing; the false-alarm rates are what a change of seed would risk.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.inputs import BUDGETS, SAMPLERS, make_qkv, repeat_rows, working_dtype
+from helpers.inputs import SAMPLERS, make_qkv, repeat_rows, working_dtype
 from helpers.statistics import Z_LARGEST, Z_PROJECTED, mean_z, relative_rms
 
 import santa
@@ -22,6 +23,7 @@ GROUP = 4
 def draws_of(q, k, v, *, count=N, seed=0, **options):
     """`count` independent estimates of one row: [count, num_qo_heads, head_dim]."""
     row_seeds = torch.arange(count, dtype=torch.int64, device=q.device)
+    options = {"budget": "proportional", **options}
     return santa.decode(
         *(repeat_rows(x, count) for x in (q, k, v)), row_seeds=row_seeds, seed=seed, min_sampled_len=0, **options
     )
@@ -35,12 +37,11 @@ def problem(device, kv_len=300, logit_std=1.5, seed=1, head_dim=64):
     return (q, k, v), p[0], values[0], lse[0]
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_unbiased(device, sampler, budget):
+def test_unbiased(device, sampler):
     """The mean of N draws is exact attention (z-test), and the same test sees a planted bias of 1%."""
     qkv, p, values, lse = problem(device)
-    out, out_lse = draws_of(*qkv, num_samples=32, sampler=sampler, budget=budget)
+    out, out_lse = draws_of(*qkv, num_samples=32, sampler=sampler)
     expected = p @ values
     projected, largest = mean_z(out, expected)
     assert abs(projected) < Z_PROJECTED and largest < Z_LARGEST
@@ -115,19 +116,15 @@ def identity_problem(device, head_dim=256, logit_std=1.5):
     return (q, k, v), p[0]
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("sampler", ["multinomial", "stratified", "systematic"])
-def test_counts_are_integers_that_sum_to_the_budget(device, sampler, budget):
-    """out * S are counts; under the proportional budget each is an integer and they sum to S exactly."""
+def test_counts_are_integers_that_sum_to_the_budget(device, sampler):
+    """out * S are counts: each is an integer and they sum to S exactly."""
     qkv, _ = identity_problem(device)
     num_samples = 64  # a power of two: counts / S are exact in every dtype
-    out, _ = draws_of(*qkv, num_samples=num_samples, sampler=sampler, budget=budget, count=64)
+    out, _ = draws_of(*qkv, num_samples=num_samples, sampler=sampler, count=64)
     weights = out.double().cpu() * num_samples
-    if budget == "proportional":
-        assert torch.equal(weights, weights.round())
-        assert (weights.sum(dim=-1) == num_samples).all()
-    else:  # the segments' shares are real numbers; their counts sum to their budget, so the weights sum to 1
-        torch.testing.assert_close(weights.sum(dim=-1), torch.full((64, GROUP), 64.0).double(), rtol=2e-3, atol=0)
+    assert torch.equal(weights, weights.round())
+    assert (weights.sum(dim=-1) == num_samples).all()
 
 
 def test_systematic_counts_are_floor_or_ceil(device):
@@ -188,18 +185,16 @@ def test_horvitz_thompson_weights(device):
 def test_any_budget_sums_to_one(device, sampler, num_samples):
     """With V = 1 the counts of any S add up to an output of 1."""
     q, k, v = make_qkv(1, 4, 2, 777, 64, dtype=working_dtype(device), device=device)
-    out, _ = santa.decode(q, k, torch.ones_like(v), num_samples=num_samples, sampler=sampler, min_sampled_len=0)
+    out, _ = santa.decode(
+        q,
+        k,
+        torch.ones_like(v),
+        num_samples=num_samples,
+        sampler=sampler,
+        budget="proportional",
+        min_sampled_len=0,
+    )
     torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6 if device == "cpu" else 1e-3, atol=0)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_uniform_budget_is_proportional_in_one_segment(device, sampler):
-    """S = 1 leaves one segment, the row: both budgets are then the same estimator, to the bit."""
-    q, k, v = make_qkv(2, 8, 2, 1000, 64, dtype=working_dtype(device), device=device)
-    both = [
-        santa.decode(q, k, v, num_samples=1, sampler=sampler, budget=budget, min_sampled_len=0)[0] for budget in BUDGETS
-    ]
-    assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -100,6 +100,7 @@ void test_workspace() {
       SampleSelectParams p{};
       p.batch = 3, p.num_qo_heads = 32, p.num_kv_heads = 8, p.gqa_group_size = 4;
       p.nq = p.nk = blocks, p.num_chunks = chunks < blocks ? chunks : blocks;
+      p.heads_per_pass = select_heads_per_pass(p);
       const int64_t bytes = place_select_workspace(p, nullptr);
       check(p.heads_per_pass % 4 == 0 && p.heads_per_pass >= 4 && p.heads_per_pass <= 96, p.heads_per_pass, " heads");
       check(bytes <= kMaxSelectWorkspace + 10 * 256 || p.heads_per_pass == 4, bytes, " bytes of workspace for ", blocks,

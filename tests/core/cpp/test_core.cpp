@@ -1,7 +1,8 @@
 // csrc/core without Python and without Torch. Exits with 0 if every check holds; each failure prints what
 // failed.
+#include "core/draw.h"
 #include "core/float8.h"
-#include "core/kv_view.h"
+#include "core/kv_rows.h"
 #include "core/mixture.h"
 #include "core/philox.h"
 #include "core/samplers.h"
@@ -20,6 +21,7 @@
 #error "csrc/core, csrc/params.h or csrc/workspace.h includes Python.h"
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -197,39 +199,35 @@ void test_positions() {
   }
 }
 
-void test_plans() {
-  for (const int tiles_per_block : {1, 4}) {
-    for (int num_samples = 1; num_samples <= 200; ++num_samples) {
-      for (int num_tiles = 1; num_tiles <= 200; ++num_tiles) {
-        const SegmentPlan plan = plan_segments(num_tiles, tiles_per_block, num_samples, true);
-        const SegmentPlan in_blocks = plan_segments(ceil_div_int(num_tiles, tiles_per_block), 1, num_samples, true);
-        const bool covers = plan.tiles_per_segment * plan.num_segments >= num_tiles &&
-                            plan.tiles_per_segment * (plan.num_segments - 1) < num_tiles;
-        const bool whole_blocks = plan.tiles_per_segment == in_blocks.tiles_per_segment * tiles_per_block &&
-                                  plan.num_segments == in_blocks.num_segments && plan.draws == in_blocks.draws;
-        const int draws = plan.num_segments * plan.draws;
-        check(covers && whole_blocks && plan.num_segments <= num_samples && draws >= num_samples &&
-                  draws < 2 * num_samples,
-              num_tiles, " tiles, ", tiles_per_block, " to a block, S ", num_samples, ": ", plan.num_segments,
-              " segments of ", plan.tiles_per_segment, " tiles, ", plan.draws, " draws each");
-      }
-    }
-  }
-  int longest = 0, most_blocks = 0, previous_block = 0;
+void test_tiles_and_parts() {
+  int most_tiles = 0, most_parts = 0;
   for (int64_t kv_len = 0; kv_len <= 70000; ++kv_len) {
-    longest = num_tiles_of(kv_len) > longest ? num_tiles_of(kv_len) : longest;
-    check(max_num_tiles(kv_len) >= longest, "max_num_tiles(", kv_len, ") is ", max_num_tiles(kv_len),
-          ", but a row takes ", longest);
-    const int block = block_kv_of(kv_len), blocks = static_cast<int>(ceil_div(kv_len, block));
-    most_blocks = blocks > most_blocks ? blocks : most_blocks;
-    check(block % tile_kv_of(kv_len) == 0 && block >= kMinBlockKv && block <= kMaxBlockKv && block >= previous_block &&
-              (kv_len > 32768 || blocks <= 16),
-          "block_kv_of(", kv_len, ") is ", block);
-    check(max_num_blocks(kv_len) >= most_blocks, "max_num_blocks(", kv_len, ") is ", max_num_blocks(kv_len),
-          ", but a row takes ", most_blocks);
-    previous_block = block;
+    most_tiles = std::max(most_tiles, num_tiles_of(kv_len));
+    check(max_num_tiles(kv_len) >= most_tiles, "max_num_tiles(", kv_len, ") is ", max_num_tiles(kv_len),
+          ", but a row takes ", most_tiles);
+    const int part = part_kv_of(kv_len, 8);
+    most_parts = std::max(most_parts, static_cast<int>(ceil_div(kv_len, part)));
+    check(part % kDrawTileKv == 0 && part >= kMinPartKv && part <= kMaxPartKv, "part_kv_of(", kv_len, ") is ", part);
+    check(max_num_parts(kv_len, 8) >= most_parts, "max_num_parts(", kv_len, ") is ", max_num_parts(kv_len, 8),
+          ", but a row takes ", most_parts);
   }
   check(num_tiles_of(2147483647) == 4194304, "num_tiles_of(2^31 - 1) is ", num_tiles_of(2147483647));
+}
+
+// Every head of a group is in one block, and blocks differ by less than the number of blocks.
+void test_head_blocks() {
+  for (int group = 1; group <= 1024; ++group) {
+    DecodeParams p{};
+    p.gqa_group_size = group;
+    int heads = 0;
+    for (int i = 0; i < p.num_head_blocks(); ++i) {
+      const HeadBlock block = head_block_of(p, i);
+      check(block.first == heads && block.count >= 1 && block.count <= kHeadBlock, "block ", i, " of ", group,
+            " heads is ", block.first, " + ", block.count);
+      heads += block.count;
+    }
+    check(heads == group, group, " heads are cut into blocks of ", heads);
+  }
 }
 
 void test_softmax_state() {
@@ -270,16 +268,16 @@ void test_scales() {
   check(p.score_scale(1) == 12.0f && p.output_scale(1) == 4.0f, "stride 1 is a scale per head");
 }
 
-// Two views of one [batch 2, token 5, head 3, dim 4] buffer of which row (b, n, h) holds 100 b + 10 n + h.
-void test_kv_view() {
+// Rows of one [batch 2, token 5, head 3, dim 4] buffer of which row (b, n, h) holds 100 b + 10 n + h.
+void test_kv_rows() {
   std::vector<int> buffer(2 * 5 * 3 * 4);
   for (int b = 0; b < 2; ++b) {
     for (int n = 0; n < 5; ++n) {
       for (int h = 0; h < 3; ++h) buffer[((b * 5 + n) * 3 + h) * 4] = 100 * b + 10 * n + h;
     }
   }
-  const auto view = make_strided_view<int>(buffer.data(), 1, 2, /*kv_start=*/1, 60, 12, 4);
-  for (int n = 0; n < 4; ++n) check(*view.row(n) == 100 + 10 * (n + 1) + 2, "view.row(", n, ") is ", *view.row(n));
+  const auto rows = make_kv_rows<int>(buffer.data(), 1, 2, /*kv_start=*/1, 60, 12, 4);
+  for (int n = 0; n < 4; ++n) check(*rows.row(n) == 100 + 10 * (n + 1) + 2, "row(", n, ") is ", *rows.row(n));
 }
 
 }  // namespace
@@ -293,9 +291,10 @@ int main() {
   test_draws();
   test_large_budgets();
   test_positions();
-  test_plans();
+  test_tiles_and_parts();
+  test_head_blocks();
   test_softmax_state();
-  test_kv_view();
+  test_kv_rows();
   test_float8();
   test_scales();
   return exit_code();
