@@ -232,8 +232,6 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
   }
   const float factor = !grouped ? 1.0f : rate > 0.0f ? exp2_below(state.max, reference) : 0.0f;
 
-  if (scores.num_keys == 0) return;
-
   // Places in the list: keys ascending.
   int count = 0, place = 0;
 #pragma unroll

@@ -168,16 +168,13 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   bool has_level = !streaming;
   uint32_t produced = 0, slot = ring;
   int number = -ring_slots;  // of the slot that is scored; before the first one, slots are filled only
-  // The first round has no keys. While the first ones are on their way, it goes through the code that turns scores into
-  // draws, which has to be fetched: a trip to the L2 for every few instructions.
 #pragma unroll 1
-  for (int tile = first_tile - stride; number < 0 || tile < num_keys || !has_level; tile += stride) {
-    const bool dry = number < 0;
-    const int tile_keys = dry ? 0 : max(min(draw_kv, num_keys - tile), 0);
+  for (int tile = first_tile; tile < num_keys || !has_level; tile += stride) {
+    const int tile_keys = max(min(draw_kv, num_keys - tile), 0);
     TileScores scores{score_area, pitch, tile_keys};
     scorer.begin(first_key + tile, tile_keys);
     int left = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
-    if (number == 0) left += num_pilots;
+    if (number <= lead) left += num_pilots;
     int index = 0;
 #pragma unroll 1
     while (left > 0 || number < 0) {
@@ -207,7 +204,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
                                        : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7));
       }
     }
-    if (!has_level && !dry) {
+    if (!has_level) {
       if constexpr (Scorer::kPilotSlots == 0) {
         for (int group = warp; group * 16 < pilot_size(kv_len); group += num_warps) {
           scorer.score_pilot(group, kv_len, shared, lane);
@@ -217,14 +214,15 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
       level = pilot_level(shared, ceil_div_int(pilot_size(kv_len), 16), lane);
       has_level = true;
     }
-    if (tile_keys == 0 && !dry) break;
+    if (tile_keys == 0) break;
     scorer.finish(scores, lane);
-    const uint32_t offset = tile_offset(p.budget, stream, max(first_key + tile, 0), draw_kv, kv_len,
+    const uint32_t offset = tile_offset(p.budget, stream, first_key + tile, draw_kv, kv_len,
                                         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
                                         unit_bits_of(p.sampler, p.num_samples));
     draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }
+  if (number < 0) cta_barrier();  // a warp without anything to do
   cp_async_wait<0>();
 }
 
