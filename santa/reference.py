@@ -130,8 +130,13 @@ def grouped_weights(p: Tensor, num_samples: int, u: float) -> Tensor:
 
 # The one-pass budgets: keys of the pilot, keys of a tile, and the most query heads that share their samples.
 PILOT_FIRST, PILOT_SPACED, PILOT_LAST = 16, 192, 48
-TILE_KV = 128  # 64 in rows of up to 16,384 keys, unless keys are stored by features
 HEAD_BLOCK = 8
+
+
+def tile_kv(kv_len: int, pilot_run: int = 1) -> int:
+    """Keys of a tile: 64 in rows of up to 16,384 keys, 128 in longer ones and where keys are stored by features, which
+    is where the pilot takes neighbours."""
+    return 64 if kv_len <= 16384 and pilot_run == 1 else 128
 
 
 def pilot(kv_len: int, run: int = 1) -> tuple[Tensor, Tensor]:
@@ -159,14 +164,15 @@ def tile_shares(p: Tensor, budget: str, *, pilot_run: int = 1) -> Tensor:
     a quarter of its part of the keys, at most 1.
     """
     kv_len = p.shape[-1]
-    keys = torch.tensor([len(tile) for tile in torch.arange(kv_len).split(TILE_KV)], dtype=torch.float64)
+    tile_keys = tile_kv(kv_len, pilot_run)
+    keys = torch.tensor([len(tile) for tile in torch.arange(kv_len).split(tile_keys)], dtype=torch.float64)
     if budget == "uniform":
         return (keys / kv_len).expand(p.shape[0], -1)
     if budget != "streaming":
         raise ValueError(f"budget is {budget!r}; it needs to be streaming or uniform")
     positions, weights = pilot(kv_len, pilot_run)
     level = (p[:, positions] * weights).sum(dim=-1, keepdim=True)
-    mass = torch.stack([tile.sum(dim=-1) for tile in p.split(TILE_KV, dim=-1)], dim=-1)
+    mass = torch.stack([tile.sum(dim=-1) for tile in p.split(tile_keys, dim=-1)], dim=-1)
     return torch.maximum(mass / level, keys / (4 * kv_len)).clamp(max=1.0)
 
 
@@ -181,7 +187,7 @@ def one_pass_draws(p: Tensor, num_samples: int, sampler: str, budget: str, *, pi
     """Expected draws m of each key for each head: [group, n]. systematic: S a softmax within the tile. grouped: the sum
     of that over the heads of a block, at most 1, which is the probability that the block reads the key."""
     shares = tile_shares(p, budget, pilot_run=pilot_run)
-    within = [tile / tile.sum(dim=-1, keepdim=True) for tile in p.split(TILE_KV, dim=-1)]
+    within = [tile / tile.sum(dim=-1, keepdim=True) for tile in p.split(tile_kv(p.shape[-1], pilot_run), dim=-1)]
     m = num_samples * torch.cat([shares[:, i : i + 1] * tile for i, tile in enumerate(within)], dim=-1)
     if sampler == "systematic":
         return m
@@ -213,7 +219,7 @@ def _one_pass_moments(
         for together in [heads] if sampler == "grouped" else [range(h, h + 1) for h in heads]:
             terms = torch.cat([ratio[h, :, None] * values for h in together], dim=-1)
             pieces = []  # what one uniform number draws from: begin and end of each key on the line, and its term
-            for tile in torch.arange(kv_len).split(TILE_KV):
+            for tile in torch.arange(kv_len).split(tile_kv(kv_len, pilot_run)):
                 gone_on = len(together) * num_samples * int(tile[0]) / kv_len if budget == "uniform" else 0.0
                 line = gone_on % 1.0 + torch.cat([m.new_zeros(1), torch.cumsum(m[together[0], tile], dim=0)])
                 pieces.append((line[:-1], line[1:], terms[tile]))
@@ -225,16 +231,12 @@ def _one_pass_moments(
 
 
 def _systematic_sums(begin: Tensor, end: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over U of sum_n (floor(end_n + U) - floor(begin_n + U)) terms_n, by all pieces of U."""
-    cuts = torch.remainder(-torch.cat([begin, end]), 1.0)  # where a floor jumps
-    cuts = torch.cat([cuts.new_zeros(1), torch.sort(cuts).values, cuts.new_ones(1)])
-    lengths = torch.diff(cuts)
-    keep = lengths > 1e-12
-    sums = [
-        (torch.floor(end + u[:, None]) - torch.floor(begin + u[:, None])) @ terms
-        for u in ((cuts[:-1] + cuts[1:])[keep] / 2).split(256)
-    ]
-    return _weighted_moments(torch.cat(sums), lengths[keep] / lengths[keep].sum())
+    """Mean and variance over U in [0, 1) of sum_n (floor(end_n + U) - floor(begin_n + U)) terms_n: the sum at U = 0
+    and after every jump of a floor, each with how long it lasts."""
+    jumps, order = torch.sort(torch.cat([1.0 - end.frac(), 1.0 - begin.frac()]))
+    start = (end.floor() - begin.floor()) @ terms
+    sums = torch.cumsum(torch.cat([start[None], torch.cat([terms, -terms])[order]]), dim=0)
+    return _weighted_moments(sums, torch.diff(torch.cat([jumps.new_zeros(1), jumps, jumps.new_ones(1)])))
 
 
 def moments(

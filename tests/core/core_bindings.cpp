@@ -77,12 +77,12 @@ Array<int> rows_at(const Array<uint32_t>& cumulative, const Array<uint32_t>& pos
   return result;
 }
 
-// For each tile [first, first + 128) of a row.
-Array<uint32_t> uniform_offsets(const RandomStream& stream, const Array<int64_t>& first_keys, int kv_len,
-                                int64_t num_draws, int unit_bits) {
+// For each tile of a row, by its first key.
+Array<uint32_t> tile_offsets(Budget budget, const RandomStream& stream, const Array<int64_t>& first_keys, int tile_kv,
+                             int kv_len, int64_t num_draws, int unit_bits) {
   Array<uint32_t> offsets(first_keys.size());
   for (py::ssize_t i = 0; i < first_keys.size(); ++i) {
-    offsets.mutable_at(i) = uniform_offset(stream, first_keys.at(i), kv_len, num_draws, unit_bits);
+    offsets.mutable_at(i) = tile_offset(budget, stream, first_keys.at(i), tile_kv, kv_len, num_draws, unit_bits);
   }
   return offsets;
 }
@@ -145,6 +145,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("max_num_tiles", py::vectorize(max_num_tiles));
   m.def("exact_tile_kv_of", py::vectorize(exact_tile_kv_of));
   m.def("max_exact_tiles", py::vectorize(max_exact_tiles));
+  m.def("draw_tile_kv_of", py::vectorize(draw_tile_kv_of), py::arg("kv_len"), py::arg("by_features"));
   m.def("part_kv_of", py::vectorize(part_kv_of), py::arg("kv_len"), py::arg("num_units"));
   m.def("max_num_parts", py::vectorize(max_num_parts), py::arg("max_kv_len"), py::arg("num_units"));
   m.def("num_head_blocks_of", &num_head_blocks_of);
@@ -163,9 +164,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("inclusion_units", py::vectorize(inclusion_units));
   m.def("draws_between", py::vectorize(draws_between), py::arg("below"), py::arg("units"), py::arg("offset"),
         py::arg("unit_bits"));
-  m.def("streaming_offset", &streaming_offset, py::arg("stream"), py::arg("tile"), py::arg("unit_bits"));
-  m.def("uniform_offsets", &uniform_offsets, py::arg("stream"), py::arg("first_keys"), py::arg("kv_len"),
-        py::arg("num_draws"), py::arg("unit_bits"));
+  py::enum_<Budget>(m, "Budget").value("UNIFORM", Budget::kUniform).value("STREAMING", Budget::kStreaming);
+  m.def("tile_offsets", &tile_offsets, py::arg("budget"), py::arg("stream"), py::arg("first_keys"), py::arg("tile_kv"),
+        py::arg("kv_len"), py::arg("num_draws"), py::arg("unit_bits"));
 
   // float8.h
   m.def("float_of_e4m3", py::vectorize(float_of_e4m3));

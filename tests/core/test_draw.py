@@ -62,25 +62,41 @@ def test_units_fit_32_bits(num_samples):
 
 @for_all(st.floats(0, 2, width=32), st.integers(0, 24))
 def test_units(expected, bits):
-    """Rounded up to the next unit: whatever has mass can be drawn."""
-    units = int(core.draw_units(expected, 1.0, bits))
-    assert units == (0 if expected == 0 else math.floor(min(expected, 1.0) * 2**bits) + 1)
-    assert int(core.inclusion_units(expected)) == (0 if expected == 0 else min(math.floor(expected * 2**24) + 1, 2**24))
+    """Rounded to the nearest unit, and to one at least: whatever has mass can be drawn."""
+
+    def off(units: int, unit_bits: int) -> float:
+        return abs(units - min(expected, 1.0) * 2**unit_bits)
+
+    units, included = int(core.draw_units(expected, 1.0, bits)), int(core.inclusion_units(expected))
+    if expected == 0:
+        assert units == included == 0
+        return
+    # From 2^23 units on, adding a half to a float can take it to the next one.
+    assert units >= 1 and (units == 1 or off(units, bits) <= (0.5 if units < 2**23 else 1.0))
+    assert 1 <= included <= 2**24 and (included == 1 or off(included, 24) <= (0.5 if included < 2**23 else 1.0))
+    if units == 1:
+        assert expected * 2**bits < 1.5
     assert core.draw_units(math.nan, 1.0, bits) == core.draw_units(-1.0, 1.0, bits) == 0
 
 
-@for_all(streams, st.integers(0, 2**24), st.integers(0, 24))
-def test_offsets_are_below_a_draw(stream, tile, bits):
-    assert core.streaming_offset(stream, tile, bits) < 1 << bits
-    assert core.streaming_offset(stream, tile, bits) == (stream.bits(tile, 0) >> (64 - bits) if bits else 0)
+tile_sizes = st.sampled_from([64, 128])
 
 
-@for_all(streams, st.integers(1, 200_000), st.integers(1, 2**23), st.integers(0, 24))
-@example(core.RandomStream(), 200_000, 2**23, 24)
-def test_uniform_offsets_are_one_line(stream, kv_len, num_draws, bits):
+@for_all(streams, st.integers(0, 2**24 - 1), tile_sizes, st.integers(0, 24))
+def test_streaming_offsets_are_those_of_tiles(stream, tile, tile_kv, bits):
+    """A number of its own for each tile, below a draw."""
+    (offset,) = core.tile_offsets(core.Budget.STREAMING, stream, [tile * tile_kv], tile_kv, 2**31 - 1, 1, bits)
+    assert offset < 1 << bits
+    assert offset == (stream.bits(tile, 0) >> (64 - bits) if bits else 0)
+
+
+@for_all(streams, st.integers(1, 200_000), st.integers(1, 2**23), tile_sizes, st.integers(0, 24))
+@example(core.RandomStream(), 200_000, 2**23, 128, 24)
+@example(core.RandomStream(), 16_384, 2**23, 64, 24)
+def test_uniform_offsets_are_one_line(stream, kv_len, num_draws, tile_kv, bits):
     """A tile begins where R first / n draws and the random offset have come to, modulo whole draws."""
-    first = np.arange(0, kv_len, 128)
-    offsets = core.uniform_offsets(stream, first, kv_len, num_draws, bits).astype(np.int64)
+    first = np.arange(0, kv_len, tile_kv)
+    offsets = core.tile_offsets(core.Budget.UNIFORM, stream, first, tile_kv, kv_len, num_draws, bits).astype(np.int64)
     assert (offsets < 1 << bits).all()
     start = stream.bits(0, 0) >> 32
     for tile in {0, len(first) // 2, len(first) - 1}:
@@ -88,16 +104,18 @@ def test_uniform_offsets_are_one_line(stream, kv_len, num_draws, bits):
         assert offsets[tile] == ((start + gone_on) % 2**32) >> (32 - bits)
 
 
+@pytest.mark.parametrize("tile_kv", [64, 128])
 @pytest.mark.parametrize("num_draws", [1, 64, 300])
-def test_uniform_draws_add_up_to_the_budget(num_draws):
+def test_uniform_draws_add_up_to_the_budget(num_draws, tile_kv):
     """Over a row of equal keys: R draws, up to the rounding of its units."""
     kv_len = 4173
-    first = np.arange(0, kv_len, 128)
+    first = np.arange(0, kv_len, tile_kv)
     units = int(core.inclusion_units(num_draws / kv_len))
     for seed in range(200):
-        offsets = core.uniform_offsets(core.RandomStream(seed), first, kv_len, num_draws, 24)
+        stream = core.RandomStream(seed)
+        offsets = core.tile_offsets(core.Budget.UNIFORM, stream, first, tile_kv, kv_len, num_draws, 24)
         total = 0
         for begin, offset in zip(first, offsets, strict=True):
-            keys = min(128, kv_len - int(begin))
+            keys = min(tile_kv, kv_len - int(begin))
             total += int(core.draws_between(np.arange(keys) * units, units, offset, 24).sum())
         assert abs(total - num_draws) <= 1

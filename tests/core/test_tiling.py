@@ -10,6 +10,7 @@ from hypothesis import example
 from hypothesis import strategies as st
 
 import santa
+from santa import reference
 
 
 def test_tiles_cover_every_length_and_max_num_tiles_bounds_them():
@@ -39,17 +40,29 @@ def test_exact_tiles_of_every_length():
 
 @pytest.mark.parametrize("num_units", [1, 2, 8, 9, 32, 64, 1000, 65_535])
 def test_parts_of_every_length(num_units):
-    """512 to 4,096 keys: twice as many where 256 parts over all units would not hold the row. max_num_parts bounds the
+    """256 to 4,096 keys: twice as many where 256 parts over all units would not hold the row. max_num_parts bounds the
     parts of all lengths so far, and is at most an eighth more than needed."""
     lengths = np.arange(0, 300_001, 7)
     parts_kv = core.part_kv_of(lengths, num_units)
-    assert set(parts_kv.tolist()) <= {512, 1024, 2048, 4096}
+    assert set(parts_kv.tolist()) <= {256, 512, 1024, 2048, 4096}
     assert (np.diff(parts_kv) >= 0).all()
     assert ((parts_kv == 4096) | (parts_kv * 256 >= lengths * num_units)).all()
-    assert ((parts_kv == 512) | (parts_kv // 2 * 256 < lengths * num_units)).all()
+    assert ((parts_kv == 256) | (parts_kv // 2 * 256 < lengths * num_units)).all()
     needed = np.maximum.accumulate(-(-lengths // parts_kv))
     bound = core.max_num_parts(lengths, num_units)
     assert (bound >= needed).all() and (bound <= needed + needed // 8 + 1).all()
+
+
+def test_tiles_of_rows_in_one_pass():
+    """64 keys up to 16,384 of them, 128 in longer rows and where keys are stored by features: what the oracle says, and
+    every part holds whole tiles."""
+    lengths = np.arange(70_001)
+    for by_features, pilot_run in ((False, 1), (True, 8)):
+        tiles_kv = core.draw_tile_kv_of(lengths, by_features)
+        assert tiles_kv.tolist() == [reference.tile_kv(n, pilot_run) for n in range(70_001)]
+        assert set(tiles_kv.tolist()) == ({128} if by_features else {64, 128})
+        assert (core.part_kv_of(lengths, 1) % tiles_kv == 0).all()
+    assert core.draw_tile_kv_of(2**31 - 1, False) == 128
 
 
 @for_all(kv_lens, kv_lens, st.integers(1, 2**26))

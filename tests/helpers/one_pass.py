@@ -14,7 +14,9 @@ from santa import reference
 
 SAMPLERS = ["systematic", "grouped"]
 BUDGETS = ["streaming", "uniform"]
-KV_LEN = 4096 + 77  # 33 tiles, the last one ragged; 9 parts of 512 keys for one KV head
+# For one KV head, in parts of 256 keys:
+KV_LEN = 4096 + 77  # 66 tiles of 64 keys, the last one ragged, in 17 parts; with Bernoulli scores 33 tiles
+LONG_KV_LEN = 16384 + 141  # 130 tiles of 128 keys, the last one ragged, in 65 parts
 
 
 def draws_of(q: Tensor, k: Tensor, v: Tensor, *, count: int, seed: int = 0, **options: Any) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """The laws of the streaming and the uniform budget, end to end through the operator, against the float64 oracle.
 
-Rows have 33 tiles in 9 parts. One call makes N independent draws: the same row N times with different row seeds. Seeds
-are fixed, so a test that passes keeps passing; the false-alarm rates are what a change of seed would risk.
+Rows have 66 tiles of 64 keys in 17 parts, long ones 130 tiles of 128 keys in 65 parts. One call makes N independent
+draws: the same row N times with different row seeds. Seeds are fixed, so a test that passes keeps passing; the
+false-alarm rates are what a change of seed would risk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from helpers.inputs import working_dtype
 from helpers.one_pass import (
     BUDGETS,
     KV_LEN,
+    LONG_KV_LEN,
     SAMPLERS,
     Problem,
     assert_mean,
@@ -63,10 +65,14 @@ def test_nearly_all_mass_on_a_key_that_the_pilot_misses(device, sampler):
     assert_laws(with_peak(device, MISSED, share=0.99), sampler, "streaming")
 
 
-def assert_laws(problem: Problem, sampler: str, budget: str) -> None:
-    num_samples = 64
+def test_rows_of_larger_tiles(device, sampler, budget):
+    """The same for rows above 16,384 keys."""
+    assert_laws(gaussian(device, kv_len=LONG_KV_LEN), sampler, budget, count=1024, num_samples=128)
+
+
+def assert_laws(problem: Problem, sampler: str, budget: str, *, count: int = N, num_samples: int = 64) -> None:
     out, lse, rows = draws_of(
-        *problem.qkv, count=N, num_samples=num_samples, sampler=sampler, budget=budget, return_rows_read=True
+        *problem.qkv, count=count, num_samples=num_samples, sampler=sampler, budget=budget, return_rows_read=True
     )
     assert_unbiased(out, problem.expected)
     assert (lse.cpu() - problem.lse).abs().max() < 1e-4
@@ -107,7 +113,8 @@ def windows_of(problem: Problem, first: int, count: int = 64) -> Problem:
     return Problem(q, k, shown)
 
 
-WINDOWS = [0, 480, 2048 - 32, KV_LEN - 64]  # on both sides of a part's end, of a tile's; the ragged end
+WINDOWS = [0, 480, 2048 + 32, KV_LEN - 64]  # on both sides of a part's end, of a tile's; the ragged end
+LONG_WINDOWS = [480, 16384 - 128 - 32, LONG_KV_LEN - 64]
 
 
 @pytest.mark.parametrize("first", WINDOWS)
@@ -115,7 +122,19 @@ def test_weights_and_inclusion_frequencies(device, sampler, budget, first):
     """Every key is drawn floor(m) or ceil(m) times, as often as m says for every head, and enters with count p / m
     (chi-square over the keys of a window for each head: false-alarm rate below 1e-6)."""
     problem = windows_of(gaussian(device, logit_std=2.0), first)
-    num_samples, count = 64, 8192
+    assert_inclusion(device, problem, sampler, budget, first, num_samples=64, count=8192)
+
+
+@pytest.mark.parametrize("first", LONG_WINDOWS)
+def test_weights_and_inclusion_frequencies_of_larger_tiles(device, sampler, budget, first):
+    """The same for rows above 16,384 keys."""
+    problem = windows_of(gaussian(device, kv_len=LONG_KV_LEN, logit_std=1.0), first)
+    assert_inclusion(device, problem, sampler, budget, first, num_samples=256, count=2048)
+
+
+def assert_inclusion(
+    device: str, problem: Problem, sampler: str, budget: str, first: int, *, num_samples: int, count: int
+) -> None:
     out, _ = draws_of(*problem.qkv, count=count, num_samples=num_samples, sampler=sampler, budget=budget)
     keys = slice(first, first + 64)
     m = reference.one_pass_draws(problem.p, num_samples, sampler, budget)[:, keys]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers.bernoulli import bernoulli, draw, feature_major
 from helpers.inputs import SAMPLED, make_qkv, repeat_rows, working_dtype
-from helpers.one_pass import BUDGETS, KV_LEN, SAMPLERS, assert_mean, assert_unbiased, draws_of, gaussian
+from helpers.one_pass import BUDGETS, KV_LEN, LONG_KV_LEN, SAMPLERS, assert_mean, assert_unbiased, draws_of, gaussian
 
 import santa
 from santa import reference, reference_bernoulli
 
 N = 4096
-LENGTHS = [1, 2, 127, 128, 129, 255, 256, 257, 511, 512, 513]
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513]
 
 
 @pytest.fixture(params=SAMPLED, ids="-".join)
@@ -80,7 +80,7 @@ def test_rows_read_changes_nothing(device, combination):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 40, 72])  # parts of 512, 1,024 and 2,048 keys
+@pytest.mark.parametrize("num_kv_heads", [1, 20, 40, 72])  # parts of 256, 512, 1,024 and 2,048 keys
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_parts_of_every_size(device, num_kv_heads, budget):
     q, k, v = make_qkv(
@@ -149,8 +149,15 @@ def test_scores_follow_positions(device):
 @pytest.mark.parametrize("heads", [(8, 2), (12, 1), (40, 40)])
 def test_alone_or_in_a_batch(device, combination, heads):
     """Bit for bit, whatever the other rows of the batch are."""
-    lengths = [KV_LEN, 600, 129, 0, 1]
-    q, k, v = make_qkv(len(lengths), *heads, KV_LEN, 64, dtype=working_dtype(device), device=device)
+    assert_the_same_alone(device, [KV_LEN, 600, 129, 0, 1], heads, combination)
+
+
+def test_tiles_of_either_size_in_a_batch(device, combination):
+    assert_the_same_alone(device, [LONG_KV_LEN, 16_384, 16_385, 600], (8, 2), combination)
+
+
+def assert_the_same_alone(device: str, lengths: list[int], heads: tuple[int, int], combination: dict[str, str]) -> None:
+    q, k, v = make_qkv(len(lengths), *heads, max(lengths), 64, dtype=working_dtype(device), device=device)
     kv_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     options = {"num_samples": 16, "min_sampled_len": 128, "return_rows_read": True, **combination}
     together = santa.decode(q, k, v, kv_lens=kv_lens, **options)
