@@ -1,0 +1,92 @@
+"""How the one-pass CUDA kernel is set up (score warps, ring slots, parts that one CTA walks) changes no bit of a
+result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers.bernoulli import feature_major
+from helpers.float8 import quantised
+from helpers.inputs import make_qkv
+from helpers.one_pass import BUDGETS, KV_LEN, LONG_KV_LEN, SAMPLERS
+from torch import Tensor
+
+import santa
+
+pytestmark = pytest.mark.gpu
+
+Force = Callable[[int, int, int], None]
+
+# num_warps, num_slots, run_parts; 0: what the heuristics say. Warps and slots are at most what fits.
+PLANS = [(1, 2, 1), (1, 8, 3), (2, 3, 1000), (3, 2, 2), (4, 2, 1), (4, 4, 5), (0, 0, 1), (0, 0, 1000)]
+
+
+@pytest.fixture
+def force_plan() -> Iterator[Force]:
+    force = torch.ops.santa._force_plan
+    force(0, 0, 0)
+    yield force
+    force(0, 0, 0)
+
+
+def call_of(scores: str, group: int, lengths: list[int], head_dim: int = 128) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator on a batch of rows of two KV heads, with these scores: bf16 keys, float8 K, float8 K and V, or
+    Bernoulli."""
+    q, k, v = make_qkv(
+        len(lengths), 2 * group, 2, max(lengths), head_dim, dtype=torch.bfloat16, device="cuda", logit_std=1.5
+    )
+    options = {"kv_lens": torch.tensor(lengths, dtype=torch.int32, device="cuda"), "min_sampled_len": 0}
+    options |= {"return_rows_read": True, "row_seeds": torch.arange(len(lengths), device="cuda")}
+    if scores == "bernoulli":
+        k = feature_major(k)
+        options |= {"score": "bernoulli", "num_draws": 8}
+    elif scores != "bf16":
+        k, v, scales = quantised(scores, k, v)
+        options |= scales
+    return lambda **more: santa.decode(q, k, v, **options, **more)
+
+
+def assert_one_result(force_plan: Force, call: Callable[..., tuple[Tensor, ...]], plans, **options) -> None:
+    names = ("out", "lse", "rows_read")
+    expected = call(**options)
+    assert torch.isfinite(expected[0]).all() and (expected[2] > 0).all()
+    for plan in plans:
+        force_plan(*plan)
+        for name, ours, theirs in zip(names, call(**options), expected, strict=True):
+            assert torch.equal(ours, theirs), (name, plan)
+    force_plan(0, 0, 0)
+
+
+@pytest.mark.parametrize("group", [4, 8, 12])
+@pytest.mark.parametrize("scores", ["bf16", "fp8-k", "fp8", "bernoulli"])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_results_do_not_depend_on_the_plan(force_plan, sampler, budget, scores, group):
+    """Rows of tiles of either size, of many parts, of fewer tiles than warps, and cut short in the first tile."""
+    call = call_of(scores, group, [KV_LEN, LONG_KV_LEN, 300, 65, 7])
+    assert_one_result(force_plan, call, PLANS, sampler=sampler, budget=budget, num_samples=64)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
+@pytest.mark.parametrize("scores", ["bf16", "fp8"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_head_dims(force_plan, budget, scores, head_dim):
+    """Slots and warps that fit differ from one head_dim to the next."""
+    call = call_of(scores, 4, [KV_LEN, 300], head_dim)
+    assert_one_result(force_plan, call, PLANS, budget=budget, num_samples=64)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_many_draws(force_plan, sampler):
+    """Tiles whose draws fill a queue several times over."""
+    call = call_of("bf16", 4, [KV_LEN, 300])
+    assert_one_result(force_plan, call, PLANS, sampler=sampler, num_samples=4096)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("scores", ["bf16", "fp8", "bernoulli"])
+def test_a_small_row(force_plan, scores):
+    call = call_of(scores, 4, [700])
+    assert_one_result(force_plan, call, [(1, 2, 1), (3, 2, 2)], num_samples=32)
