@@ -155,9 +155,9 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
   if (!valid) length = 0;
   const int kv_len = static_cast<int>(length);
   const bool sampled = p.num_samples > 0 && kv_len > 0 && kv_len >= p.min_sampled_len;
-  const RowKind kind = !sampled                                ? RowKind::kExact
-                       : p.budget == Budget::kProportional     ? RowKind::kProportional
-                                                               : RowKind::kOnePass;
+  const RowKind kind = !sampled                            ? RowKind::kExact
+                       : p.budget == Budget::kProportional ? RowKind::kProportional
+                                                           : RowKind::kOnePass;
   const int tile_kv = kind == RowKind::kExact     ? exact_tile_kv_of(kv_len)
                       : kind == RowKind::kOnePass ? part_kv_of(kv_len, p.num_units())
                                                   : tile_kv_of(kv_len);
@@ -213,7 +213,8 @@ inline CallPlan plan_call(const DecodeParams& p) {
   plan.one_pass = sampled && p.budget != Budget::kProportional;
   plan.proportional = sampled && p.budget == Budget::kProportional;
   plan.exact = !sampled || !lengths_known;
-  plan.longest_exact = sampled && p.min_sampled_len <= p.max_kv_len ? static_cast<int>(p.min_sampled_len) : p.max_kv_len;
+  plan.longest_exact =
+      sampled && p.min_sampled_len <= p.max_kv_len ? static_cast<int>(p.min_sampled_len) : p.max_kv_len;
   plan.max_parts = plan.one_pass ? max_num_parts(p.max_kv_len, p.num_units()) : 0;
   return plan;
 }

@@ -29,7 +29,8 @@ struct DrawParams {
 
   SANTA_HD uint32_t offset(int row, int tile) const {
     const RandomStream stream = RandomStream::make(seed, row_seeds[row], 0, 0);
-    return tile_offset(Budget::kStreaming, stream, static_cast<int64_t>(tile) * kDrawTileKv, kDrawTileKv, 1, 0, unit_bits);
+    return tile_offset(Budget::kStreaming, stream, static_cast<int64_t>(tile) * kDrawTileKv, kDrawTileKv, 1, 0,
+                       unit_bits);
   }
 };
 

@@ -82,7 +82,7 @@ SANTA_HD int unit_bits_of(Sampler sampler, int num_samples) {
   return bits;
 }
 
-// A key with any mass has one unit at least: one that could never be drawn would bias the estimate. Zero and NaN give 0.
+// A key with any mass has one unit at least: one that could never be drawn would bias the estimate. 0 of zero and NaN.
 SANTA_HD uint32_t draw_units(float expected, float most, int unit_bits) {
   if (!(expected > 0.0f)) return 0;
   const uint32_t units = static_cast<uint32_t>(fminf(expected, most) * static_cast<float>(1u << unit_bits) + 0.5f);
@@ -118,8 +118,8 @@ SANTA_HD uint32_t tile_offset(Budget budget, RandomStream stream, int64_t first_
 
 // ---- weights
 
-// What exp2(score) is measured against in a tile: large enough to keep sums finite, and the same for nearly all tiles of
-// a row, so that their sums add up without rescaling.
+// What exp2(score) is measured against in a tile: large enough to keep sums finite, and the same for nearly all tiles
+// of a row, so that their sums add up without rescaling.
 SANTA_HD float tile_reference(Budget budget, float level, float tile_max) {
   return budget == Budget::kStreaming && is_finite(level) ? fmaxf(level, tile_max) : tile_max;
 }
@@ -131,7 +131,8 @@ SANTA_HD float inclusion_weight(float score, float reference, uint32_t units) {
 
 // systematic: what each draw of a head stands for, its share of the tile's mass. `tile_units`: of all its keys.
 SANTA_HD float draw_scale(SoftmaxState tile, float reference, uint32_t tile_units, int unit_bits) {
-  return tile.sum * exp2_below(tile.max, reference) * (static_cast<float>(1u << unit_bits) / static_cast<float>(tile_units));
+  return tile.sum * exp2_below(tile.max, reference) *
+         (static_cast<float>(1u << unit_bits) / static_cast<float>(tile_units));
 }
 
 }  // namespace santa

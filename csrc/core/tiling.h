@@ -57,14 +57,16 @@ constexpr int kHeadBlock = 8;
 
 SANTA_HD int num_head_blocks_of(int gqa_group_size) { return ceil_div_int(gqa_group_size, kHeadBlock); }
 
-// The tile of a row that is sampled in one pass: what a warp scores, draws from and hands on. Short rows take small ones,
-// so that there is a tile for each of a GPU's warps; keys by features come 128 at a time.
+// The tile of a row that is sampled in one pass: what a warp scores, draws from and hands on. Short rows take small
+// ones, so that there is a tile for each of a GPU's warps; keys by features come 128 at a time.
 constexpr int kDrawTileKv = 128;  // at most
 
-SANTA_HD int draw_tile_kv_of(int64_t kv_len, bool by_features) { return kv_len <= 16384 && !by_features ? 64 : kDrawTileKv; }
+SANTA_HD int draw_tile_kv_of(int64_t kv_len, bool by_features) {
+  return kv_len <= 16384 && !by_features ? 64 : kDrawTileKv;
+}
 
 // Keys per part of such a row. One row alone should keep a GPU busy: 256 parts over all its KV heads and head blocks.
-// A part costs a partial result, so it has four tiles at least; beyond 4,096 keys longer parts save nothing.
+// A part costs a partial result, so it has 256 keys at least; beyond 4,096 keys longer parts save nothing.
 constexpr int kMinPartKv = 256;
 constexpr int kMaxPartKv = 4096;
 constexpr int kPartsWanted = 256;

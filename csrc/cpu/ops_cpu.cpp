@@ -55,8 +55,7 @@ struct DrawBackend {
       for (int tile = 0; tile < p.tiles; ++tile) {
         const int64_t first = (static_cast<int64_t>(row) * p.tiles + tile) * kDrawTileKv;
         const std::vector<uint32_t> units(p.units + first, p.units + first + kDrawTileKv);
-        draw_counts(units.data(), kDrawTileKv, p.offset(row, tile), p.unit_bits,
-                    p.counts + first);
+        draw_counts(units.data(), kDrawTileKv, p.offset(row, tile), p.unit_bits, p.counts + first);
       }
     }
   }
