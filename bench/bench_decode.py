@@ -317,7 +317,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="1x32768 and 4x32768 with grouped sampling, S = 128")
     add("--targets", action="store_true", help="say of each target whether it is met")
     add("--shapes", nargs="+", metavar="BATCHxKV_LEN")
-    add("--samples", nargs="+", type=int, help="draws per query head; default 128 256")
+    add("--samples", nargs="+", type=int, help="draws per query head; default 128")
     add("--samplers", nargs="+", help="default grouped systematic")
     add("--budgets", nargs="+", default=["streaming"], choices=["streaming", "proportional"], help="of --samples")
     add("--uniform-samples", nargs="*", type=int, help="draws per query head, uniform budget; default 2048")

@@ -42,6 +42,7 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
   workspace.take(p.o_accum, stats * p.head_dim);
   workspace.take(p.tile_max, stats);
   workspace.take(p.tile_sum, stats);
+  if (plan.one_pass && p.budget == Budget::kStreaming) workspace.take(p.level, groups * p.gqa_group_size);
   if (plan.one_pass && p.rows_read != nullptr) workspace.take(p.tile_rows, tiles * p.num_head_blocks());
   if (plan.proportional) {
     workspace.take(p.tile_rows, tiles * p.num_streams());

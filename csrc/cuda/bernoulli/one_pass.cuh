@@ -39,7 +39,6 @@ struct FeatureScorer {
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
   static constexpr int kOnceBytes = list_bytes(HEAD_DIM);
   static constexpr int kSlotKeys = kDrawTileKv;
-  static constexpr int kPilotSlots = 0;  // pilot keys come straight from memory
 
   const BernoulliParams& p;
   const FeatureList& list;
@@ -146,13 +145,20 @@ struct FeatureScorer {
     }
   }
 
-  __device__ __forceinline__ void load_pilot(uint32_t, int, int, uint64_t, int) const {}
+  // Hands the logits of the pilot keys [32 part, 32 part + 32), in runs of neighbours, to put(group of 16, logits). They
+  // come straight from memory; those that are not finite count as zeros here, where nothing hangs on them.
+  template <typename Put>
+  __device__ __forceinline__ void score_pilot(uint32_t, int part, const RowUnit& unit, int lane, const Put& put) const {
+#pragma unroll 1
+    for (int group = 2 * part; group < 2 * part + 2; ++group) score_pilot_group(group, unit.row.kv_len, lane, put);
+  }
 
-  // 16 pilot keys, in runs of 8 neighbours. Those that are not finite count as zeros here, where nothing hangs on them.
-  __device__ __forceinline__ void score_pilot(int group, int kv_len, OnePassShared& shared, int lane) const {
+ private:
+  template <typename Put>
+  __device__ __forceinline__ void score_pilot_group(int group, int kv_len, int lane, const Put& put) const {
     const int g = lane >> 2, t = lane & 3, size = pilot_size(kv_len);
-    const int low = pilot_position(min(group * 16 + g, size - 1), kv_len, 8);
-    const int high = pilot_position(min(group * 16 + g + 8, size - 1), kv_len, 8);
+    const int low = pilot_position(min(group * 16 + g, size - 1), kv_len, kFeaturePilotRun);
+    const int high = pilot_position(min(group * 16 + g + 8, size - 1), kv_len, kFeaturePilotRun);
     float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const auto element = [&](int position, int item) -> uint32_t {
       if (item >= list.num_features) return 0;
@@ -173,10 +179,9 @@ struct FeatureScorer {
     const float first_scale = list.scales[2 * t], second_scale = list.scales[2 * t + 1];
     const float logits[4] = {logit_of(products[0], first_scale), logit_of(products[1], second_scale),
                              logit_of(products[2], first_scale), logit_of(products[3], second_scale)};
-    put_pilot(shared, group, logits, kv_len, lane);
+    put(group, logits);
   }
 
- private:
   // The sums of the tile once more, from memory, with zeros in place of keys that are not finite; then those keys, one
   // by one, for the heads that drew their features. Rare, so short rather than fast.
   __device__ __forceinline__ void take_apart(int lane) {
@@ -224,11 +229,24 @@ struct FeatureScorer {
 };
 
 template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(kPilotWarps * 32) pilot_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
+  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  using Scorer = FeatureScorer<T, HEAD_DIM>;
+  launch_dependents();
+  const RowUnit unit = RowUnit::make(p.decode, blockIdx.z, blockIdx.x);
+  if (!unit.row.one_pass()) return;
+  unsigned char* const list = one_pass_bytes + kPilotBytes + kPilotWarps * Scorer::kSlotBytes;
+  Scorer::fetch_list(p, unit, list);
+  __syncthreads();
+  Scorer scorer(p, unit, list);
+  find_level(p.decode, unit, scorer, one_pass_bytes);
+}
+
+template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
     one_pass_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = FeatureScorer<T, HEAD_DIM>;
-  wait_for_previous();
   launch_dependents();
   const Work work(p.decode);
   if (!work.exists()) return;
@@ -240,7 +258,8 @@ __global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
 
 template <typename T, int HEAD_DIM>
 void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
-  launch_one_pass_kernel(one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode, feature_score_bytes(p.decode), stream);
+  launch_one_pass_kernels(pilot_bernoulli_kernel<T, HEAD_DIM>, one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode,
+                          feature_score_bytes(p.decode), stream);
 }
 
 }  // namespace santa::cuda

@@ -37,8 +37,8 @@ void prefer_shared_memory(Kernel* kernel) {
 // Launches a kernel that begins with wait_for_previous() (ptx.cuh): it may be set up while the one before it ends. Only
 // code for sm_90 and later waits; what was compiled for less must not be launched early.
 template <typename... Parameters, typename... Arguments>
-void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, const char* name,
-                  const Arguments&... arguments) {
+void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                  const char* name, const Arguments&... arguments) {
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   cudaLaunchAttribute early{};
@@ -46,6 +46,7 @@ void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStr
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
+  config.dynamicSmemBytes = shared_bytes;
   config.attrs = &early, config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }

@@ -181,20 +181,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   } while (done == 0);
 }
 
-// A barrier of the first warps of a CTA alone.
-__device__ __forceinline__ void score_warps_barrier(int num_warps) {
-  asm volatile("barrier.sync 1, %0;" ::"r"(num_warps * 32) : "memory");
-}
-
-// The same number, unknown to the compiler: what is computed from it is not kept in registers from one round of a loop to
-// the next.
-template <typename Number>
-__device__ __forceinline__ Number anew(Number value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
-// And one of its last two.
+// A barrier of the last two warps of a CTA alone.
 __device__ __forceinline__ void gather_warps_barrier() { asm volatile("barrier.sync 2, 64;" ::: "memory"); }
 
 // One of all, which may be met in different places.

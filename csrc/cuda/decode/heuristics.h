@@ -13,7 +13,7 @@ constexpr int kMaxSlots = 8;        // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;     // draws that a score warp hands on at a time
 constexpr int kChunkBytes = 736;    // of a DrawChunk, for 8 heads; draw.cuh checks it
-constexpr int kSharedBytes = 1536;  // of OnePassShared; one_pass.cuh checks it
+constexpr int kSharedBytes = 512;   // of OnePassShared; one_pass.cuh checks it
 
 // What scores of one kind take of shared memory: by the slot of a ring, and once per CTA.
 struct ScoreBytes {

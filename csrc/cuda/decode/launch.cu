@@ -10,7 +10,7 @@ namespace {
 
 template <typename V>
 void launch_value_stages_of(const DecodeParams& p, cudaStream_t stream) {
-  launch_after(plan_kernel, dim3(p.num_kv_heads, p.batch), kPlanThreads, stream, "plan_kernel", p);
+  launch_after(plan_kernel, dim3(p.num_kv_heads, p.batch), kPlanThreads, 0, stream, "plan_kernel", p);
   with_head_dim(p.head_dim, [&](auto head_dim) { launch_proportional_gather<V, head_dim()>(p, stream); });
 }
 
@@ -49,9 +49,9 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   if (p.max_tiles == 1 && !p.plan.one_pass && !p.plan.proportional) return;  // the tile kernel wrote the output
   const dim3 grid(p.num_qo_heads, p.batch);
   if (p.dtype == Dtype::kBFloat16) {
-    launch_after(combine_kernel<__nv_bfloat16>, grid, kCombineThreads, stream, "combine_kernel", p);
+    launch_after(combine_kernel<__nv_bfloat16>, grid, kCombineThreads, 0, stream, "combine_kernel", p);
   } else {
-    launch_after(combine_kernel<__half>, grid, kCombineThreads, stream, "combine_kernel", p);
+    launch_after(combine_kernel<__half>, grid, kCombineThreads, 0, stream, "combine_kernel", p);
   }
 }
 

@@ -1,7 +1,7 @@
 // Sampled rows in one pass. A CTA walks a run of parts of one row and KV head (and block of up to 8 query heads). Its
 // score warps each stream the keys of a tile through a ring of shared-memory slots that they fill themselves, draw from
-// the tile, and go on to another, while the slots are filling; a gather warp reads the values that were drawn, tile by
-// tile in order, and adds them up. No CTA waits for another, no score warp for another but for the pilot.
+// the tile, and go on to another, while the slots are filling; gather warps read the values that were drawn, tile by tile
+// in order, and add them up. No CTA waits for another, and no score warp for another.
 //
 // How scores come about is a Scorer: KeyScorer below, FeatureScorer in bernoulli/. It says what a slot is, fills it and
 // turns it into scores.
@@ -11,49 +11,17 @@
 #include "cuda/decode/draw.cuh"
 #include "cuda/decode/gather.cuh"
 #include "cuda/decode/heuristics.h"
+#include "cuda/decode/pilot.cuh"
 #include "cuda/decode/score.cuh"
 
 namespace santa::cuda {
 
-constexpr int kPilotGroups = kPilotKeys / 16;
-
 struct OnePassShared {
   uint64_t full[kMaxScoreWarps][2];
   uint64_t empty[kMaxScoreWarps][2];
-  SoftmaxState pilot[kPilotGroups][kHeadBlock];
   RowUnit unit;  // here rather than in the registers of every warp
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
-
-// The pilot's states, 16 keys at a time. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the
-// order of score_slot.
-__device__ __forceinline__ void put_pilot(OnePassShared& shared, int group, const float (&logits)[4], int kv_len,
-                                          int lane) {
-  const int low = group * 16 + (lane >> 2), high = low + 8, size = pilot_size(kv_len);
-  if (group * 16 >= size) return;
-  const float low_weight = low < size ? pilot_log2_weight(low, kv_len) : -INFINITY;
-  const float high_weight = high < size ? pilot_log2_weight(high, kv_len) : -INFINITY;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const float first = logits[j] + low_weight, second = logits[2 + j] + high_weight;
-    const float max = max_over_keys(fmaxf(first, second)), below = finite_max(max);
-    float sum = exp2_approx(first - below) + exp2_approx(second - below);
-    for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane < 4) shared.pilot[group][2 * lane + j] = {max, sum};
-  }
-}
-
-// What the pilot estimates the row's log-sum-exp to be, of head lane % 8: the same in every CTA, whatever the number of
-// warps.
-__device__ __forceinline__ float pilot_level(const OnePassShared& shared, int num_groups, int lane) {
-  SoftmaxState state = empty_softmax_state();
-  for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, shared.pilot[group][lane & 7]);
-  for (int offset = 8; offset < 32; offset <<= 1) {
-    state = merge(state, {__shfl_xor_sync(0xffffffffu, state.max, offset),
-                          __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-  }
-  return log2_sum(state);
-}
 
 // Scores of keys that lie in rows. T of q, K of keys: T or Float8.
 template <typename T, typename K, int HEAD_DIM>
@@ -62,7 +30,6 @@ struct KeyScorer {
   static constexpr int kSlotKeys = 32;  // two matrix products at a time: a product need not wait for the one before
   static constexpr int kSlotBytes = kFloat8 ? kSlotKeys * HEAD_DIM : 2 * slot_bytes(HEAD_DIM);
   static constexpr int kOnceBytes = 0;
-  static constexpr int kPilotSlots = kPilotKeys / kSlotKeys;
 
   const DecodeParams& p;
   KvRows<K> keys;
@@ -114,49 +81,40 @@ struct KeyScorer {
 
   __device__ __forceinline__ void finish(TileScores&, int) const {}
 
-  // Pilot keys [group kSlotKeys, ...) to a slot, and their logits to the pilot's states.
-  __device__ __forceinline__ void load_pilot(uint32_t slot, int group, int kv_len, uint64_t policy, int lane) const {
-    const int first = group * kSlotKeys;
+  // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits).
+  template <typename Put>
+  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
+    const int first = part * kSlotKeys, kv_len = unit.row.kv_len;
     load_some_rows<K, HEAD_DIM, kSlotKeys>(
         slot, [&](int row) { return keys.row(pilot_position(first + row, kv_len, 1)); }, pilot_size(kv_len) - first,
-        p.aligned, policy, lane);
+        p.aligned, evict_normal_policy(), lane);
+    cp_async_commit();
+    load_query(unit, lane);
+    cp_async_wait<0>();
+    __syncwarp();
+    score(slot, 0, lane, [&](int key, const float (&logits)[4]) { put((first + key) / 16, logits); });
   }
 };
+static_assert(kPilotWarpKeys == 32, "a slot of KeyScorer");
 
-// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on.
-//
-// Copies run ahead of what is scored by the slots of the ring, on into the next tile. The pilot's keys go through it as
-// well, behind the first slots of the first tile: they are known before the first draw, and memory is busy meanwhile.
+// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on. Copies run ahead of what is
+// scored by the slots of the ring, on into the next tile.
 template <typename Scorer>
-__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int num_heads,
-                                            Scorer& scorer,
-                                            OnePassShared& shared, unsigned char* area, int first_key, int num_keys,
+__device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int pitch,
+                                            Scorer& scorer, unsigned char* area, int first_key, int num_keys,
                                             const DrawQueue& queue, int warp, int lane) {
-  const int num_warps = p.plan.num_warps, ring_slots = p.plan.num_slots, kv_len = row.kv_len;
-  const int draw_kv = row.draw_kv, first_tile = warp * draw_kv, stride = num_warps * draw_kv;
+  const int ring_slots = p.plan.num_slots, kv_len = row.kv_len;
+  const int draw_kv = row.draw_kv, stride = p.plan.num_warps * draw_kv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
-  const int pitch = score_pitch_of(num_heads);
-  const bool streaming = p.budget == Budget::kStreaming;
 
-  // What passes through the ring is numbered: `lead` slots of the first tile, the warp's part of the pilot, all others.
-  const int lead = first_tile < num_keys
-                       ? min(ring_slots, scorer.num_slots(min(draw_kv, num_keys - first_tile)))
-                       : 0;
-  const int pilot_slots = streaming && Scorer::kPilotSlots > 0 ? scorer.num_slots(pilot_size(kv_len)) : 0;
-  const int num_pilots = max(pilot_slots + num_warps - 1 - warp, 0) / num_warps;
-  const auto is_pilot = [&](int number) { return number >= lead && number < lead + num_pilots; };
-  const auto pilot_of = [&](int number) { return warp + (number - lead) * num_warps; };
-
-  int ahead = first_tile, ahead_index = 0;  // tile and slot that are copied next
-  const auto load = [&](uint32_t slot, int number) {
-    if (is_pilot(number)) {
-      scorer.load_pilot(slot, pilot_of(number), kv_len, evict_normal_policy(), anew(lane));
-    } else if (ahead < num_keys) {
+  int ahead = warp * draw_kv, ahead_index = 0;  // tile and slot that are copied next
+  const auto load = [&](uint32_t slot) {
+    if (ahead < num_keys) {
       const int tile_keys = min(draw_kv, num_keys - ahead);
       // With several head blocks the keys are read again soon.
       const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
-      scorer.load(slot, first_key + ahead, tile_keys, ahead_index, policy, anew(lane));
+      scorer.load(slot, first_key + ahead, tile_keys, ahead_index, policy, lane);
       if (++ahead_index == scorer.num_slots(tile_keys)) ahead += stride, ahead_index = 0;
     }
     cp_async_commit();  // every call is a group of copies, be it an empty one
@@ -165,37 +123,30 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   const bool grouped = p.sampler == Sampler::kGrouped;
   RandomStream stream{};  // of head lane % 8; grouped draws have one for all
   float level = 0.0f;     // of head lane % 8
-  bool has_level = !streaming;
   uint32_t produced = 0, slot = ring;
-  int number = -ring_slots;  // of the slot that is scored; before the first one, slots are filled only
+  int filling = ring_slots;  // slots to be filled before the first one is scored
+  bool has_level = false;
 #pragma unroll 1
-  for (int tile = first_tile; tile < num_keys || !has_level; tile += stride) {
+  for (int tile = warp * draw_kv; tile < num_keys || filling > 0; tile += stride) {
     const int tile_keys = max(min(draw_kv, num_keys - tile), 0);
     TileScores scores{score_area, pitch, tile_keys};
     scorer.begin(first_key + tile, tile_keys);
-    int left = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
-    if (number <= lead) left += num_pilots;
+    const int num_slots = tile_keys > 0 ? scorer.num_slots(tile_keys) : 0;
     int index = 0;
 #pragma unroll 1
-    while (left > 0 || number < 0) {
-      if (number >= 0) {
+    while (index < num_slots || filling > 0) {
+      if (filling == 0) {
         cp_async_wait_but(ring_slots - 1);
         __syncwarp();  // the other lanes' copies are visible
-        const bool pilot = is_pilot(number);
         scorer.score(slot, index, lane, [&](int first, const float (&logits)[4]) {
-          if (pilot) {
-            put_pilot(shared, pilot_of(number) * (Scorer::kSlotKeys / 16) + first / 16, logits, kv_len, lane);
-          } else {
-            scores.put(index * Scorer::kSlotKeys + first, logits, lane);
-          }
+          scores.put(index * Scorer::kSlotKeys + first, logits, lane);
         });
-        index += pilot ? 0 : 1;
-        --left;
+        ++index;
         __syncwarp();  // the other lanes are done with the slot: it is filled again
       }
-      load(slot, number + ring_slots);
+      load(slot);
       slot = slot + Scorer::kSlotBytes == ring_end ? ring : slot + Scorer::kSlotBytes;
-      if (++number == 0) {
+      if (filling > 0 && --filling == 0) {
         // The first copies are on their way.
         cta_barrier();  // what the CTA shares is set up
         scorer.load_query(unit, lane);
@@ -204,17 +155,13 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
                                        : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7));
       }
     }
-    if (!has_level) {
-      if constexpr (Scorer::kPilotSlots == 0) {
-        for (int group = warp; group * 16 < pilot_size(kv_len); group += num_warps) {
-          scorer.score_pilot(group, kv_len, shared, lane);
-        }
-      }
-      score_warps_barrier(num_warps);
-      level = pilot_level(shared, ceil_div_int(pilot_size(kv_len), 16), lane);
+    if (tile_keys == 0) break;
+    if (!has_level && p.budget == Budget::kStreaming) {
+      wait_for_previous();  // the pilot
+      const float* levels = p.level + unit.group * p.gqa_group_size + unit.heads.first;
+      level = __ldcg(levels + min(lane & 7, unit.heads.count - 1));
       has_level = true;
     }
-    if (tile_keys == 0) break;
     scorer.finish(scores, lane);
     const uint32_t offset = tile_offset(p.budget, stream, first_key + tile, draw_kv, kv_len,
                                         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
@@ -222,7 +169,6 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }
-  if (number < 0) cta_barrier();  // a warp without anything to do
   cp_async_wait<0>();
 }
 
@@ -260,8 +206,8 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     const int first_key = first_part * work.unit.row.tile_kv;
     const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
                                  static_cast<int64_t>(work.unit.row.kv_len - first_key));
-    score_tiles(p, shared.unit, work.unit.row, work.unit.heads.count, scorer, shared, areas + warp * area_bytes, first_key,
-                static_cast<int>(num_keys), queue_of(warp), warp, lane);
+    score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer, areas + warp * area_bytes,
+                first_key, static_cast<int>(num_keys), queue_of(warp), warp, lane);
     return;
   }
   cta_barrier();
@@ -271,6 +217,16 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   } else {
     gather_parts<T, HEAD_DIM>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
   }
+}
+
+template <typename T, typename K, int HEAD_DIM>
+__global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  launch_dependents();
+  const RowUnit unit = RowUnit::make(p, blockIdx.z, blockIdx.x);
+  if (!unit.row.one_pass()) return;
+  KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
+  find_level(p, unit, scorer, one_pass_bytes);
 }
 
 template <typename T, typename K, int HEAD_DIM>

@@ -20,28 +20,40 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   check_launch("tile_kernel");
 }
 
-// A one-pass kernel and its parameters, which contain p.
+// The pilot and the one-pass kernel, with their parameters, which contain p.
 template <typename Params>
-void launch_one_pass_kernel(void (*kernel)(Params), const Params& argument, const DecodeParams& p,
-                            const ScoreBytes& bytes, cudaStream_t stream) {
-  const int shared_bytes = one_pass_shared_bytes(p, bytes);
-  allow_shared_memory(kernel, shared_bytes);
-  prefer_shared_memory(kernel);
-  const unsigned runs = static_cast<unsigned>(ceil_div_int(p.plan.max_parts, p.plan.run_parts));
-  kernel<<<dim3(p.num_units(), runs, p.batch), (p.plan.num_warps + kGatherWarps) * 32, shared_bytes, stream>>>(argument);
-  check_launch("one_pass_kernel");
+void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
+                             const DecodeParams& p, const ScoreBytes& bytes, cudaStream_t stream) {
+  const bool streaming = p.budget == Budget::kStreaming;
+  if (streaming) {
+    const int pilot_bytes = kPilotBytes + kPilotWarps * bytes.slot + bytes.once;
+    allow_shared_memory(pilot, pilot_bytes);
+    pilot<<<dim3(p.num_units(), 1, p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
+    check_launch("pilot_kernel");
+  }
+  const int shared_bytes = one_pass_shared_bytes(p, bytes), threads = (p.plan.num_warps + kGatherWarps) * 32;
+  allow_shared_memory(one_pass, shared_bytes);
+  prefer_shared_memory(one_pass);
+  const dim3 grid(p.num_units(), ceil_div_int(p.plan.max_parts, p.plan.run_parts), p.batch);
+  if (streaming) {
+    launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
+  } else {
+    one_pass<<<grid, threads, shared_bytes, stream>>>(argument);
+    check_launch("one_pass_kernel");
+  }
 }
 
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
-  launch_one_pass_kernel(one_pass_kernel<T, K, HEAD_DIM>, p, p, key_score_bytes(p), stream);
+  launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p, key_score_bytes(p),
+                          stream);
 }
 
 template <typename V, int HEAD_DIM>
 void launch_proportional_gather(const DecodeParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(max_num_tiles(p.max_kv_len)) * p.num_kv_heads * p.num_streams();
   const dim3 grid(static_cast<unsigned>(ceil_div(items, kSelectWarps)), p.batch);
-  launch_after(proportional_gather_kernel<V, HEAD_DIM>, grid, kSelectThreads, stream, "proportional_gather_kernel", p);
+  launch_after(proportional_gather_kernel<V, HEAD_DIM>, grid, kSelectThreads, 0, stream, "proportional_gather_kernel", p);
 }
 
 }  // namespace santa::cuda
