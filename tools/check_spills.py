@@ -1,6 +1,7 @@
 """Prints what each kernel uses, and fails if one spills: python tools/check_spills.py LIBRARY [ARCH...]
 
-A kernel may use neither stack nor local memory on the given architectures (default: sm_89 and sm_90). Read with cuobjdump, from PATH or from the nvidia-cuda-cuobjdump package.
+A kernel may use neither stack nor local memory on the given architectures (default: sm_89 and sm_90). Read with
+cuobjdump, from PATH or from the nvidia-cuda-cuobjdump package.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
 
 class Usage(NamedTuple):
     arch: str
@@ -68,8 +70,7 @@ def main() -> int:
     for usage in checked:
         mark = "  <-- SPILLS" if spills(usage) else ""
         print(
-            f"{usage.arch:6} {usage.registers:4} {usage.shared:6} {usage.stack:5} {usage.local:5}"
-            f"  {usage.kernel}{mark}"
+            f"{usage.arch:6} {usage.registers:4} {usage.shared:6} {usage.stack:5} {usage.local:5}  {usage.kernel}{mark}"
         )
     spilling = sum(map(spills, checked))
     print(f"{len(checked)} kernels, {spilling} of them spill")
