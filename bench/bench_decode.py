@@ -343,7 +343,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     if a.samples is None:
-        a.samples = [128] if a.quick else [128, 256]
+        a.samples = list(targets.SAMPLES)
     if a.samplers is None:
         a.samplers = ["grouped"] if a.quick else ["grouped", "systematic"]
     if a.uniform_samples is None:

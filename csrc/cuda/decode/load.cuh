@@ -15,9 +15,10 @@ constexpr int kSlotRows = 16;  // rows per slot: the M of the matrix instruction
 
 constexpr int slot_bytes(int head_dim) { return kSlotRows * slot_row_pitch(head_dim) * 2; }
 
-// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that ldmatrix, which reads one
-// chunk of 8 rows, is free of bank conflicts: all 8 differ.
-SANTA_HD constexpr uint32_t chunk_permutation(int row) { return (row & 7) * 16; }
+// Byte offset of a 16-byte chunk in a slot. The chunk is permuted within groups of 8 so that both readers are free of
+// bank conflicts: ldmatrix reads one chunk of 8 rows (all 8 differ), lanes that read their chunks themselves, 4 of 2
+// adjacent rows at once (they differ in bit 2 of the permutation).
+SANTA_HD constexpr uint32_t chunk_permutation(int row) { return (((row & 1) << 2) | ((row >> 1) & 3)) * 16; }
 
 template <int HEAD_DIM>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {

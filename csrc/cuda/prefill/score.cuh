@@ -4,7 +4,7 @@
 // over any set of blocks follows.
 //
 // Four warps have 32 rows each, so that a key that is read from shared memory serves two matrix products. Fragments
-// take features in the order of decode's (see QueryFragments in decode/tile.cuh): 16-byte chunks of rows, without
+// take features in the order of float8 keys (see QueryFragments in decode/score.cuh): 16-byte chunks of rows, without
 // conflicts, and no transposition.
 #pragma once
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ void accumulate(RowStates& states, const ScoreTile& s
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kScoreThreads, 3)
     block_scores_kernel(const __grid_constant__ SampleSelectParams p, int num_ranges) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  extern __shared__ __align__(512) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ScoreShared<HEAD_DIM>*>(shared_bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
