@@ -87,7 +87,7 @@ struct DecodeParams {
   float* tile_sum;     // [tiles, gqa_group_size]: sum of exp2(score - tile_max)
   int32_t* tile_rows;  // one pass: [head blocks, tiles]; proportional: [streams, tiles]: V rows drawn in the tile
 
-  float* level;        // [gqa_group_size], base 2: streaming rows' pilot, an estimate of their log-sum-exp
+  float* level;  // [gqa_group_size], base 2: streaming rows' pilot, an estimate of their log-sum-exp
 
   // Of proportional rows, and the scores of exact rows with Bernoulli scores.
   int64_t scores_per_row;  // elements of `scores` per (batch, KV head)
