@@ -164,9 +164,7 @@ def test_default_arguments_are_the_table_of_targets() -> None:
     assert [s.name for s in settings] == [
         "santa exact",
         "santa grouped S=128",
-        "santa grouped S=256",
         "santa systematic S=128",
-        "santa systematic S=256",
         "santa grouped S=2048 uniform",
         "santa systematic S=2048 uniform",
     ]
