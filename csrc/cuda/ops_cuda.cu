@@ -86,7 +86,7 @@ struct DrawBackend {
 };
 
 struct SampleSelectBackend {
-  static void plan(SampleSelectParams&, int) {}
+  static void plan(SampleSelectParams& p, int) { p.heads_per_pass = select_heads_per_pass(p); }
   static void run(const SampleSelectParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
     launch_sample_select(p, current_stream(device_index));
