@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     __syncthreads();
     for (int n = slot; slot < slots && n < count; n += slots) {
       const uint4 packed = load_global_8(values.row(first_key + base + n) + chunk * 8, d.aligned);
-      const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y), Float16Traits<T>::unpack(packed.z),
-                               Float16Traits<T>::unpack(packed.w)};
+      const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y),
+                               Float16Traits<T>::unpack(packed.z), Float16Traits<T>::unpack(packed.w)};
 #pragma unroll
       for (int h = 0; h < kAttendHeads; ++h) {
         const float weight = shared.weights[n][h];

@@ -6,8 +6,8 @@
 
 namespace santa::cuda {
 
-constexpr int kSlotFeatures = 16;                // the K of a matrix product
-constexpr int kFeatureBytes = kDrawTileKv * 2;   // of a slot
+constexpr int kSlotFeatures = 16;               // the K of a matrix product
+constexpr int kFeatureBytes = kDrawTileKv * 2;  // of a slot
 constexpr int kSlotBytesOfFeatures = kSlotFeatures * kFeatureBytes;
 
 // A list: what one_pass.cuh calls FeatureList, then counts [kHeadBlock][head_dim + 8]. The pitch lets the lanes of a
@@ -16,8 +16,6 @@ constexpr int kListHeadBytes = 320;
 constexpr int count_pitch(int head_dim) { return head_dim + 8; }
 constexpr int list_bytes(int head_dim) { return kListHeadBytes + kHeadBlock * count_pitch(head_dim) * 2; }
 
-inline ScoreBytes feature_score_bytes(const DecodeParams& p) {
-  return {kSlotBytesOfFeatures, list_bytes(p.head_dim)};
-}
+inline ScoreBytes feature_score_bytes(const DecodeParams& p) { return {kSlotBytesOfFeatures, list_bytes(p.head_dim)}; }
 
 }  // namespace santa::cuda

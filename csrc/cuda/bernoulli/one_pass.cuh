@@ -1,8 +1,9 @@
-// Sampled rows with Bernoulli scores: the one-pass kernel of decode/one_pass.cuh with a scorer that takes keys by features.
+// Sampled rows with Bernoulli scores: the one-pass kernel of decode/one_pass.cuh with a scorer that takes keys by
+// features.
 //
-// A slot holds 16 of the features that any head of the group drew, of the 128 keys of a tile: 256 contiguous bytes each.
-// It is the K of a matrix product with the counts, which are whole numbers in q's dtype. Features that were not drawn
-// cost neither traffic nor a place in the products.
+// A slot holds 16 of the features that any head of the group drew, of the 128 keys of a tile: 256 contiguous bytes
+// each. It is the K of a matrix product with the counts, which are whole numbers in q's dtype. Features that were not
+// drawn cost neither traffic nor a place in the products.
 //
 // What a head did not draw is multiplied with a count of zero, which adds nothing, but makes NaN of NaN and infinity:
 // a tile with a NaN among its sums is done over, see take_apart.
@@ -52,7 +53,8 @@ struct FeatureScorer {
                                                     unsigned char* bytes) {
     auto& list = *reinterpret_cast<FeatureList*>(bytes);
     auto* counts = reinterpret_cast<uint16_t*>(bytes + kListHeadBytes);
-    const auto* weights = reinterpret_cast<const uint4*>(p.half_weights + p.half_weights_offset(unit.group, unit.block));
+    const auto* weights =
+        reinterpret_cast<const uint4*>(p.half_weights + p.half_weights_offset(unit.group, unit.block));
     constexpr int kChunks = HEAD_DIM / 8;
     for (int i = threadIdx.x; i < kHeadBlock * kChunks; i += blockDim.x) {
       *reinterpret_cast<uint4*>(counts + i / kChunks * count_pitch(HEAD_DIM) + i % kChunks * 8) = weights[i];
@@ -81,9 +83,7 @@ struct FeatureScorer {
   }
 
   // One at least, be it empty: a tile without drawn features has scores too.
-  __device__ __forceinline__ int num_slots(int) const {
-    return max(ceil_div_int(list.num_features, kSlotFeatures), 1);
-  }
+  __device__ __forceinline__ int num_slots(int) const { return max(ceil_div_int(list.num_features, kSlotFeatures), 1); }
 
   // A lane copies 8 keys of half of the slot's features. Chunk c of row r lies at c ^ (r % 8), so that ldmatrix, which
   // reads one chunk of 8 rows, is free of conflicts.
@@ -145,8 +145,8 @@ struct FeatureScorer {
     }
   }
 
-  // Hands the logits of the pilot keys [32 part, 32 part + 32), in runs of neighbours, to put(group of 16, logits). They
-  // come straight from memory; those that are not finite count as zeros here, where nothing hangs on them.
+  // Hands the logits of the pilot keys [32 part, 32 part + 32), in runs of neighbours, to put(group of 16, logits).
+  // They come straight from memory; those that are not finite count as zeros here, where nothing hangs on them.
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t, int part, const RowUnit& unit, int lane, const Put& put) const {
 #pragma unroll 1
@@ -162,7 +162,8 @@ struct FeatureScorer {
     float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const auto element = [&](int position, int item) -> uint32_t {
       if (item >= list.num_features) return 0;
-      const uint16_t bits = reinterpret_cast<const uint16_t*>(keys)[position + list.features[item] * p.stride_k_feature];
+      const uint16_t bits =
+          reinterpret_cast<const uint16_t*>(keys)[position + list.features[item] * p.stride_k_feature];
       return is_finite_element<T>(bits) ? bits : 0;
     };
 #pragma unroll 2
@@ -189,8 +190,9 @@ struct FeatureScorer {
     const uint16_t* own_counts = counts();
     const auto key_at = [&](int key, int item) -> uint16_t {
       const bool there = key < tile_keys && item < list.num_features;
-      return there ? reinterpret_cast<const uint16_t*>(keys)[tile_first + key + list.features[item] * p.stride_k_feature]
-                   : 0;
+      return there
+                 ? reinterpret_cast<const uint16_t*>(keys)[tile_first + key + list.features[item] * p.stride_k_feature]
+                 : 0;
     };
 #pragma unroll 1
     for (int tile = 0; tile < kTileProducts; ++tile) {

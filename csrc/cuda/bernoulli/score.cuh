@@ -5,9 +5,9 @@
 // with nobody until its sums are complete. Features that are not listed cost nothing. A score is a sum of keys times
 // small integers, in float32, in the order of the features and of a head's own features alone.
 //
-// For rows that are not sampled in one pass: exact and proportional ones. Of proportional ones also the softmax states of
-// the tiles. The scores lie as stage 1 of exact scores leaves them
-// (decode/tile.cuh), and the value stages are the same.
+// For rows that are not sampled in one pass: exact and proportional ones. Of proportional ones also the softmax states
+// of the tiles. The scores lie as stage 1 of exact scores leaves them (decode/tile.cuh), and the value stages are the
+// same.
 #pragma once
 
 #include "bernoulli_params.h"
@@ -42,8 +42,8 @@ struct ScoreShared {
 template <typename T, int HEADS>
 __device__ __forceinline__ void add_feature(float (&acc)[HEADS][kThreadKeys], uint4 packed,
                                             const float (&weights)[HEADS]) {
-  const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y), Float16Traits<T>::unpack(packed.z),
-                           Float16Traits<T>::unpack(packed.w)};
+  const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y),
+                           Float16Traits<T>::unpack(packed.z), Float16Traits<T>::unpack(packed.w)};
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
     const float weight = weights[h];
@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
 template <typename T, int HEADS>
 void launch_score_heads(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
-  const int num_chunks = static_cast<int>(ceil_div(d.plan.proportional ? d.max_kv_len : d.plan.longest_exact, kScoreKeys));
+  const int num_chunks =
+      static_cast<int>(ceil_div(d.plan.proportional ? d.max_kv_len : d.plan.longest_exact, kScoreKeys));
   const dim3 grid(static_cast<unsigned>(num_chunks) * d.num_kv_heads * p.num_blocks, d.batch);
   prefer_shared_memory(score_features_kernel<T, HEADS>);
   score_features_kernel<T, HEADS><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);

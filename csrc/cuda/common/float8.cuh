@@ -55,8 +55,8 @@ __device__ __forceinline__ float4 floats_of_codes(uint32_t codes) {
 template <typename T>
 __device__ __forceinline__ uint4 elements_of_codes(uint2 codes) {
   const float4 low = floats_of_codes(codes.x), high = floats_of_codes(codes.y);
-  return {Float16Traits<T>::pack(low.x, low.y), Float16Traits<T>::pack(low.z, low.w), Float16Traits<T>::pack(high.x, high.y),
-          Float16Traits<T>::pack(high.z, high.w)};
+  return {Float16Traits<T>::pack(low.x, low.y), Float16Traits<T>::pack(low.z, low.w),
+          Float16Traits<T>::pack(high.x, high.y), Float16Traits<T>::pack(high.z, high.w)};
 }
 
 }  // namespace santa::cuda

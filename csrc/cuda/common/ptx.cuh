@@ -133,8 +133,8 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t fragment) {
   return transposed;
 }
 
-// Lets the next kernel of the stream be set up, if it was launched to be (launch_after in launch.h), and waits for the end
-// of the one before.
+// Lets the next kernel of the stream be set up, if it was launched to be (launch_after in launch.h), and waits for the
+// end of the one before.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

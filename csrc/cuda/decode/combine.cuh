@@ -12,8 +12,8 @@ constexpr int kCombineThreads = 256;
 
 constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
 
-// Threads along head_dim take 4 dimensions each; the rest, `slots` of them, take the tiles in turn. The order of every sum
-// depends on the number of tiles alone.
+// Threads along head_dim take 4 dimensions each; the rest, `slots` of them, take the tiles in turn. The order of every
+// sum depends on the number of tiles alone.
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ float4 partial[kCombineThreads];

@@ -16,16 +16,17 @@ struct RowUnit {
   int64_t group;
 
   __device__ __forceinline__ static RowUnit make(const DecodeParams& p, int batch_index, int unit) {
-    const int blocks = p.num_head_blocks(), kv_head = blocks == 1 ? unit : unit / blocks, block = unit - kv_head * blocks;
-    return {row_shape_of(p, batch_index),  batch_index, kv_head, block, head_block_of(p, block),
+    const int blocks = p.num_head_blocks(), kv_head = blocks == 1 ? unit : unit / blocks,
+              block = unit - kv_head * blocks;
+    return {row_shape_of(p, batch_index),       batch_index, kv_head, block, head_block_of(p, block),
             p.group_index(batch_index, kv_head)};
   }
 };
 
 // The draws of a tile, or up to kChunkDraws of them.
 struct alignas(16) DrawChunk {
-  float4 weight[kChunkDraws][2];  // of each head of the block
-  float reference[kHeadBlock];    // what weights are relative to
+  float4 weight[kChunkDraws][2];               // of each head of the block
+  float reference[kHeadBlock];                 // what weights are relative to
   float factor[1 + kGatherWarps][kHeadBlock];  // of the weights: the score warp's own, those of the gather warps
   SoftmaxState tile[kHeadBlock];
   uint8_t key[kChunkDraws];  // within the tile, ascending
@@ -54,8 +55,8 @@ __device__ __forceinline__ float max_over_keys(float value) {
   return value;
 }
 
-// Where the scores of a key lie, so that the writers, 8 neighbouring keys, and the readers, 4 neighbours a lane, are free
-// of bank conflicts at a pitch of 4 floats.
+// Where the scores of a key lie, so that the writers, 8 neighbouring keys, and the readers, 4 neighbours a lane, are
+// free of bank conflicts at a pitch of 4 floats.
 __device__ __forceinline__ int score_place(int key) { return key ^ ((key >> 3) & 3); }
 
 // Scores of a tile, as matrix products have them.
@@ -112,9 +113,9 @@ __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t
 // Starts a row of V on its way to the L2, where the gather warps find it.
 __device__ __forceinline__ void prefetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
   const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
-  const auto rows = make_kv_rows<char>(p.v, unit.batch_index, unit.kv_head, unit.row.kv_start,
-                                       p.stride_v_batch * element_bytes, p.stride_v_token * element_bytes,
-                                       p.stride_v_head * element_bytes);
+  const auto rows =
+      make_kv_rows<char>(p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
+                         p.stride_v_token * element_bytes, p.stride_v_head * element_bytes);
   const char* row = rows.row(key);
 #pragma unroll 1
   for (int byte = 0; byte < p.head_dim * element_bytes; byte += 128) {

@@ -1,6 +1,6 @@
-// One pass, by the gather warps of a CTA: read the value rows that score warps drew, and add them up in the order of the
-// keys, whoever drew them and whenever: one warp every other draw of a part, from the first one on, its neighbour the
-// others. The sums depend on the row alone.
+// One pass, by the gather warps of a CTA: read the value rows that score warps drew, and add them up in the order of
+// the keys, whoever drew them and whenever: one warp every other draw of a part, from the first one on, its neighbour
+// the others. The sums depend on the row alone.
 #pragma once
 
 #include <cstddef>
@@ -81,7 +81,9 @@ __device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t factors
   for (int quad = 0; quad <= (wide ? 1 : 0); ++quad) {
     const uint4 w = load_shared_16(weights + quad * 16);
     const uint4 f = load_shared_16(factors + quad * 16);
-    const auto product = [](uint32_t a, uint32_t b) { return __float_as_uint(__uint_as_float(a) * __uint_as_float(b)); };
+    const auto product = [](uint32_t a, uint32_t b) {
+      return __float_as_uint(__uint_as_float(a) * __uint_as_float(b));
+    };
     store_shared_16(weights + quad * 16, {product(w.x, f.x), product(w.y, f.y), product(w.z, f.z), product(w.w, f.w)});
   }
 }
@@ -118,16 +120,17 @@ __device__ __forceinline__ void store_elements(float* to, const float (&values)[
 }
 
 constexpr int kWeightBytes = sizeof(float4) * 2;  // of a draw
-constexpr int kChunksInSight = 4;  // lane 8 i + h looks at head h of chunk i
+constexpr int kChunksInSight = 4;                 // lane 8 i + h looks at head h of chunk i
 
-// Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the run.
-// `neighbour`: in shared memory, [heads of the block, HEAD_DIM], for the sums of the second warp.
+// Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the
+// run. `neighbour`: in shared memory, [heads of the block, HEAD_DIM], for the sums of the second warp.
 template <typename V, int HEAD_DIM, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
                                              const QueueOf& queue_of, float* neighbour, int gather_warp, int lane) {
   using Lanes = ValueLanes<HEAD_DIM>;
   constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
-  const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv, draw_kv = unit.row.draw_kv;
+  const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv,
+            draw_kv = unit.row.draw_kv;
   const int own_head = lane & 7, own_chunk = lane >> 3;
   const bool wide = num_heads > 4, has_head = own_head < num_heads;
   const auto values = value_rows<V>(p, unit.batch_index, unit.kv_head, unit.row.kv_start);
@@ -173,7 +176,8 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
         }
       }
-      // A chunk ends what is taken if it is not there, if it would raise the reference, or if its tile goes on after it.
+      // A chunk ends what is taken if it is not there, if it would raise the reference, or if its tile goes on after
+      // it.
       const uint32_t ends = __ballot_sync(0xffffffffu, !full || (has_head && tile_reference > reference));
       const uint32_t unfinished = __ballot_sync(0xffffffffu, !is_last);
       int num_chunks = ends == 0 ? kChunksInSight : (__ffs(ends) - 1) >> 3;

@@ -9,11 +9,11 @@
 namespace santa::cuda {
 
 constexpr int kMaxScoreWarps = 4;
-constexpr int kMaxSlots = 8;        // of a score warp's ring
+constexpr int kMaxSlots = 8;  // of a score warp's ring
 constexpr int kGatherWarps = 2;
-constexpr int kChunkDraws = 16;     // draws that a score warp hands on at a time
-constexpr int kChunkBytes = 736;    // of a DrawChunk, for 8 heads; draw.cuh checks it
-constexpr int kSharedBytes = 512;   // of OnePassShared; one_pass.cuh checks it
+constexpr int kChunkDraws = 16;    // draws that a score warp hands on at a time
+constexpr int kChunkBytes = 736;   // of a DrawChunk, for 8 heads; draw.cuh checks it
+constexpr int kSharedBytes = 512;  // of OnePassShared; one_pass.cuh checks it
 
 // What scores of one kind take of shared memory: by the slot of a ring, and once per CTA.
 struct ScoreBytes {
@@ -59,10 +59,10 @@ inline ForcedPlan& forced_plan() {
   return plan;
 }
 
-// Consecutive parts per CTA. A longer run saves starts and pilots, and leaves fewer CTAs to share the device evenly: what
-// counts is the time of all rounds of CTAs, each of them as long as a run and a start, which takes as long as some keys.
-// With lengths that the host does not know, rows can be much shorter than they may be, and a few long runs would be
-// waited for: then runs stay short.
+// Consecutive parts per CTA. A longer run saves starts and pilots, and leaves fewer CTAs to share the device evenly:
+// what counts is the time of all rounds of CTAs, each of them as long as a run and a start, which takes as long as some
+// keys. With lengths that the host does not know, rows can be much shorter than they may be, and a few long runs would
+// be waited for: then runs stay short.
 constexpr int kStartKv = 1024;
 constexpr int kUnknownRunKv = 4096;
 
@@ -85,7 +85,8 @@ constexpr int kMaxRuns = 65535;  // blockIdx.y
 
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreBytes& bytes) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
-  return kSharedBytes + align_up(bytes.once) + sum_bytes_of(p) + p.plan.num_warps * warp_bytes_of(bytes.slot, p.plan.num_slots, pitch);
+  return kSharedBytes + align_up(bytes.once) + sum_bytes_of(p) +
+         p.plan.num_warps * warp_bytes_of(bytes.slot, p.plan.num_slots, pitch);
 }
 
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many

@@ -8,8 +8,8 @@
 
 namespace santa::cuda {
 
-// Kernels that depend on head_dim and on dtypes: T of q, K of keys, T or Float8, V of values. One explicit instantiation
-// per file in instantiations/.
+// Kernels that depend on head_dim and on dtypes: T of q, K of keys, T or Float8, V of values. One explicit
+// instantiation per file in instantiations/.
 template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream);
 template <typename T, typename K, int HEAD_DIM>

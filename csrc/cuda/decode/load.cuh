@@ -58,8 +58,8 @@ struct CodedSlot {
 
 // load_slot for rows in float8.
 template <int HEAD_DIM>
-__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first,
-                                           int64_t limit, bool aligned, uint64_t policy, int lane) {
+__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first, int64_t limit,
+                                           bool aligned, uint64_t policy, int lane) {
   constexpr int kChunks = HEAD_DIM / 16;
   if (!aligned) {
 #pragma unroll 1
@@ -164,7 +164,8 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
     return;
   }
   // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on: a power of two, and the
-  // pattern's rows are below it, so that the permutation of row + i kPeriodRows is that of the two, one after the other.
+  // pattern's rows are below it, so that the permutation of row + i kPeriodRows is that of the two, one after the
+  // other.
   constexpr int kPeriod = kChunks % 3 == 0 ? 3 : 1, kPeriodRows = 32 * kPeriod / kChunks;
   constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   constexpr int kRowBytes = kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2;

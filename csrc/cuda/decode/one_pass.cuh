@@ -1,7 +1,7 @@
 // Sampled rows in one pass. A CTA walks a run of parts of one row and KV head (and block of up to 8 query heads). Its
 // score warps each stream the keys of a tile through a ring of shared-memory slots that they fill themselves, draw from
-// the tile, and go on to another, while the slots are filling; gather warps read the values that were drawn, tile by tile
-// in order, and add them up. No CTA waits for another, and no score warp for another.
+// the tile, and go on to another, while the slots are filling; gather warps read the values that were drawn, tile by
+// tile in order, and add them up. No CTA waits for another, and no score warp for another.
 //
 // How scores come about is a Scorer: KeyScorer below, FeatureScorer in bernoulli/. It says what a slot is, fills it and
 // turns it into scores.
@@ -97,8 +97,8 @@ struct KeyScorer {
 };
 static_assert(kPilotWarpKeys == 32, "a slot of KeyScorer");
 
-// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on. Copies run ahead of what is
-// scored by the slots of the ring, on into the next tile.
+// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on. Copies run ahead of what
+// is scored by the slots of the ring, on into the next tile.
 template <typename Scorer>
 __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int pitch,
                                             Scorer& scorer, unsigned char* area, int first_key, int num_keys,
@@ -172,8 +172,8 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   cp_async_wait<0>();
 }
 
-// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory. With first_part at
-// or past unit.row.num_tiles, or a row of another kind, there is nothing to do.
+// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory. With
+// first_part at or past unit.row.num_tiles, or a row of another kind, there is nothing to do.
 struct Work {
   RowUnit unit;
   int first_part;

@@ -1,5 +1,6 @@
-// The pilot of streaming rows: one CTA per row, KV head and head block estimates the log-sum-exp of its query heads from
-// kPilotKeys keys, a warp 32 of them. The one-pass kernel starts meanwhile, and waits for it before its first draw.
+// The pilot of streaming rows: one CTA per row, KV head and head block estimates the log-sum-exp of its query heads
+// from kPilotKeys keys, a warp 32 of them. The one-pass kernel starts meanwhile, and waits for it before its first
+// draw.
 #pragma once
 
 #include "core/draw.h"
@@ -42,10 +43,9 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   auto& shared = *reinterpret_cast<PilotShared*>(bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   if (warp * kPilotWarpKeys < size) {
-    scorer.score_pilot(shared_address(bytes) + kPilotBytes + warp * Scorer::kSlotBytes, warp, unit, lane,
-                       [&](int group, const float (&logits)[4]) {
-                         put_pilot(shared, group, logits, unit.row.kv_len, lane);
-                       });
+    scorer.score_pilot(
+        shared_address(bytes) + kPilotBytes + warp * Scorer::kSlotBytes, warp, unit, lane,
+        [&](int group, const float (&logits)[4]) { put_pilot(shared, group, logits, unit.row.kv_len, lane); });
   }
   __syncthreads();
   if (warp > 0) return;
@@ -54,8 +54,8 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   SoftmaxState state = empty_softmax_state();
   for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, shared.states[group][lane & 7]);
   for (int offset = 8; offset < 32; offset <<= 1) {
-    state = merge(state, {__shfl_xor_sync(0xffffffffu, state.max, offset),
-                          __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+    state = merge(state,
+                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
   }
   if (lane < unit.heads.count) p.level[unit.group * p.gqa_group_size + unit.heads.first + lane] = log2_sum(state);
 }

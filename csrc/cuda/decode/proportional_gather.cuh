@@ -1,6 +1,6 @@
-// Proportional rows, stage 3: one warp per tile, KV head and stream draws the tile's rows, reads them from V, and writes the
-// tile's share of the estimate. The warps of a CTA share nothing; there are many of them per multiprocessor, and they
-// hide each other's latency. Tiles without draws write a zero count and no output.
+// Proportional rows, stage 3: one warp per tile, KV head and stream draws the tile's rows, reads them from V, and
+// writes the tile's share of the estimate. The warps of a CTA share nothing; there are many of them per multiprocessor,
+// and they hide each other's latency. Tiles without draws write a zero count and no output.
 #pragma once
 
 #include "core/kv_rows.h"
@@ -112,7 +112,8 @@ __device__ __forceinline__ float reduce_rows(float value) {
 }
 
 template <typename V, int HEAD_DIM>
-__global__ void __launch_bounds__(kSelectThreads, 4) proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kSelectThreads, 4)
+    proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ SelectShared all_shared[kSelectWarps];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   SelectShared& shared = all_shared[warp];

@@ -99,8 +99,8 @@ __device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_D
 // Raw scores of 16 keys x 8 heads, in the order of score_slot, times kHalvesScale and what to_float16 multiplied with.
 // `rows` is the address of the first key, a multiple of 16 of them from the start of the slot.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows, const QueryFragments<T, HEAD_DIM, true>& query,
-                                            int lane) {
+__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows,
+                                            const QueryFragments<T, HEAD_DIM, true>& query, int lane) {
   const int g = lane >> 2, t = lane & 3;
   uint32_t low_nans = 0, high_nans = 0;
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows, c
     const uint2 high = load_shared_8(rows + code_offset<HEAD_DIM>(g + 8, 2 * j) + t * 8);
     uint2 low_halves = halves_of_codes(low.x), high_halves = halves_of_codes(high.x);
     Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.chunk[j].x,
-                      query.chunk[j].y);
+                               query.chunk[j].y);
     low_halves = halves_of_codes(low.y), high_halves = halves_of_codes(high.y);
     low_nans |= nan_codes(low.x) | nan_codes(low.y), high_nans |= nan_codes(high.x) | nan_codes(high.y);
     if (j + 1 == HEAD_DIM / 32) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows, c
       if (high_nans != 0) high_halves.y = 0x7fff7fffu;
     }
     Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.chunk[j].z,
-                      query.chunk[j].w);
+                               query.chunk[j].w);
   }
 }
 

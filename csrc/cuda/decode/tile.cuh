@@ -2,7 +2,8 @@
 // groups).
 //
 // Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
-// Proportional rows, stage 1: scores of the tile to the workspace, and the softmax state of every head. V is not touched.
+// Proportional rows, stage 1: scores of the tile to the workspace, and the softmax state of every head. V is not
+// touched.
 //
 // Every warp walks its own keys, 16 at a time, through a ring of shared-memory slots that it fills itself with cp.async
 // and synchronises with nobody. Keys are the M of m16n8k16 and the heads of the group its N: a KV head serves up to 8
@@ -155,7 +156,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   const auto load = [&](int i, int slot) {
     if (i < num_slots) {
       const KvRows<K> view = {(i & 1) ? work.values.base : work.keys.base,
-                                     (i & 1) ? work.values.stride_token : work.keys.stride_token};
+                              (i & 1) ? work.values.stride_token : work.keys.stride_token};
       if constexpr (kFloat8) {
         if (is_coded(i)) {
           load_codes<HEAD_DIM>(ring + slot * kSlotBytes, view, key_of(i), work.limit, p.aligned, policy, lane);
