@@ -3,7 +3,8 @@
 #   PYTHON=python3          the Python to start from; a torch >= 2.10 that it has is used
 #   TORCH='torch==2.13.0'   install this torch instead
 #   VENV=.venv              where the environment goes
-#   SANTA_CUDA, SANTA_CUDA_ARCHS, MAX_JOBS: see setup.py
+#   SANTA_CUDA, SANTA_CUDA_ARCHS, MAX_JOBS: see setup.py. Unset, SANTA_CUDA_ARCHS is native for what is installed here
+#                           and setup.py's default for a wheel, which others install.
 
 PYTHON ?= python3
 TORCH ?=
@@ -26,6 +27,7 @@ LINT := $(VENV)/.lint-ready
 GATE := $(VENV)/.gate-ready
 # How the package itself is built: with what the environment has.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCAL_ARCHS := $(or $(SANTA_CUDA_ARCHS),native)
 LOCAL := --no-build-isolation --no-deps --no-index --no-cache-dir
 SOURCES := setup.py $(shell find csrc -type f)
 SETUP_ENV := $(PYTHON_EXE) tools/setup_env.py $(VENV)
@@ -63,7 +65,7 @@ core-test: ## run the C++ tests of csrc/core, which need no torch
 	  ctest --test-dir build/cmake --output-on-failure; \
 	else echo "there is no cmake: the C++ tests are skipped"; fi
 
-wheel: $(INSTALL) ## build a wheel and a source distribution into dist/
+wheel: $(ENV) ## build a wheel and a source distribution into dist/
 	@rm -f dist/*.whl dist/*.tar.gz
 	$(PIP) wheel $(LOCAL) --wheel-dir dist .
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
@@ -92,7 +94,7 @@ clean: ## remove what was built; the environment stays
 # Changes only if an option does, and then everything that depends on the options is redone.
 $(OPTIONS): FORCE
 	@mkdir -p $(@D)
-	@echo '$(PYTHON_EXE) $(TORCH) $(SANTA_CUDA) $(SANTA_CUDA_ARCHS)' >$@.new
+	@echo '$(PYTHON_EXE) $(TORCH) $(SANTA_CUDA) $(LOCAL_ARCHS)' >$@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(ENV): pyproject.toml tools/setup_env.py $(OPTIONS)
@@ -101,7 +103,7 @@ $(ENV): pyproject.toml tools/setup_env.py $(OPTIONS)
 
 $(INSTALL): $(ENV) $(SOURCES)
 	@echo "compiling santa (minutes with CUDA, less when little has changed)"
-	$(PIP) install $(LOCAL) -e .
+	SANTA_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install $(LOCAL) -e .
 	@touch $@
 
 $(LINT): pyproject.toml tools/setup_env.py

@@ -2,7 +2,8 @@
 
 Environment variables:
   SANTA_CUDA        1 builds the CUDA library or fails, 0 leaves it out; unset: built if nvcc is found.
-  SANTA_CUDA_ARCHS  what to compile for, e.g. "89;90". "compute_89" is PTX alone, which later GPUs compile.
+  SANTA_CUDA_ARCHS  what to compile for, e.g. "89;90". "compute_89" is PTX alone, which later GPUs compile; "native" is
+                    the GPUs that are there, and the default if there is none.
   MAX_JOBS          number of parallel compilations (torch.utils.cpp_extension).
 """
 
@@ -77,13 +78,25 @@ def nvcc_version(cuda_home: Path) -> str:
     return re.search(r"release (\d+\.\d+)", output).group(1)
 
 
+def native_archs() -> str:
+    """The architectures of the GPUs that are there, as SANTA_CUDA_ARCHS has them; empty without a GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return ""
+    query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    found = re.findall(r"^(\d+)\.(\d)$", query.stdout, re.MULTILINE) if query.returncode == 0 else []
+    return ";".join(sorted({major + minor for major, minor in found}, key=int))
+
+
 def cuda_archs(cuda_home: Path) -> list[str]:
     """Code names as nvcc has them: sm_90 is machine code, compute_90 is PTX."""
-    chosen = os.environ.get("SANTA_CUDA_ARCHS")
-    names = re.split(r"[;,\s]+", (chosen or DEFAULT_CUDA_ARCHS).strip("; "))
+    chosen = os.environ.get("SANTA_CUDA_ARCHS", "").strip("; ")
+    if chosen == "native":
+        chosen = native_archs()
+    names = re.split(r"[;,\s]+", chosen or DEFAULT_CUDA_ARCHS)
     for name in names:
         if not re.fullmatch(r"(compute_)?\d{2,3}a?", name):
-            sys.exit(f"SANTA_CUDA_ARCHS has {name!r}; entries look like 90, 90a or compute_90")
+            sys.exit(f"SANTA_CUDA_ARCHS has {name!r}; entries look like 90, 90a or compute_90, or it is native alone")
     codes = [name if name.startswith("compute_") else f"sm_{name}" for name in names]
     if chosen:
         return codes

@@ -158,6 +158,28 @@ def test_bad_build_options_are_named():
         assert "SANTA_CUDA_ARCHS has '9.0'" in run_setup(SANTA_CUDA="1", SANTA_CUDA_ARCHS="89;9.0").stderr
 
 
+@pytest.mark.parametrize(
+    ("answer", "archs"),
+    [
+        ("9.0\n8.9\n9.0\n", ["sm_89", "sm_90"]),
+        ("12.0\n", ["sm_120"]),
+        ("No devices were found\n", []),
+    ],
+)
+def test_native_means_the_gpus_that_are_there(tmp_path, answer, archs):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{answer}END\n")
+    smi.chmod(0o755)
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['--version']; build = runpy.run_path('setup.py');"
+        "print(build['cuda_archs'](None) if build['native_archs']() else [])"
+    )
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SANTA_CUDA": "0", "SANTA_CUDA_ARCHS": "native"}
+    result = run(sys.executable, "-c", code, cwd=ROOT, env={**os.environ, **variables})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(archs)
+
+
 def import_copy(folder: Path):
     """The loader of a copy of the package in `folder`."""
     spec = importlib.util.spec_from_file_location("santa_copy_library", folder / "_library.py")
