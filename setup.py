@@ -141,7 +141,6 @@ if CUDA_HOME:
         *[flag for flag in COMMON_FLAGS if not flag.startswith("-fvisibility")],
         "-Xcompiler=-fPIC,-fvisibility=hidden",
         "-DUSE_CUDA",
-        "-lineinfo",
         "--threads=2",
         *map(gencode, ARCHS),
     ]
