@@ -6,6 +6,7 @@
 
 namespace santa::cuda {
 
+constexpr int kFeatureScoreWarps = 4;           // a lane keeps the sums of a whole tile
 constexpr int kSlotFeatures = 16;               // the K of a matrix product
 constexpr int kFeatureBytes = kDrawTileKv * 2;  // of a slot
 constexpr int kSlotBytesOfFeatures = kSlotFeatures * kFeatureBytes;
@@ -16,6 +17,8 @@ constexpr int kListHeadBytes = 320;
 constexpr int count_pitch(int head_dim) { return head_dim + 8; }
 constexpr int list_bytes(int head_dim) { return kListHeadBytes + kHeadBlock * count_pitch(head_dim) * 2; }
 
-inline ScoreBytes feature_score_bytes(const DecodeParams& p) { return {kSlotBytesOfFeatures, list_bytes(p.head_dim)}; }
+inline ScoreNeeds feature_score_needs(const DecodeParams& p) {
+  return {kSlotBytesOfFeatures, list_bytes(p.head_dim), kFeatureScoreWarps};
+}
 
 }  // namespace santa::cuda

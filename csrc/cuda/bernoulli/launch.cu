@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(256) widen_counts_kernel(const int16_t* counts
 }  // namespace
 
 void plan_decode_bernoulli(BernoulliParams& p, int device_index) {
-  if (p.decode.plan.one_pass) plan_one_pass(p.decode, device_limits_of(device_index), feature_score_bytes(p.decode));
+  if (p.decode.plan.one_pass) plan_one_pass(p.decode, device_limits_of(device_index), feature_score_needs(p.decode));
 }
 
 void launch_decode_bernoulli(const BernoulliParams& p, cudaStream_t stream) {

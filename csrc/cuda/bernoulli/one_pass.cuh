@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_bernoulli_kernel(const
 }
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
+__global__ void __launch_bounds__((kFeatureScoreWarps + kGatherWarps) * 32, 2)
     one_pass_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = FeatureScorer<T, HEAD_DIM>;
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
 template <typename T, int HEAD_DIM>
 void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
   launch_one_pass_kernels(pilot_bernoulli_kernel<T, HEAD_DIM>, one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode,
-                          feature_score_bytes(p.decode), stream);
+                          feature_score_needs(p.decode), stream);
 }
 
 }  // namespace santa::cuda

@@ -12,18 +12,23 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// L2 policy of streamed data: read once, first to be evicted.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
+// A value whose origin the compiler can't see: what is added to it stays an offset, which loads and copies hold, instead
+// of being computed anew from all its terms.
+template <typename Value>
+__device__ __forceinline__ Value opaque(Value value) {
+  if constexpr (sizeof(Value) == 8) {
+    asm("" : "+l"(value));
+  } else {
+    asm("" : "+r"(value));
+  }
+  return value;
 }
 
-__device__ __forceinline__ uint64_t evict_normal_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
+// L2 policies: read once, first to be evicted; and the usual one. They are what createpolicy with a fraction of 1 makes
+// on sm_80 to sm_120, written out so that they stay in uniform registers: from createpolicy every copy would fetch its
+// own.
+__device__ __forceinline__ uint64_t evict_first_policy() { return 0x12F0000000000000ull; }
+__device__ __forceinline__ uint64_t evict_normal_policy() { return 0x16F0000000000000ull; }
 
 // The larger one; NaN if either is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -69,6 +74,33 @@ __device__ __forceinline__ void cp_async_wait_but(int pending) {
     pending == 2 ? cp_async_wait<2>() : cp_async_wait<3>();
   } else {
     pending == 4 ? cp_async_wait<4>() : pending == 5 ? cp_async_wait<5>() : cp_async_wait<6>();
+  }
+}
+
+// A pair to shared memory, if `there`, without a branch around it.
+__device__ __forceinline__ void store_shared_pair_if(bool there, uint32_t address, float first, float second) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1, %2};}" ::"r"(address), "f"(first),
+               "f"(second), "r"(static_cast<uint32_t>(there))
+               : "memory");
+}
+
+// 4 bytes times WORDS from memory that no kernel writes, if `there`; else `words` stay what they are.
+template <int WORDS>
+__device__ __forceinline__ void load_global_if(bool there, uint32_t (&words)[WORDS], const void* source) {
+  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4);
+  const uint32_t p = there;
+  if constexpr (WORDS == 4) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+                 : "l"(source), "r"(p));
+  } else if constexpr (WORDS == 2) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
+                 : "+r"(words[0]), "+r"(words[1])
+                 : "l"(source), "r"(p));
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
+                 : "+r"(words[0])
+                 : "l"(source), "r"(p));
   }
 }
 
@@ -152,22 +184,23 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
-// Whether the phase of this parity has ended. Does not wait.
-__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+// Whether the phase of this parity has ended; the first phase has parity 0, the one before it has ended.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                : "=r"(done)
-               : "r"(shared_address(barrier)), "r"(parity)
+               : "r"(barrier), "r"(parity)
                : "memory");
   return done != 0;
 }
 
-// Waits for the end of the phase of this parity; the first phase has parity 0, the one before it has ended.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
 #if __CUDA_ARCH__ >= 900
@@ -176,9 +209,22 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
     asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
 #endif
                  : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "r"(barrier), "r"(parity)
                  : "memory");
   } while (done == 0);
+}
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  mbarrier_wait(shared_address(barrier), parity);
+}
+
+// The same for a warp that waits long: it leaves the issue slots that it would poll with to others.
+__device__ __forceinline__ void mbarrier_wait_idle(uint32_t barrier, uint32_t parity) {
+#ifndef SANTA_IDLE_NS
+#define SANTA_IDLE_NS 32
+#endif
+  while (!mbarrier_test(barrier, parity)) {
+    if (SANTA_IDLE_NS > 0) __nanosleep(SANTA_IDLE_NS);
+  }
 }
 
 // A barrier of the last two warps of a CTA alone.

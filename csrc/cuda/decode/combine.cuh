@@ -34,10 +34,17 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   wait_for_previous();
   if (!row.sampled() && row.num_tiles <= 1 && p.max_tiles > 0) return;  // the tile kernel wrote it
 
+  // Of a proportional tile without draws o_accum is undefined; elsewhere a weight of 0 has nothing to add.
+  const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
+  const auto has_value = [&](int tile) {
+    return tile < row.num_tiles && (!row.proportional() || tile_rows[tile] != 0);
+  };
   float4 ahead[kCombineAhead];
+  bool is_ahead[kCombineAhead];
 #pragma unroll
   for (int i = 0; i < kCombineAhead; ++i) {
-    if (first + i * slots < row.num_tiles) ahead[i] = value_of(first + i * slots);
+    is_ahead[i] = has_value(first + i * slots);
+    if (is_ahead[i]) ahead[i] = value_of(first + i * slots);
   }
 
   // The row's log-sum-exp, by every warp for itself.
@@ -57,21 +64,21 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
     lse = log2_sum(state);
   }
 
-  // Of a proportional tile without draws o_accum is undefined; elsewhere a weight of 0 has nothing to add.
-  const int32_t* tile_rows = p.tile_rows + p.stream_offset(group, p.num_streams() == 1 ? 0 : h);
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
   const auto add = [&](int tile, float4 value) {
     const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
-    const float weight = row.proportional() ? (tile_rows[tile] != 0 ? 1.0f : 0.0f) : exp2_below(p.tile_max[index], lse);
+    const float weight = row.proportional() ? 1.0f : exp2_below(p.tile_max[index], lse);
     if (weight == 0.0f) return;
     acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
   };
 #pragma unroll
   for (int i = 0; i < kCombineAhead; ++i) {
-    if (first + i * slots < row.num_tiles) add(first + i * slots, ahead[i]);
+    if (is_ahead[i]) add(first + i * slots, ahead[i]);
   }
 #pragma unroll 4
-  for (int tile = first + kCombineAhead * slots; tile < row.num_tiles; tile += slots) add(tile, value_of(tile));
+  for (int tile = first + kCombineAhead * slots; tile < row.num_tiles; tile += slots) {
+    if (has_value(tile)) add(tile, value_of(tile));
+  }
   partial[threadIdx.x] = acc;
 
   const bool counts_rows = p.rows_read != nullptr && h == 0;

@@ -68,10 +68,9 @@ struct TileScores {
   // Of keys first + g and first + g + 8, heads 2 t and the next: the order of score_slot. `first` is a multiple of 16.
   __device__ __forceinline__ void put(int first, const float (&logits)[4], int lane) {
     const int place = score_place(first + (lane >> 2)), head = 2 * (lane & 3);
-    if (head < pitch) {
-      *reinterpret_cast<float2*>(scores + place * pitch + head) = {logits[0], logits[1]};
-      *reinterpret_cast<float2*>(scores + ((place ^ 1) + 8) * pitch + head) = {logits[2], logits[3]};
-    }
+    const uint32_t address = shared_address(scores + place * pitch + head);
+    store_shared_pair_if(head < pitch, address, logits[0], logits[1]);
+    store_shared_pair_if(head < pitch, address + ((place ^ 1) + 8 - place) * pitch * 4, logits[2], logits[3]);
   }
 };
 

@@ -16,7 +16,7 @@ template <int HEAD_DIM>
 struct ValueLanes {
   static constexpr int kElements = HEAD_DIM <= 64 ? 2 : HEAD_DIM <= 128 ? 4 : 8;  // of a lane
   static constexpr int kLanes = HEAD_DIM / kElements;                             // 32, or 24
-  static constexpr int kInFlight = kElements <= 4 ? 8 : 4;                        // rows, as registers allow
+  static constexpr int kInFlight = kElements <= 4 ? 4 : 2;                        // rows of a batch, as registers allow
 };
 
 // The elements of a row that a lane reads.
@@ -25,23 +25,16 @@ struct LaneValues {
   static constexpr int kWords = ELEMENTS * sizeof(V) < 4 ? 1 : ELEMENTS * sizeof(V) / 4;
   uint32_t words[kWords];
 
-  // Zeros where there is no row.
+  // Zeros where there is no row. Loads do not wait for each other.
   __device__ __forceinline__ void load(const V* source, bool there, bool aligned) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = 0;
+    if constexpr (ELEMENTS * sizeof(V) >= 4) {
+      if (aligned) return load_global_if(there, words, source);
+    }
     if (!there) return;
     if (aligned) {
-      if constexpr (ELEMENTS * sizeof(V) == 16) {
-        const uint4 value = __ldg(reinterpret_cast<const uint4*>(source));
-        words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
-      } else if constexpr (ELEMENTS * sizeof(V) == 8) {
-        const uint2 value = __ldg(reinterpret_cast<const uint2*>(source));
-        words[0] = value.x, words[1] = value.y;
-      } else if constexpr (ELEMENTS * sizeof(V) == 4) {
-        words[0] = __ldg(reinterpret_cast<const uint32_t*>(source));
-      } else {
-        words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
-      }
+      words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
       return;
     }
     constexpr int kPerWord = ELEMENTS / kWords, kBits = 8 * sizeof(V);
@@ -88,24 +81,35 @@ __device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t factors
   }
 }
 
-// Adds weight[h] v to the sums of four heads, first_head on, row by row. Lane i has the address of row i's weights.
+constexpr int kWeightBytes = sizeof(float4) * 2;  // of a draw
+constexpr int kChunksInSight = 4;                 // lane 8 i + h looks at head h of chunk i
+
+// Rows of V that a warp adds up together, on their way from memory.
 template <typename V, int ELEMENTS, int ROWS>
-__device__ __forceinline__ void add_rows(float (&acc)[kHeadBlock][ELEMENTS], int first_head,
-                                         const LaneValues<V, ELEMENTS> (&rows)[ROWS], uint32_t weights) {
+struct RowBatch {
+  LaneValues<V, ELEMENTS> rows[ROWS];
+  int count;         // of rows that are there
+  uint32_t weights;  // of row `lane`: their address
+  uint32_t held;     // barrier of chunk lane / 8, if the chunk is to be handed back when these rows have been added up
+
+  // Adds weight[h] v to the sums of four heads, first_head on, row by row.
+  __device__ __forceinline__ void add_four(float (&acc)[kHeadBlock][ELEMENTS], int first_head) const {
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) {
-    const uint4 bits = load_shared_16(__shfl_sync(0xffffffffu, weights, i));
-    const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-                        __uint_as_float(bits.w)};
-    float v[ELEMENTS];
-    rows[i].unpack(v);
+    for (int i = 0; i < ROWS; ++i) {
+      if (i == ROWS / 2 && count <= ROWS / 2) break;
+      const uint4 bits = load_shared_16(__shfl_sync(0xffffffffu, weights, i) + first_head * 4);
+      const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                          __uint_as_float(bits.w)};
+      float v[ELEMENTS];
+      rows[i].unpack(v);
 #pragma unroll
-    for (int h = 0; h < 4; ++h) {
+      for (int h = 0; h < 4; ++h) {
 #pragma unroll
-      for (int d = 0; d < ELEMENTS; ++d) acc[first_head + h][d] = fmaf(w[h], v[d], acc[first_head + h][d]);
+        for (int d = 0; d < ELEMENTS; ++d) acc[first_head + h][d] = fmaf(w[h], v[d], acc[first_head + h][d]);
+      }
     }
   }
-}
+};
 
 template <int ELEMENTS>
 __device__ __forceinline__ void store_elements(float* to, const float (&values)[ELEMENTS]) {
@@ -119,16 +123,28 @@ __device__ __forceinline__ void store_elements(float* to, const float (&values)[
   }
 }
 
-constexpr int kWeightBytes = sizeof(float4) * 2;  // of a draw
-constexpr int kChunksInSight = 4;                 // lane 8 i + h looks at head h of chunk i
+// Hands chunks back: every lane says that it has read them all. Lane 8 i has the barrier of chunk i, or 0.
+__device__ __forceinline__ void hand_back(uint32_t held) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kChunksInSight; ++i) {
+    const uint32_t barrier = __shfl_sync(0xffffffffu, held, i * 8);
+    if (barrier != 0) mbarrier_arrive(barrier);
+  }
+}
 
 // Adds up the parts of a CTA's run. `queue_of(w)`: of score warp w, which has the tiles w, w + num_warps, ... of the
 // run. `neighbour`: in shared memory, [heads of the block, HEAD_DIM], for the sums of the second warp.
+//
+// Rows take their time to arrive: a batch of them is added up when the next one is on its way, if there are draws for
+// one. Chunks are taken in the order of their tiles, up to four at once, and go back to their score warps when the last
+// of their rows has been added up.
 template <typename V, int HEAD_DIM, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
                                              const QueueOf& queue_of, float* neighbour, int gather_warp, int lane) {
   using Lanes = ValueLanes<HEAD_DIM>;
   constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
+  using Batch = RowBatch<V, kElements, kInFlight>;
   const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv,
             draw_kv = unit.row.draw_kv;
   const int own_head = lane & 7, own_chunk = lane >> 3;
@@ -145,119 +161,133 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     int first_key = part * part_kv;
     int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - first_key), draw_kv);
 
-    while (tiles_left > 0) {
-      // The chunk of this lane: of the tile own_chunk further on, if it is there. The first one is waited for.
-      int warp = owner + own_chunk;
-      while (warp >= num_warps) warp -= num_warps;
-      const uint32_t n = __shfl_sync(0xffffffffu, consumed, warp);
-      const DrawQueue queue = queue_of(warp);
-      DrawChunk& chunk = queue.chunks[DrawQueue::buffer(n)];
-      if (own_chunk == 0) mbarrier_wait(&queue.full[DrawQueue::buffer(n)], DrawQueue::parity(n));
-      __syncwarp();
-      const bool full = own_chunk < min(num_warps, tiles_left) &&
-                        mbarrier_test(&queue.full[DrawQueue::buffer(n)], DrawQueue::parity(n));
-      const int own_count = full ? chunk.count : 0;
-      const bool is_last = full && chunk.is_last != 0;
-      const float tile_reference = full ? chunk.reference[own_head] : 0.0f;
-      const SoftmaxState tile = full ? chunk.tile[own_head] : empty_softmax_state();
+    // The chunks that were taken last. Their draws are one list, those of chunk i end at ends_at[i]; this warp's that
+    // are not on their way yet are `next`, next + 2, ...
+    int ends_at[kChunksInSight] = {}, num_draws = 0, next = 0, list_key = 0;
+    uint32_t chunk_address = 0, held = 0;  // of chunk own_chunk; its barrier
+    bool scaled = false;                   // its weights are to be multiplied with its factors
 
-      // What sums are relative to rises at the first chunk only: a later one that would raise it has to wait its turn,
-      // however many are there at once.
-      const float first_reference = __shfl_sync(0xffffffffu, tile_reference, own_head);
-      const bool rises = has_head && first_reference > reference;
-      if (__any_sync(0xffffffffu, rises)) {
-        const float risen = fmaxf(reference, first_reference), scale = exp2_below(reference, risen);
-        reference = risen;
-        sum *= scale;
+    Batch under_way;
+    under_way.count = 0;
+#pragma unroll 1
+    while (true) {
+      if (next >= num_draws && tiles_left > 0) {
+        // The chunk of this lane: of the tile own_chunk further on, if it is there. The first one is waited for unless
+        // there is something to do.
+        int warp = owner + own_chunk;
+        while (warp >= num_warps) warp -= num_warps;
+        const uint32_t n = __shfl_sync(0xffffffffu, consumed, warp), parity = DrawQueue::parity(n);
+        const DrawQueue queue = queue_of(warp);
+        DrawChunk& chunk = queue.chunks[DrawQueue::buffer(n)];
+        const uint32_t barrier = shared_address(&queue.full[DrawQueue::buffer(n)]);
+        if (under_way.count == 0 && own_chunk == 0) mbarrier_wait_idle(barrier, parity);
+        __syncwarp();
+        const bool full = own_chunk < min(num_warps, tiles_left) && mbarrier_test(barrier, parity);
+        const int own_count = full ? chunk.count : 0;
+        const bool is_last = full && chunk.is_last != 0;
+        const float tile_reference = full ? chunk.reference[own_head] : 0.0f;
+        const SoftmaxState tile = full ? chunk.tile[own_head] : empty_softmax_state();
+
+        // What sums are relative to rises at the first chunk only: a later one that would raise it has to wait its
+        // turn, however many are there at once, and the first one for the rows that are under way.
+        const float first_reference = __shfl_sync(0xffffffffu, tile_reference, own_head);
+        const bool rises = __any_sync(0xffffffffu, has_head && first_reference > reference);
+        const bool ready = __shfl_sync(0xffffffffu, full, 0) && !(rises && under_way.count > 0);
+        if (ready && rises) {
+          const float risen = fmaxf(reference, first_reference), scale = exp2_below(reference, risen);
+          reference = risen;
+          sum *= scale;
 #pragma unroll
-        for (int h = 0; h < kHeadBlock; ++h) {
-          const float head_scale = __shfl_sync(0xffffffffu, scale, h);
+          for (int h = 0; h < kHeadBlock; ++h) {
+            const float head_scale = __shfl_sync(0xffffffffu, scale, h);
 #pragma unroll
-          for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
+            for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
+          }
+        }
+        if (ready) {
+          // A chunk ends what is taken if it is not there, if it would raise the reference, or if its tile goes on
+          // after it.
+          const uint32_t ends = __ballot_sync(0xffffffffu, !full || (has_head && tile_reference > reference));
+          const uint32_t unfinished = __ballot_sync(0xffffffffu, !is_last);
+          int num_chunks = ends == 0 ? kChunksInSight : (__ffs(ends) - 1) >> 3;
+          if (unfinished != 0) num_chunks = min(num_chunks, ((__ffs(unfinished) - 1) >> 3) + 1);
+          const bool taken = own_chunk < num_chunks;
+#pragma unroll
+          for (int i = 0; i < kChunksInSight; ++i) {  // every lane sees for itself that they are full, for racecheck
+            const uint32_t other = __shfl_sync(0xffffffffu, barrier, i * 8);
+            const uint32_t other_parity = __shfl_sync(0xffffffffu, parity, i * 8);
+            if (i < num_chunks) mbarrier_wait(other, other_parity);
+          }
+
+          // Tile by tile, in their order.
+          const float factor = taken && has_head ? exp2_below(tile_reference, reference) : 1.0f;
+          const float mass = taken && is_last && has_head ? tile.sum * exp2_below(tile.max, reference) : 0.0f;
+#pragma unroll
+          for (int i = 0; i < kChunksInSight; ++i) sum += __shfl_sync(0xffffffffu, mass, i * 8 + own_head);
+          scaled = __any_sync(0xffffffffu, factor != 1.0f);
+          if (scaled && taken) chunk.factor[1 + gather_warp][own_head] = factor;
+
+          num_draws = 0;
+#pragma unroll
+          for (int i = 0; i < kChunksInSight; ++i) {
+            const int count = __shfl_sync(0xffffffffu, own_count, i * 8);
+            ends_at[i] = num_draws += i < num_chunks ? count : 0;
+          }
+          next = (rows_read ^ gather_warp) & 1;
+          rows_read += num_draws;
+          list_key = first_key;
+          chunk_address = shared_address(&chunk);
+          held = taken ? shared_address(&queue.empty[DrawQueue::buffer(n)]) : 0;
+
+          int position = lane - owner;  // of this lane's warp among the chunks
+          if (position < 0) position += num_warps;
+          if (lane < num_warps && position < num_chunks) ++consumed;
+          const bool goes_on = (unfinished >> (8 * num_chunks - 8) & 1) != 0;
+          const int finished = goes_on ? num_chunks - 1 : num_chunks;
+          owner += finished;
+          while (owner >= num_warps) owner -= num_warps;
+          first_key += finished * draw_kv;
+          tiles_left -= finished;
+          if (next >= num_draws) hand_back(held);
         }
       }
-      // A chunk ends what is taken if it is not there, if it would raise the reference, or if its tile goes on after
-      // it.
-      const uint32_t ends = __ballot_sync(0xffffffffu, !full || (has_head && tile_reference > reference));
-      const uint32_t unfinished = __ballot_sync(0xffffffffu, !is_last);
-      int num_chunks = ends == 0 ? kChunksInSight : (__ffs(ends) - 1) >> 3;
-      if (unfinished != 0) num_chunks = min(num_chunks, ((__ffs(unfinished) - 1) >> 3) + 1);
-      const bool taken = own_chunk < num_chunks;
 
-      // Tile by tile, in their order.
-      const float factor = taken && has_head ? exp2_below(tile_reference, reference) : 1.0f;
-      const float mass = taken && is_last && has_head ? tile.sum * exp2_below(tile.max, reference) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kChunksInSight; ++i) sum += __shfl_sync(0xffffffffu, mass, i * 8 + own_head);
-      const bool scaled = __any_sync(0xffffffffu, factor != 1.0f);
-      if (scaled && taken) chunk.factor[1 + gather_warp][own_head] = factor;
-      __syncwarp();
-
-      // The draws of these chunks are one list: those of chunk i end at ends_at[i].
-      int ends_at[kChunksInSight], num_draws = 0;
-#pragma unroll
-      for (int i = 0; i < kChunksInSight; ++i) {
-        const int count = __shfl_sync(0xffffffffu, own_count, i * 8);
-        ends_at[i] = num_draws += i < num_chunks ? count : 0;
-      }
-      const int first_draw = (rows_read ^ gather_warp) & 1;  // of this warp
-      rows_read += num_draws;
-#pragma unroll 1
-      for (int base = first_draw; base < num_draws; base += kGatherWarps * kInFlight) {
-        // Lane i finds draw base + 2 i.
-        const int draw = min(base + kGatherWarps * lane, num_draws - 1);
+      Batch batch;
+      batch.count = next < num_draws ? min(ceil_div_int(num_draws - next, kGatherWarps), kInFlight) : 0;
+      if (batch.count > 0) {
+        // Lane i finds draw next + 2 i.
+        const int draw = min(next + kGatherWarps * lane, num_draws - 1);
         int of = 0, before = 0;
 #pragma unroll
         for (int i = 0; i + 1 < kChunksInSight; ++i) {
           if (draw >= ends_at[i]) of = i + 1, before = ends_at[i];
         }
-        const uint32_t chunk_address = __shfl_sync(0xffffffffu, shared_address(&chunk), of * 8);
-        const uint32_t weights = chunk_address + (draw - before) * kWeightBytes;
-        const int key =
-            first_key + of * draw_kv + load_shared_1(chunk_address + offsetof(DrawChunk, key) + draw - before);
+        const uint32_t address = __shfl_sync(0xffffffffu, chunk_address, of * 8);
+        batch.weights = address + (draw - before) * kWeightBytes;
+        const int key = list_key + of * draw_kv + load_shared_1(address + offsetof(DrawChunk, key) + draw - before);
         const auto row_address = reinterpret_cast<uint64_t>(values.row(key));
-        if (scaled && lane < kInFlight && base + kGatherWarps * lane < num_draws) {
-          scale_weights(weights, chunk_address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
+        __syncwarp();  // the factors are there
+        if (scaled && lane < batch.count) {
+          scale_weights(batch.weights, address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
         }
-        __syncwarp();
-
-        // All rows of the batch are on their way before the first is used. Past the end: zeros.
-        LaneValues<V, kElements> rows[kInFlight];
-        const auto load = [&](bool aligned) {
 #pragma unroll
-          for (int i = 0; i < kInFlight; ++i) {
-            const auto row = reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i));
-            rows[i].load(row + lane_element, base + kGatherWarps * i < num_draws, aligned);
-          }
-        };
-        if (p.aligned) {
-          load(true);
-        } else {
-          load(false);
+        for (int i = 0; i < kInFlight; ++i) {
+          const auto row = reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i));
+          batch.rows[i].load(row + lane_element, i < batch.count, p.aligned);
         }
-        add_rows<V, kElements, kInFlight>(acc, 0, rows, weights);
-        if (wide) add_rows<V, kElements, kInFlight>(acc, 4, rows, weights + 16);
+        next += kGatherWarps * kInFlight;
+        batch.held = next < num_draws ? 0 : held;
+        __syncwarp();  // the weights are there
       }
 
-      // Hand the chunks back: every lane says that it has read them all.
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kChunksInSight; ++i) {
-        if (i >= num_chunks) break;
-        int of = owner + i;
-        while (of >= num_warps) of -= num_warps;
-        const uint32_t nth = __shfl_sync(0xffffffffu, n, i * 8);
-        mbarrier_arrive(&queue_of(of).empty[DrawQueue::buffer(nth)]);
+      if (under_way.count > 0) {
+        under_way.add_four(acc, 0);
+        if (wide) under_way.add_four(acc, 4);
+        hand_back(under_way.held);
+      } else if (batch.count == 0 && tiles_left == 0) {
+        break;
       }
-      int position = lane - owner;  // of this lane's warp among the chunks
-      if (position < 0) position += num_warps;
-      if (lane < num_warps && position < num_chunks) ++consumed;
-      const bool goes_on = (unfinished >> (8 * num_chunks - 8) & 1) != 0;
-      const int finished = goes_on ? num_chunks - 1 : num_chunks;
-      owner += finished;
-      while (owner >= num_warps) owner -= num_warps;
-      first_key += finished * draw_kv;
-      tiles_left -= finished;
+      under_way = batch;
     }
 
     // The second warp's sums to the first.

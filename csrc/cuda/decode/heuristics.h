@@ -8,26 +8,31 @@
 
 namespace santa::cuda {
 
-constexpr int kMaxScoreWarps = 4;
+constexpr int kMaxScoreWarps = 6;  // of any kernel
 constexpr int kMaxSlots = 8;  // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;    // draws that a score warp hands on at a time
 constexpr int kChunkBytes = 736;   // of a DrawChunk, for 8 heads; draw.cuh checks it
 constexpr int kSharedBytes = 512;  // of OnePassShared; one_pass.cuh checks it
 
-// What scores of one kind take of shared memory: by the slot of a ring, and once per CTA.
-struct ScoreBytes {
+// What scores of one kind need: bytes of shared memory by the slot of a ring, and once per CTA; how many warps of them
+// registers have room for, with two CTAs on a multiprocessor.
+struct ScoreNeeds {
   int slot;
   int once;
+  int max_warps;
 };
+
+constexpr int max_key_warps(int head_dim) { return head_dim <= 128 ? kMaxScoreWarps : 4; }
 
 // Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the permutation of
 // their chunks (load.cuh) stays inside the row.
 constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
 
 // Of keys that lie in rows: 32 a slot, those of 1 byte an element without gaps.
-inline ScoreBytes key_score_bytes(const DecodeParams& p) {
-  return {32 * (p.k_dtype == Dtype::kFloat8E4M3 ? p.head_dim : slot_row_pitch(p.head_dim) * 2), 0};
+inline ScoreNeeds key_score_needs(const DecodeParams& p) {
+  return {32 * (p.k_dtype == Dtype::kFloat8E4M3 ? p.head_dim : slot_row_pitch(p.head_dim) * 2), 0,
+          max_key_warps(p.head_dim)};
 }
 
 // Floats from the scores of a key to those of the next.
@@ -83,15 +88,19 @@ inline int run_parts_of(int64_t units, int max_parts, int part_kv, bool lengths_
 
 constexpr int kMaxRuns = 65535;  // blockIdx.y
 
-inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreBytes& bytes) {
+inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
-  return kSharedBytes + align_up(bytes.once) + sum_bytes_of(p) +
-         p.plan.num_warps * warp_bytes_of(bytes.slot, p.plan.num_slots, pitch);
+  return kSharedBytes + align_up(needs.once) + sum_bytes_of(p) +
+         p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
+
+// Of a warp's ring. What is on its way on a multiprocessor covers the latency of memory a few times; more only makes
+// the rows of V wait longer behind the keys.
+constexpr int kRingBytes = 16 << 10;
 
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
 // warps as fit with two slots each, then more slots.
-inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreBytes& bytes) {
+inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
   if (!p.plan.one_pass) return;
   CallPlan& plan = p.plan;
   constexpr int kReserved = 1024;  // by the system, per CTA
@@ -105,16 +114,14 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
-    return one_pass_shared_bytes(p, bytes) <= room;
+    return one_pass_shared_bytes(p, needs) <= room;
   };
-  int num_warps = kMaxScoreWarps, num_slots = 2;
+  int num_warps = needs.max_warps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
-  while (num_slots < kMaxSlots && fits(num_warps, num_slots + 1)) ++num_slots;
-
-  plan.num_warps = num_warps;  // those beyond the tiles of a run share the pilot
-  plan.num_slots = num_slots;
-  if (forced.num_warps > 0) plan.num_warps = std::min(forced.num_warps, num_warps);
-  if (forced.num_slots > 0) plan.num_slots = std::min(forced.num_slots, num_slots);
+  if (forced.num_warps > 0) num_warps = std::min(forced.num_warps, num_warps);
+  const int wanted = forced.num_slots > 0 ? forced.num_slots : kRingBytes / needs.slot;
+  while (num_slots < std::min(wanted, kMaxSlots) && fits(num_warps, num_slots + 1)) ++num_slots;
+  plan.num_warps = num_warps, plan.num_slots = num_slots;
 }
 
 }  // namespace santa::cuda

@@ -67,7 +67,7 @@ DeviceLimits device_limits_of(int device_index) {
 }
 
 void plan_decode(DecodeParams& p, int device_index) {
-  if (p.plan.one_pass) plan_one_pass(p, device_limits_of(device_index), key_score_bytes(p));
+  if (p.plan.one_pass) plan_one_pass(p, device_limits_of(device_index), key_score_needs(p));
 }
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {

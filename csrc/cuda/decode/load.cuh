@@ -170,23 +170,29 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
   constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   constexpr int kRowBytes = kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2;
   static_assert((kPeriodRows & (kPeriodRows - 1)) == 0);
+  // Copies whose rows differ by whole periods of the permutation have a place in common, apart from an offset.
+  constexpr int kCount = kCopies / kPeriod, kPlaces = kPeriodRows >= 8 ? 1 : kCount < 8 / kPeriodRows ? kCount : 8 / kPeriodRows;
 #pragma unroll
   for (int u = 0; u < kPeriod; ++u) {
     const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
     const uint32_t place = slot + place_of_chunk<K, HEAD_DIM>(row, chunk);  // slots start at multiples of 128
-    const auto copy = [&](int i, const K* source) {
+    uint32_t places[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
       const int further = i * kPeriodRows;
-      const uint32_t permutation = kFloat8 ? code_permutation<HEAD_DIM>(further) : chunk_permutation(further);
-      cp_async_whole_16((place ^ permutation) + further * kRowBytes, source, policy);
+      places[i] = opaque(place ^ (kFloat8 ? code_permutation<HEAD_DIM>(further) : chunk_permutation(further)));
+    }
+    const auto copy = [&](int i, const K* source) {
+      cp_async_whole_16(places[i % kPlaces] + i * kPeriodRows * kRowBytes, source, policy);
     };
+    const K* source = rows + row * stride + chunk * kChunkElements;
     if (__builtin_expect(stride == HEAD_DIM, 1)) {  // one behind the other: offsets that the instruction holds
-      const K* source = rows + row * HEAD_DIM + chunk * kChunkElements;
+      source = opaque(source);
 #pragma unroll
-      for (int i = 0; i < kCopies / kPeriod; ++i) copy(i, source + i * kPeriodRows * HEAD_DIM);
+      for (int i = 0; i < kCount; ++i) copy(i, source + i * kPeriodRows * HEAD_DIM);
     } else {
-      const K* source = rows + row * stride + chunk * kChunkElements;
 #pragma unroll
-      for (int i = 0; i < kCopies / kPeriod; ++i, source += kPeriodRows * stride) copy(i, source);
+      for (int i = 0; i < kCount; ++i, source += kPeriodRows * stride) copy(i, source);
     }
   }
 }

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_co
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__((kMaxScoreWarps + kGatherWarps) * 32, 2)
+__global__ void __launch_bounds__((max_key_warps(HEAD_DIM) + kGatherWarps) * 32, 2)
     one_pass_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = KeyScorer<T, K, HEAD_DIM>;

@@ -23,15 +23,15 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 // The pilot and the one-pass kernel, with their parameters, which contain p.
 template <typename Params>
 void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
-                             const DecodeParams& p, const ScoreBytes& bytes, cudaStream_t stream) {
+                             const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream) {
   const bool streaming = p.budget == Budget::kStreaming;
   if (streaming) {
-    const int pilot_bytes = kPilotBytes + kPilotWarps * bytes.slot + bytes.once;
+    const int pilot_bytes = kPilotBytes + kPilotWarps * needs.slot + needs.once;
     allow_shared_memory(pilot, pilot_bytes);
     pilot<<<dim3(p.num_units(), 1, p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
     check_launch("pilot_kernel");
   }
-  const int shared_bytes = one_pass_shared_bytes(p, bytes), threads = (p.plan.num_warps + kGatherWarps) * 32;
+  const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   allow_shared_memory(one_pass, shared_bytes);
   prefer_shared_memory(one_pass);
   const dim3 grid(p.num_units(), ceil_div_int(p.plan.max_parts, p.plan.run_parts), p.batch);
@@ -45,7 +45,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
 
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
-  launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p, key_score_bytes(p),
+  launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p, key_score_needs(p),
                           stream);
 }
 
