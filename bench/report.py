@@ -18,6 +18,8 @@ SHORT_NAMES = {
     "torch SDPA": "x SDPA",
     "FlashInfer": "x FI",
     "FlashInfer fp8": "x FI fp8",
+    "FlashInfer XQA": "x XQA",
+    "FlashInfer XQA fp8": "x XQA8",
     "FlashAttention-3": "x FA3",
 }
 
@@ -154,12 +156,16 @@ def target_lines(results: list[targets.Result]) -> list[str]:
         # Rounded down, so that no figure that misses looks as if it met.
         figure = f"{math.floor(r.figure * 1000) / 1000:10.3f}" if r.figure is not None else f"{'-':>10}"
         verdict = "met" if r.met else "miss" if r.figure is not None else f"not measured: {r.reason}"
+        verdict += f" ({r.remark})" if r.remark else ""
         lines.append(f"{r.target:34}{r.shape:>11}  {r.what:34}{r.required:9.2f}{figure}  {verdict}"[:WIDTH])
-    not_run: dict[str, list[str]] = {}
+    not_run: dict[str, dict[str, list[str]]] = {}
     for r in results:
         if r.figure is None and r.reason == targets.NOT_RUN:
-            not_run.setdefault(r.target, []).append(r.shape)
-    lines += [f"{target:34}not run: {', '.join(shapes)}" for target, shapes in not_run.items()]
+            not_run.setdefault(r.target, {}).setdefault(r.shape, []).extend([r.remark] if r.remark else [])
+    for target, shapes in not_run.items():
+        places = [shape + (f" ({', '.join(settings)})" if settings else "") for shape, settings in shapes.items()]
+        text = f"{target:34}not run: {', '.join(places)}"
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 43, break_long_words=False)
     met, missed = sum(r.met for r in results), sum(r.figure is not None and not r.met for r in results)
     return [*lines, f"{met} met, {missed} missed, {len(results) - met - missed} not measured", ""]
 
