@@ -3,12 +3,15 @@
     python bench/bench_decode.py --fa3 DIR --targets       # the README's table
     python bench/bench_decode.py --quick                   # two shapes, one setting
     python bench/bench_decode.py --variants --mixed --fp8  # other head counts and dtypes, mixed lengths, 8-bit caches
+    python bench/bench_decode.py --table --variants --mixed --fp8 --targets --fa3 DIR --budgets streaming proportional \
+        --samplers grouped systematic stratified multinomial   # every target
     python bench/bench_decode.py --device cpu --shapes 1x16384 --samples 128
 
 Every result is checked against float64 before it is timed: the first and the last row of the batch. Times are medians;
 on CUDA of CUDA-graph replays over buffers that rotate past the L2. Columns: microseconds per call; bytes of K per
 second; share of the limit, which is the time of a kernel that only reads K (K stream) over this time; speed-up over the
-fastest 16-bit dense kernel (x best) and over each of them; distinct V rows read per KV head; relative error.
+fastest 16-bit dense kernel (x best: of torch SDPA, FlashInfer, FlashInfer XQA and FlashAttention-3) and over each dense
+kernel, those of FlashInfer with 8-bit caches too; distinct V rows read per KV head; relative error.
 
 Without a mode (--table, --variants, --mixed, --fp8) it is --table.
 """
@@ -52,6 +55,7 @@ QUICK_SHAPES = ("1x32768", "4x32768")
 # 8-bit caches hold k / K_SCALE and v / V_SCALE.
 K_SCALE, V_SCALE = 2.0**-5, 2.0**-4
 FP8 = torch.float8_e4m3fn
+ONE_PASS_SAMPLERS = ("grouped", "systematic")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Setting:
 
 def settings_of(arguments: argparse.Namespace, group_size: int, kv_len: int) -> list[Setting]:
     """The exact path, the budgets asked for, and the uniform one (SANTA's Flash) where so many samples are taken."""
-    in_one_pass = [sampler for sampler in arguments.samplers if sampler in ("grouped", "systematic")]
+    in_one_pass = [sampler for sampler in arguments.samplers if sampler in ONE_PASS_SAMPLERS]
     sampled = [
         Setting(s, sampler, budget)
         for sampler in arguments.samplers
@@ -277,20 +281,13 @@ class Benchmark:
     def variants(self) -> None:
         """Each variant against the same shape with 32 / 8 heads of 128, bfloat16, HND."""
         # FlashInfer compiles a module for each dtype and head_dim; SDPA and FlashAttention have them.
-        dense = [c for c in self.dense if not isinstance(c, competitors.FlashInfer) or self.arguments.competitors_given]
+        dense = [c for c in self.dense if not c.compiles or self.arguments.competitors_given]
         settings = [s for s in settings_of(self.arguments, 1, 0) if s.num_samples in (0, *self.arguments.samples[:1])]
-        base = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "layout": "HND"}
-        for case, options in {
-            targets.VARIANT_BASE: {},
-            "group 1: 8 / 8 heads": {"num_qo_heads": 8},
-            "group 7: 28 / 4 heads": {"num_qo_heads": 28, "num_kv_heads": 4},
-            "group 8: 32 / 4 heads": {"num_kv_heads": 4},
-            "head_dim 64": {"head_dim": 64},
-            "head_dim 256": {"head_dim": 256},
-            "float16": {"dtype": torch.float16},
-            "NHD": {"layout": "NHD"},
-        }.items():
-            self.run_case("variants", targets.VARIANT_SHAPE, case, settings, dense, **(base | options))
+        base = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "layout": "HND"}
+        for case, changed in {targets.VARIANT_BASE: {}, **targets.VARIANTS}.items():
+            options = base | changed
+            options["dtype"] = getattr(torch, options["dtype"])
+            self.run_case("variants", targets.VARIANT_SHAPE, case, settings, dense, **options)
 
     def mixed(self) -> None:
         batch, longest = report.parse_shape(targets.MIXED_SHAPE)
@@ -303,8 +300,9 @@ class Benchmark:
         a = self.arguments
         for shape in a.shapes if a.shapes_given else targets.FP8_SHAPES:
             sixteen = settings_of(a, a.num_qo_heads // a.num_kv_heads, 0)
-            eight = [Setting(s.num_samples, s.sampler, storage=x) for x in ("K fp8", "KV fp8") for s in sixteen]
-            self.run_case("fp8", shape, "", eight)
+            one_pass = [s for s in sixteen if s.sampler in ONE_PASS_SAMPLERS]
+            eight = [Setting(s.num_samples, s.sampler, storage=x) for x in ("K fp8", "KV fp8") for s in one_pass]
+            self.run_case("fp8", shape, "", list(dict.fromkeys(eight)))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -380,7 +378,9 @@ def main() -> None:
             print(f"{name}: not measured: {reason}")
         print("\n".join(report.variant_lines(benchmark.rows)))
         if arguments.targets:
-            print("\n".join(report.target_lines(targets.evaluate(benchmark.rows))))
+            device = environment(arguments.device)["device"]
+            print(f"Targets of an {targets.card_of(device)}, on {device}")
+            print("\n".join(report.target_lines(targets.evaluate(benchmark.rows, device))))
         print(f"whole run: {benchmark.total}")
         benchmark.save()
     if arguments.plot:

@@ -3,6 +3,8 @@
     torch SDPA            scaled_dot_product_attention(enable_gqa=True)
     FlashInfer            BatchDecodeWithPagedKVCacheWrapper, tensor cores, pages of 16 keys in its NHD layout, in order
     FlashInfer fp8        the same with K and V in float8_e4m3fn
+    FlashInfer XQA        flashinfer.xqa of 0.6.6, pages of 64 keys in its HND layout, in order
+    FlashInfer XQA fp8    the same with K and V in float8_e4m3fn; on sm_90 q and the probabilities are rounded to it too
     FlashAttention-3      torch.ops._vllm_fa3_C.fwd of vLLM 0.20.2, pages of 16 keys, automatic number of splits
 
 What depends on lengths alone (FlashInfer's plan, FlashAttention's scheduler metadata) is prepared outside the timing,
@@ -22,6 +24,7 @@ from torch import Tensor
 
 Call = Callable[[], Tensor]
 PAGE_SIZE = 16
+XQA_PAGE_SIZE = 64
 
 
 class Unsupported(Exception):
@@ -38,6 +41,7 @@ class Competitor:
     name: str
     storage: torch.dtype | None = None  # of K and V; None: the problem's
     tolerance = ROUNDING
+    compiles = False  # a module for each dtype and head_dim, at run time
 
     def calls(self, problem: Problem) -> list[Call]:
         raise NotImplementedError
@@ -57,16 +61,16 @@ class Sdpa(Competitor):
         return [lambda s=s: call(*s) for s in problem.sets]
 
 
-def to_pages(x: Tensor, layout: str, row_lens: list[int]) -> Tensor:
-    """[pages, PAGE_SIZE, num_kv_heads, head_dim]: the pages of each row, in order; last pages end in zeros."""
+def to_pages(x: Tensor, layout: str, row_lens: list[int], page_size: int = PAGE_SIZE) -> Tensor:
+    """[pages, page_size, num_kv_heads, head_dim]: the pages of each row, in order; last pages end in zeros."""
     rows = as_nhd(x, layout)
     batch, kv_len = rows.shape[:2]
-    if kv_len % PAGE_SIZE == 0 and row_lens == [kv_len] * batch:
-        return rows.reshape(-1, PAGE_SIZE, *rows.shape[2:])
+    if kv_len % page_size == 0 and row_lens == [kv_len] * batch:
+        return rows.reshape(-1, page_size, *rows.shape[2:])
     padded = [
-        F.pad(row[:length], (0, 0, 0, 0, 0, -length % PAGE_SIZE)) for row, length in zip(rows, row_lens, strict=True)
+        F.pad(row[:length], (0, 0, 0, 0, 0, -length % page_size)) for row, length in zip(rows, row_lens, strict=True)
     ]
-    return torch.cat(padded).reshape(-1, PAGE_SIZE, *rows.shape[2:])
+    return torch.cat(padded).reshape(-1, page_size, *rows.shape[2:])
 
 
 def page_table(row_lens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +81,20 @@ def page_table(row_lens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return indptr, torch.arange(int(indptr[-1]), dtype=torch.int32), ((lens - 1) % PAGE_SIZE + 1).int()
 
 
+def block_table(row_lens: list[int], page_size: int = PAGE_SIZE) -> Tensor:
+    """The pages of each row for `to_pages`, int32 [batch, most pages of a row] on the CPU; short rows end in zeros."""
+    pages = [-(-length // page_size) for length in row_lens]
+    table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+    first = 0
+    for row, count in zip(table, pages, strict=True):
+        row[:count] = torch.arange(first, first + count, dtype=torch.int32)
+        first += count
+    return table
+
+
 class FlashInfer(Competitor):
     name = "FlashInfer"
+    compiles = True
 
     def __init__(self) -> None:
         import flashinfer
@@ -114,6 +130,72 @@ class FlashInferFp8(FlashInfer):
     storage = torch.float8_e4m3fn
 
 
+class FlashInferXqa(Competitor):
+    name = "FlashInfer XQA"
+    compiles = True
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10, 12):
+            raise RuntimeError("its kernels are for compute capability 9.x, 10.x and 12.x")
+        import flashinfer
+        from flashinfer.xqa import xqa
+
+        self.version = flashinfer.__version__
+        self.xqa = xqa
+        self.workspace: Tensor | None = None
+        self.semaphores: Tensor | None = None
+
+    def calls(self, problem: Problem) -> list[Call]:
+        if problem.dtype not in (torch.bfloat16, torch.float16):
+            raise Unsupported(f"it takes no {problem.dtype}")
+        if problem.group_size > 32:
+            raise Unsupported("it takes up to 32 query heads for each KV head")
+        device = problem.sets[0][0].device
+        if self.workspace is None or self.semaphores is None:
+            self.workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+            self.semaphores = torch.zeros(2 << 20, dtype=torch.int32, device=device)
+        # Calls on one stream share both: a launch waits for the one before it, and its last CTA of a row and head
+        # leaves the semaphore at zero. A launch that failed may have left it elsewhere.
+        self.semaphores.zero_()
+        workspace, semaphores = self.workspace, self.semaphores.view(torch.uint32)
+        lens = problem.row_lens
+        table = block_table(lens, XQA_PAGE_SIZE).to(device)
+        used = torch.tensor(lens, dtype=torch.int32, device=device).unsqueeze(1).view(torch.uint32)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            # It scales logits by head_dim ** -0.5 itself; one beam.
+            self.xqa(
+                q.unsqueeze(1),
+                k,
+                v,
+                table,
+                used,
+                out.unsqueeze(1),
+                workspace,
+                semaphores,
+                problem.num_kv_heads,
+                XQA_PAGE_SIZE,
+                kv_layout="HND",
+            )
+            return out
+
+        def pages(x: Tensor) -> Tensor:
+            stored = to_pages(x, problem.layout, lens, XQA_PAGE_SIZE).to(self.storage or problem.dtype)
+            return stored.transpose(1, 2).contiguous()
+
+        sets = [(q, pages(k), pages(v)) for q, k, v in problem.sets]
+        return [lambda s=s: call(*s) for s in sets]
+
+
+class FlashInferXqaFp8(FlashInferXqa):
+    name = "FlashInfer XQA fp8"
+    storage = torch.float8_e4m3fn
+    # With 8-bit queries and probabilities the result of exact arithmetic errs by 5.4% at logits of standard deviation
+    # 2. A wrong page, length or scale errs by more than half.
+    tolerance = 0.2
+
+
 def call_with_nones(op: torch._ops.OpOverload, **given: object) -> object:
     """Call an operator whose optional arguments have no defaults; those not given are None."""
     return op(**{**dict.fromkeys(argument.name for argument in op._schema.arguments), **given})
@@ -141,12 +223,7 @@ class FlashAttention3(Competitor):
             raise Unsupported(f"it takes no {problem.dtype}")
         # As vLLM calls it: variable lengths, pages, unmasked, the numbers of splits left to its heuristic.
         lens = problem.row_lens
-        pages = [-(-length // PAGE_SIZE) for length in lens]
-        first = 0
-        table = torch.zeros(problem.batch, max(pages), dtype=torch.int32, device="cuda")
-        for row, count in enumerate(pages):
-            table[row, :count] = torch.arange(first, first + count, dtype=torch.int32)
-            first += count
+        table = block_table(lens).cuda()
         queries = torch.arange(problem.batch + 1, dtype=torch.int32, device="cuda")
         used = torch.tensor(lens, dtype=torch.int32, device="cuda")
         common = {"is_causal": False, "window_size_left": -1, "window_size_right": -1, "num_splits": 0, "sm_margin": 0}
@@ -197,6 +274,8 @@ FACTORIES: dict[str, Callable[[Path | None], Competitor]] = {
     "sdpa": lambda fa3: Sdpa(),
     "flashinfer": lambda fa3: FlashInfer(),
     "flashinfer-fp8": lambda fa3: FlashInferFp8(),
+    "xqa": lambda fa3: FlashInferXqa(),
+    "xqa-fp8": lambda fa3: FlashInferXqaFp8(),
     "fa3": FlashAttention3,
 }
 

@@ -18,6 +18,8 @@ SHORT_NAMES = {
     "torch SDPA": "x SDPA",
     "FlashInfer": "x FI",
     "FlashInfer fp8": "x FI fp8",
+    "FlashInfer XQA": "x XQA",
+    "FlashInfer XQA fp8": "x XQA8",
     "FlashAttention-3": "x FA3",
 }
 
@@ -69,16 +71,16 @@ def case_lines(rows: list[Row]) -> list[str]:
         title += f", {best['us'] / stream['us']:.2f} times as long as {stream['what']}"
     dense = [row["what"] for row in rows if row["kind"].startswith("dense")]
     heads = "".join(f"{SHORT_NAMES.get(name, name):>9}" for name in dense)
-    lines = [title, f"    {'':32}{'us':>9}{'K GB/s':>8}{'limit':>7}{'x best':>8}{heads}{'V rows':>10}{'error':>10}"]
+    lines = [title, f"    {'':37}{'us':>9}{'K GB/s':>8}{'limit':>7}{'x best':>8}{heads}{'V rows':>10}{'error':>10}"]
     for row in rows:
         if "us" not in row:
-            text = f"    {row['what']:32} {row.get('note', 'not run')}"
-            lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 37, replace_whitespace=False)
+            text = f"    {row['what']:37} {row.get('note', 'not run')}"
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 42, replace_whitespace=False)
             continue
         ratios = "".join(_cell(row["ratios"].get(name), 9, ".2f") for name in dense)
         gbps = _cell(row["k_gbps"], 8, ".0f" if row["k_gbps"] >= 100 else ".3g")
         lines.append(
-            f"    {row['what']:32}{row['us']:9.1f}{gbps}{_cell(row.get('share'), 7, '.2f')}"
+            f"    {row['what']:37}{row['us']:9.1f}{gbps}{_cell(row.get('share'), 7, '.2f')}"
             f"{_cell(row.get('speedup'), 8, '.2f')}{ratios}{_cell(row.get('v_rows'), 10, '.0f')}"
             f"{_cell(row.get('error'), 10, '.1e')}"
         )
@@ -147,19 +149,23 @@ def variant_lines(rows: list[Row]) -> list[str]:
 
 def target_lines(results: list[targets.Result]) -> list[str]:
     """A line for each target and setting that was run: required, measured, met or miss; then what was not run."""
-    lines = [f"{'target':34}{'shape':>11}  {'setting':34}{'at least':>9}{'measured':>10}"]
+    lines = [f"{'target':34}{'shape':>11}  {'setting':37}{'at least':>9}{'measured':>10}"]
     for r in results:
         if r.figure is None and r.reason == targets.NOT_RUN:
             continue
         # Rounded down, so that no figure that misses looks as if it met.
         figure = f"{math.floor(r.figure * 1000) / 1000:10.3f}" if r.figure is not None else f"{'-':>10}"
         verdict = "met" if r.met else "miss" if r.figure is not None else f"not measured: {r.reason}"
-        lines.append(f"{r.target:34}{r.shape:>11}  {r.what:34}{r.required:9.2f}{figure}  {verdict}"[:WIDTH])
-    not_run: dict[str, list[str]] = {}
+        verdict += f" ({r.remark})" if r.remark else ""
+        lines.append(f"{r.target:34}{r.shape:>11}  {r.what:37}{r.required:9.2f}{figure}  {verdict}"[:WIDTH])
+    not_run: dict[str, dict[str, list[str]]] = {}
     for r in results:
         if r.figure is None and r.reason == targets.NOT_RUN:
-            not_run.setdefault(r.target, []).append(r.shape)
-    lines += [f"{target:34}not run: {', '.join(shapes)}" for target, shapes in not_run.items()]
+            not_run.setdefault(r.target, {}).setdefault(r.shape, []).extend([r.remark] if r.remark else [])
+    for target, shapes in not_run.items():
+        places = [shape + (f" ({', '.join(settings)})" if settings else "") for shape, settings in shapes.items()]
+        text = f"{target:34}not run: {', '.join(places)}"
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 43, break_long_words=False)
     met, missed = sum(r.met for r in results), sum(r.figure is not None and not r.met for r in results)
     return [*lines, f"{met} met, {missed} missed, {len(results) - met - missed} not measured", ""]
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_decode
 import competitors
@@ -17,30 +18,9 @@ import report
 import roofline
 import targets
 import torch
+from helpers.bench_rows import MEASURED, case
 
 import santa
-
-
-def case(suite: str, shape: str, times: dict[str, tuple[str, float]], **more: object) -> list[dict]:
-    """Rows of one case: name to (kind, microseconds), with the ratios that derive() adds."""
-    batch, kv_len = report.parse_shape(shape)
-    common = {"suite": suite, "shape": shape, "case": "", "k_bytes": batch * kv_len * 2048} | more
-    setting = {"num_samples": 128, "sampler": "grouped", "budget": "streaming", "v_rows": 400.0, "error": 0.5}
-    rows = [
-        common | (setting if kind == "santa" else {}) | {"what": name, "kind": kind, "us": us}
-        for name, (kind, us) in times.items()
-    ]
-    report.derive(rows)
-    return rows
-
-
-MEASURED = {
-    "torch SDPA": ("dense", 40.0),
-    "FlashInfer": ("dense", 36.0),
-    "FlashInfer fp8": ("dense fp8", 30.0),
-    "K stream": ("stream", 16.0),
-    "santa grouped S=128": ("santa", 20.0),
-}
 
 
 def test_ratios_are_to_the_fastest_16_bit_kernel_and_to_each() -> None:
@@ -48,17 +28,13 @@ def test_ratios_are_to_the_fastest_16_bit_kernel_and_to_each() -> None:
     assert row["speedup"] == 36 / 20
     assert row["share"] == 16 / 20
     assert row["k_gbps"] == pytest.approx(32768 * 2048 / 20e-6 / 1e9)
-    assert row["ratios"] == {"torch SDPA": 2.0, "FlashInfer": 1.8, "FlashInfer fp8": 1.5}
-
-
-def test_a_limit_that_is_exceeded_meets_no_target() -> None:
-    """A K stream slower than the kernel that reads K and more is a failed measurement, not a success."""
-    rows = [
-        {"suite": "table", "shape": "4x32768", "kind": "santa", "what": "santa grouped S=128", "budget": "streaming"}
-    ]
-    rows[0] |= {"num_samples": 128, "share": 1.05, "speedup": 1.9, "ratios": {}}
-    shares = [r for r in targets.evaluate(rows) if r.target == "share of limit" and r.what == "santa grouped S=128"]
-    assert len(shares) == 1 and not shares[0].met and shares[0].figure is None and "1.05" in shares[0].reason
+    assert row["ratios"] == {
+        "torch SDPA": 2.0,
+        "FlashInfer": 1.8,
+        "FlashInfer fp8": 1.5,
+        "FlashInfer XQA": 1.9,
+        "FlashInfer XQA fp8": 1.4,
+    }
 
 
 def test_share_is_of_the_stream_that_reads_the_same_bytes() -> None:
@@ -76,14 +52,15 @@ def test_a_competitor_without_a_result_is_shown_and_does_not_count() -> None:
     del failed["us"]
     failed["note"] = "failed: RuntimeError: wrong result: relative error 1, expected below 0.02"
     report.derive(rows)
-    assert rows[-1]["speedup"] == 2.0
+    assert rows[-1]["speedup"] == 1.9
     lines = report.case_lines(rows)
-    assert "best dense: torch SDPA" in lines[0]
+    assert "best dense: FlashInfer XQA" in lines[0]
     assert any("FlashInfer " in line and "wrong result" in line for line in lines)
 
 
 def test_lines_fit_the_width_and_columns_align() -> None:
-    rows = case("table", "8x131072", MEASURED | {"FlashAttention-3": ("dense", 1234.5)})
+    slow = {"FlashAttention-3": ("dense", 1234.5), "santa multinomial S=128 proportional": ("santa", 1234.5)}
+    rows = case("table", "8x131072", MEASURED | slow)
     lines = report.case_lines(rows)
     assert all(len(line) <= report.WIDTH for line in lines)
     assert len({len(line) for line in lines[1:]}) == 1
@@ -93,52 +70,6 @@ def test_lines_fit_the_width_and_columns_align() -> None:
 def test_bad_shapes_are_refused(shape: str) -> None:
     with pytest.raises(ValueError, match="4x32768"):
         report.parse_shape(shape)
-
-
-def test_targets_at_their_boundary() -> None:
-    def speedup(santa_us: float) -> targets.Result:
-        times = {"torch SDPA": ("dense", 185.0), "santa grouped S=128": ("santa", santa_us)}
-        (result,) = [r for r in targets.evaluate(case("table", "4x32768", times)) if r.figure is not None]
-        return result
-
-    assert speedup(100.0).met  # 1.85
-    assert not speedup(100.01).met
-    assert "1.849  miss" in report.target_lines([speedup(100.01)])[1]
-
-
-def test_targets_name_the_settings_that_count() -> None:
-    rows = case("table", "1x32768", MEASURED)
-    for other in ({"num_samples": 2048, "budget": "uniform"}, {"num_samples": 0}):
-        rows.append(rows[-1] | {"what": "other"} | other)
-    measured = {(r.target, r.what): r for r in targets.evaluate(rows) if r.figure is not None}
-    assert set(measured) == {
-        ("x best dense", "santa grouped S=128"),
-        ("share of limit", "santa grouped S=128"),
-        ("exact, x torch SDPA", "other"),
-    }
-    assert measured["x best dense", "santa grouped S=128"].met  # 1.80 of 1.60
-    assert measured["share of limit", "santa grouped S=128"].met  # 0.80 of 0.80
-
-
-def test_targets_of_mixed_lengths_and_of_8_bit_caches() -> None:
-    rows = case("mixed", targets.MIXED_SHAPE, {"FlashInfer": ("dense", 176.0), "santa grouped S=128": ("santa", 100.0)})
-    rows += case("fp8", "16x32768", MEASURED)
-    measured = {r.target: r for r in targets.evaluate(rows) if r.figure is not None}
-    assert measured["mixed lengths, x FlashInfer"].met
-    assert measured["8-bit cache, x best dense"].figure == 1.8
-    assert measured["8-bit cache, x FlashInfer fp8"].figure == 1.5
-    assert not measured["8-bit cache, x FlashInfer fp8"].met
-
-
-def test_what_was_not_run_is_said() -> None:
-    rows = case("table", "1x32768", {"torch SDPA": ("dense", 40.0)})
-    rows.append(rows[0] | {"what": "santa", "kind": "santa", "num_samples": 128, "budget": "streaming"})
-    del rows[-1]["us"], rows[-1]["speedup"]
-    rows[-1]["note"] = "failed: out of memory"
-    text = "\n".join(report.target_lines(targets.evaluate(rows)))
-    assert "not measured: failed: out of memory" in text
-    assert "not run: 1x8192" in text
-    assert "0 met, 0 missed" in text
 
 
 def test_variants_are_compared_with_the_base() -> None:
@@ -160,6 +91,7 @@ def test_default_arguments_are_the_table_of_targets() -> None:
     assert arguments.table
     assert set(arguments.shapes) == {*targets.SAMPLED, *targets.SHORT}
     assert tuple(arguments.samples) == targets.SAMPLES
+    assert {"sdpa", "flashinfer", "xqa", "fa3", "flashinfer-fp8", "xqa-fp8"} == set(arguments.competitors)
     settings = bench_decode.settings_of(arguments, 4, 32768)
     assert [s.name for s in settings] == [
         "santa exact",
@@ -203,14 +135,16 @@ def test_geometric_lens() -> None:
     assert max(ratios) - min(ratios) < 1e-3
 
 
-def small_problem(layout: str = "HND", kv_lens: list[int] | None = None) -> harness.Problem:
+def small_problem(
+    layout: str = "HND", kv_lens: list[int] | None = None, dtype: torch.dtype = torch.float32, kv_len: int = 48
+) -> harness.Problem:
     return harness.make_problem(
         3,
-        48,
+        kv_len,
         num_qo_heads=4,
         num_kv_heads=2,
         head_dim=64,
-        dtype=torch.float32,
+        dtype=dtype,
         layout=layout,
         kv_lens=kv_lens,
         device="cpu",
@@ -270,6 +204,93 @@ def test_pages_hold_the_rows(layout: str, kv_lens: list[int] | None) -> None:
         row = pages[indices[indptr[b] : indptr[b + 1]].long()].flatten(0, 1)
         assert (indptr[b + 1] - indptr[b] - 1) * competitors.PAGE_SIZE + last_page_len[b] == length
         assert torch.equal(row[:length], competitors.as_nhd(k, layout)[b, :length])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_the_block_table_lists_the_pages_of_each_row(page_size: int) -> None:
+    problem = small_problem("NHD", [48, 33, 5])
+    _, k, _ = problem.sets[0]
+    pages = competitors.to_pages(k, "NHD", problem.row_lens, page_size)
+    table = competitors.block_table(problem.row_lens, page_size)
+    assert table.dtype == torch.int32 and table.shape == (3, -(-48 // page_size))
+    for b, length in enumerate(problem.row_lens):
+        assert torch.equal(pages[table[b].long()].flatten(0, 1)[:length], k[b, :length])
+
+
+class FakeXqa:
+    """flashinfer.xqa.xqa by its documentation: attention through the page table, in float32, into `output`."""
+
+    def __init__(self) -> None:
+        self.buffers: set[tuple[int, int]] = set()
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        output: torch.Tensor,
+        workspace_buffer: torch.Tensor,
+        semaphores: torch.Tensor,
+        num_kv_heads: int,
+        page_size: int,
+        *,
+        kv_layout: str,
+    ) -> None:
+        batch, beams, _, head_dim = q.shape
+        assert beams == 1 and output.shape == q.shape and output.dtype == q.dtype
+        assert k_cache.shape == v_cache.shape == (len(k_cache), num_kv_heads, page_size, head_dim)
+        assert kv_layout == "HND" and page_size in (16, 32, 64, 128)
+        assert k_cache.is_contiguous() and v_cache.is_contiguous()
+        assert k_cache.dtype == v_cache.dtype and k_cache.dtype in (q.dtype, torch.float8_e4m3fn)
+        assert page_table.dtype == torch.int32 and len(page_table) == batch
+        assert seq_lens.dtype == torch.uint32 and seq_lens.shape == (batch, 1)
+        assert workspace_buffer.dtype == torch.uint8 and semaphores.dtype == torch.uint32
+        assert not semaphores.view(torch.int32).any()
+        self.buffers.add((workspace_buffer.data_ptr(), semaphores.data_ptr()))
+        for b, length in enumerate(seq_lens.view(torch.int32).flatten().tolist()):
+            k, v = (
+                x[page_table[b].long()].float().transpose(0, 1).flatten(1, 2)[:, :length] for x in (k_cache, v_cache)
+            )
+            heads = q[b, 0].float().unflatten(0, (num_kv_heads, -1))
+            p = (heads @ k.mT * head_dim**-0.5).softmax(-1)
+            output[b, 0] = (p @ v).flatten(0, 1).to(output.dtype)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("kv_lens", [None, [150, 64, 5]])
+@pytest.mark.parametrize("name", ["xqa", "xqa-fp8"])
+def test_xqa_is_called_as_it_asks_for(
+    monkeypatch: pytest.MonkeyPatch, layout: str, kv_lens: list[int] | None, name: str
+) -> None:
+    xqa = FakeXqa()
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(__version__="0.6.6", xqa=xqa))
+    monkeypatch.setitem(sys.modules, "flashinfer.xqa", SimpleNamespace(xqa=xqa))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (competitor,), missing = competitors.load([name], None)
+    assert not missing and competitor.compiles and competitor.version == "0.6.6"
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = small_problem(layout, kv_lens, dtype, kv_len=150 if kv_lens else 128)
+        calls = competitor.calls(problem)
+        competitor.semaphores[0] = 3  # of a launch that failed
+        calls = competitor.calls(problem)
+        assert len(calls) == len(problem.sets)
+        for call, (q, k, v) in zip(calls, problem.sets, strict=True):
+            storage = competitor.storage or dtype
+            oracle = harness.Oracle(problem, q, k.to(storage), v.to(storage))
+            out = call()
+            assert out.shape == q.shape and out.dtype == dtype
+            assert oracle.error(out) < harness.ROUNDING <= competitor.tolerance
+    assert len(xqa.buffers) == 1  # shared by all calls
+    with pytest.raises(competitors.Unsupported, match="float32"):
+        competitor.calls(small_problem(layout, kv_lens, kv_len=150))
+
+
+def test_what_compiles_for_each_shape_is_left_out_of_the_variants() -> None:
+    kinds = (competitors.FlashInfer, competitors.FlashInferFp8, competitors.FlashInferXqa, competitors.FlashInferXqaFp8)
+    assert all(kind.compiles for kind in kinds)
+    assert not competitors.Sdpa.compiles and not competitors.FlashAttention3.compiles
 
 
 def test_sdpa_agrees_with_the_oracle_and_refuses_lengths() -> None:
