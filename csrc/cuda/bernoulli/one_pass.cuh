@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_bernoulli_kernel(const
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = FeatureScorer<T, HEAD_DIM>;
   launch_dependents();
-  const RowUnit unit = RowUnit::make(p.decode, blockIdx.z, blockIdx.x);
+  const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
   unsigned char* const list = one_pass_bytes + kPilotBytes + kPilotWarps * Scorer::kSlotBytes;
   Scorer::fetch_list(p, unit, list);

@@ -38,13 +38,13 @@ static_assert(sizeof(DrawChunk) <= kChunkBytes, "heuristics.h has to know of it"
 // Chunks of one score warp on their way to the gather warp: written in turn, read in turn. Whoever has written or read
 // arrives, every lane: racecheck follows no chains.
 struct DrawQueue {
-  uint64_t* full;   // [2]
-  uint64_t* empty;  // [2]
+  uint64_t* full;   // [kQueueChunks]
+  uint64_t* empty;  // [kQueueChunks]
   DrawChunk* chunks;
 
   // Of chunk n: the buffer it takes, and the parity of this use of the buffer, by which barriers are waited for.
-  static __device__ __forceinline__ int buffer(uint32_t n) { return n & 1; }
-  static __device__ __forceinline__ uint32_t parity(uint32_t n) { return n >> 1 & 1; }
+  static __device__ __forceinline__ int buffer(uint32_t n) { return n % kQueueChunks; }
+  static __device__ __forceinline__ uint32_t parity(uint32_t n) { return n / kQueueChunks & 1; }
 };
 
 // What to subtract before exp2: scores of -inf weigh 0 even if there is nothing larger.

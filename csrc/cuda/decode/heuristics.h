@@ -12,6 +12,7 @@ constexpr int kMaxScoreWarps = 6;  // of any kernel
 constexpr int kMaxSlots = 8;  // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;    // draws that a score warp hands on at a time
+constexpr int kQueueChunks = 4;    // of a score warp that are full or being read: what rows of V take to arrive
 constexpr int kChunkBytes = 736;   // of a DrawChunk, for 8 heads; draw.cuh checks it
 constexpr int kSharedBytes = 512;  // of OnePassShared; one_pass.cuh checks it
 
@@ -23,7 +24,7 @@ struct ScoreNeeds {
   int max_warps;
 };
 
-constexpr int max_key_warps(int head_dim) { return head_dim <= 128 ? kMaxScoreWarps : 4; }
+constexpr int max_key_warps(int head_dim) { return head_dim <= 128 ? kMaxScoreWarps : head_dim <= 192 ? 4 : 3; }
 
 // Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the permutation of
 // their chunks (load.cuh) stays inside the row.
@@ -40,9 +41,9 @@ SANTA_HD int score_pitch_of(int num_heads) { return num_heads <= 4 ? 4 : 8; }
 
 SANTA_HD int align_up(int bytes) { return (bytes + 511) / 512 * 512; }
 
-// Of a score warp: its ring, the scores of its tile, two chunks of draws.
+// Of a score warp: its ring, the scores of its tile, its queue of draws.
 SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch) {
-  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + 2 * kChunkBytes);
+  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * kChunkBytes);
 }
 
 // Of a gather warp's sums, for its neighbour.
@@ -56,7 +57,8 @@ struct DeviceLimits {
 
 // Set by a test operator, to see that results do not depend on it; 0: what the heuristics say.
 struct ForcedPlan {
-  int num_warps = 0, num_slots = 0, run_parts = 0;
+  int num_warps = 0, num_slots = 0;
+  RunCut runs = {0, 0, 0};
 };
 
 inline ForcedPlan& forced_plan() {
@@ -64,29 +66,44 @@ inline ForcedPlan& forced_plan() {
   return plan;
 }
 
-// Consecutive parts per CTA. A longer run saves starts and pilots, and leaves fewer CTAs to share the device evenly:
-// what counts is the time of all rounds of CTAs, each of them as long as a run and a start, which takes as long as some
-// keys. With lengths that the host does not know, rows can be much shorter than they may be, and a few long runs would
-// be waited for: then runs stay short.
+// How the parts of rows are cut into runs. Every CTA has a start and an end that cost as much time as some keys do. One
+// wave of equal CTAs has the fewest, but some finish late, since not all multiprocessors are equally near to memory. So
+// either all runs are equal, or a wave of long ones does most of the work, and short ones fill up what it leaves. With
+// lengths that the host does not know, rows can be much shorter than they may be, and a few long runs would be waited
+// for: then runs stay short.
 constexpr int kStartKv = 1024;
 constexpr int kUnknownRunKv = 4096;
+constexpr double kLongShare = 0.75;  // of the work, at most
+constexpr double kUneven = 0.06;     // how much later than the mean the last CTA of equal runs ends
 
-inline int run_parts_of(int64_t units, int max_parts, int part_kv, bool lengths_known, int ctas_at_once) {
+inline RunCut run_cut_of(int64_t units, int max_parts, int part_kv, bool lengths_known, int ctas_at_once) {
   const int longest = lengths_known ? max_parts : std::max(1, kUnknownRunKv / part_kv);
-  int best = 1;
-  int64_t best_cost = INT64_MAX;
-  // Of runs of the same number, the shortest.
+  const double start = static_cast<double>(kStartKv) / part_kv;  // in parts, as all that follows
+  const double mean = static_cast<double>(units) * max_parts / ctas_at_once;
+  RunCut best{0, 0, 1};
+  double best_cost = 1e30;
+  const auto consider = [&](const RunCut& cut, double cost) {
+    if (cost < best_cost) best = cut, best_cost = cost;
+  };
+  // Equal runs: of those of the same number, the shortest.
   const auto shortened = [&](int run) { return static_cast<int>(ceil_div(max_parts, ceil_div(max_parts, run))); };
   for (int run = max_parts; run >= 1; run = run > 1 ? shortened(run - 1) : 0) {
     if (run > longest) continue;
     const int64_t rounds = ceil_div(units * ceil_div(max_parts, run), ctas_at_once);
-    const int64_t cost = rounds * (static_cast<int64_t>(run) * part_kv + kStartKv);
-    if (cost < best_cost) best = run, best_cost = cost;
+    consider({0, 0, run}, rounds * (run + start) + kUneven * mean);
+  }
+  for (int long_runs = 1; long_runs <= max_parts; ++long_runs) {
+    const int64_t rounds = ceil_div(units * long_runs, ctas_at_once);
+    const int parts = std::min({static_cast<int>(kLongShare * mean / rounds), longest, max_parts / long_runs});
+    for (int run = 1; 2 * run <= parts; run *= 2) {
+      const double others = static_cast<double>(units) * ceil_div(max_parts - long_runs * parts, run) / ctas_at_once;
+      consider({long_runs, parts, run}, mean + (rounds + others) * start + run);
+    }
   }
   return best;
 }
 
-constexpr int kMaxRuns = 65535;  // blockIdx.y
+constexpr int kMaxRuns = 65535;  // blockIdx.z
 
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
@@ -106,11 +123,11 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   constexpr int kReserved = 1024;  // by the system, per CTA
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
-  plan.run_parts = forced.run_parts > 0 ? forced.run_parts
-                                        : run_parts_of(units, plan.max_parts, part_kv_of(p.max_kv_len, p.num_units()),
+  plan.runs = forced.runs.short_parts > 0 ? forced.runs
+                                          : run_cut_of(units, plan.max_parts, part_kv_of(p.max_kv_len, p.num_units()),
                                                        !plan.exact, 2 * device.num_sms);
-  while (ceil_div_int(plan.max_parts, plan.run_parts) > kMaxRuns) plan.run_parts *= 2;
-  const bool alone = units * ceil_div_int(plan.max_parts, plan.run_parts) <= device.num_sms;
+  while (plan.runs.num_runs(plan.max_parts) > kMaxRuns) plan.runs.short_parts *= 2;
+  const bool alone = units * plan.runs.num_runs(plan.max_parts) <= device.num_sms;
   const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;

@@ -17,8 +17,8 @@
 namespace santa::cuda {
 
 struct OnePassShared {
-  uint64_t full[kMaxScoreWarps][2];
-  uint64_t empty[kMaxScoreWarps][2];
+  uint64_t full[kMaxScoreWarps][kQueueChunks];
+  uint64_t empty[kMaxScoreWarps][kQueueChunks];
   RowUnit unit;  // here rather than in the registers of every warp
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
@@ -172,15 +172,17 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   cp_async_wait<0>();
 }
 
-// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory. With
-// first_part at or past unit.row.num_tiles, or a row of another kind, there is nothing to do.
+// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory. Runs are
+// slowest: long ones start first.
 struct Work {
   RowUnit unit;
-  int first_part;
+  int first_part, last_part;
 
   __device__ __forceinline__ explicit Work(const DecodeParams& p)
-      : unit(RowUnit::make(p, blockIdx.z, blockIdx.x)), first_part(blockIdx.y * p.plan.run_parts) {}
-  __device__ __forceinline__ bool exists() const { return unit.row.one_pass() && first_part < unit.row.num_tiles; }
+      : unit(RowUnit::make(p, blockIdx.y, blockIdx.x)),
+        first_part(p.plan.runs.first_part(blockIdx.z)),
+        last_part(min(p.plan.runs.first_part(blockIdx.z + 1), unit.row.num_tiles)) {}
+  __device__ __forceinline__ bool exists() const { return unit.row.one_pass() && first_part < last_part; }
 };
 
 // T: of q, and of values that are not float8.
@@ -194,13 +196,13 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   unsigned char* const areas = sums + sum_bytes_of(p);
   const auto queue_of = [&](int w) {
     return DrawQueue{shared.full[w], shared.empty[w],
-                     reinterpret_cast<DrawChunk*>(areas + (w + 1) * area_bytes - 2 * kChunkBytes)};
+                     reinterpret_cast<DrawChunk*>(areas + (w + 1) * area_bytes - kQueueChunks * kChunkBytes)};
   };
-  const int first_part = work.first_part, last_part = min(first_part + p.plan.run_parts, work.unit.row.num_tiles);
+  const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;
-  if (threadIdx.x < num_warps * 2) {
-    mbarrier_init(&shared.full[threadIdx.x >> 1][threadIdx.x & 1], 32);
-    mbarrier_init(&shared.empty[threadIdx.x >> 1][threadIdx.x & 1], kGatherWarps * 32);
+  if (threadIdx.x < num_warps * kQueueChunks) {
+    mbarrier_init(&shared.full[0][0] + threadIdx.x, 32);
+    mbarrier_init(&shared.empty[0][0] + threadIdx.x, kGatherWarps * 32);
   }
   if (warp < num_warps) {
     const int first_key = first_part * work.unit.row.tile_kv;
@@ -223,7 +225,7 @@ template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   launch_dependents();
-  const RowUnit unit = RowUnit::make(p, blockIdx.z, blockIdx.x);
+  const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
   KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
   find_level(p, unit, scorer, one_pass_bytes);

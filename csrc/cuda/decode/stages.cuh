@@ -28,13 +28,13 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
   if (streaming) {
     const int pilot_bytes = kPilotBytes + kPilotWarps * needs.slot + needs.once;
     allow_shared_memory(pilot, pilot_bytes);
-    pilot<<<dim3(p.num_units(), 1, p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
+    pilot<<<dim3(p.num_units(), p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
     check_launch("pilot_kernel");
   }
   const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   allow_shared_memory(one_pass, shared_bytes);
   prefer_shared_memory(one_pass);
-  const dim3 grid(p.num_units(), ceil_div_int(p.plan.max_parts, p.plan.run_parts), p.batch);
+  const dim3 grid(p.num_units(), p.batch, p.plan.runs.num_runs(p.plan.max_parts));
   if (streaming) {
     launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
   } else {
