@@ -7,6 +7,7 @@
 namespace santa::cuda {
 
 constexpr int kFeatureScoreWarps = 4;           // a lane keeps the sums of a whole tile
+constexpr int kFeatureSlots = 4;
 constexpr int kSlotFeatures = 16;               // the K of a matrix product
 constexpr int kFeatureBytes = kDrawTileKv * 2;  // of a slot
 constexpr int kSlotBytesOfFeatures = kSlotFeatures * kFeatureBytes;
@@ -18,7 +19,7 @@ constexpr int count_pitch(int head_dim) { return head_dim + 8; }
 constexpr int list_bytes(int head_dim) { return kListHeadBytes + kHeadBlock * count_pitch(head_dim) * 2; }
 
 inline ScoreNeeds feature_score_needs(const DecodeParams& p) {
-  return {kSlotBytesOfFeatures, list_bytes(p.head_dim), kFeatureScoreWarps};
+  return {kSlotBytesOfFeatures, 0, list_bytes(p.head_dim), kFeatureSlots, kFeatureScoreWarps};
 }
 
 }  // namespace santa::cuda

@@ -38,7 +38,7 @@ template <typename T, int HEAD_DIM>
 struct FeatureScorer {
   static constexpr bool kFloat8 = false;
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
-  static constexpr int kOnceBytes = list_bytes(HEAD_DIM);
+  static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotSlotBytes = 0;
   static constexpr int kSlotKeys = kDrawTileKv;
 
   const BernoulliParams& p;
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_bernoulli_kernel(const
   launch_dependents();
   const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
-  unsigned char* const list = one_pass_bytes + kPilotBytes + kPilotWarps * Scorer::kSlotBytes;
+  unsigned char* const list = one_pass_bytes + kPilotBytes;
   Scorer::fetch_list(p, unit, list);
   __syncthreads();
   Scorer scorer(p, unit, list);

@@ -27,9 +27,12 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
   }
 }
 
-// For a kernel whose CTAs share a multiprocessor as many as its shared memory holds, and that has no use for the L1.
+// For the kernels of rows in one pass, with as much dynamic shared memory. All of them want the multiprocessor's memory
+// divided in the same way, nearly all of it shared: one that wants another division waits until those before it have
+// ended. None of them has a use for the L1.
 template <typename Kernel>
-void prefer_shared_memory(Kernel* kernel) {
+void share_multiprocessor(Kernel* kernel, int bytes) {
+  allow_shared_memory(kernel, bytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "cudaFuncSetAttribute");
 }

@@ -217,16 +217,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   mbarrier_wait(shared_address(barrier), parity);
 }
 
-// The same for a warp that waits long: it leaves the issue slots that it would poll with to others.
-__device__ __forceinline__ void mbarrier_wait_idle(uint32_t barrier, uint32_t parity) {
-#ifndef SANTA_IDLE_NS
-#define SANTA_IDLE_NS 32
-#endif
-  while (!mbarrier_test(barrier, parity)) {
-    if (SANTA_IDLE_NS > 0) __nanosleep(SANTA_IDLE_NS);
-  }
-}
-
 // A barrier of the last two warps of a CTA alone.
 __device__ __forceinline__ void gather_warps_barrier() { asm volatile("barrier.sync 2, 64;" ::: "memory"); }
 

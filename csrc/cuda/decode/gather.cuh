@@ -180,7 +180,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         const DrawQueue queue = queue_of(warp);
         DrawChunk& chunk = queue.chunks[DrawQueue::buffer(n)];
         const uint32_t barrier = shared_address(&queue.full[DrawQueue::buffer(n)]);
-        if (under_way.count == 0 && own_chunk == 0) mbarrier_wait_idle(barrier, parity);
+        if (under_way.count == 0 && own_chunk == 0) mbarrier_wait(barrier, parity);
         __syncwarp();
         const bool full = own_chunk < min(num_warps, tiles_left) && mbarrier_test(barrier, parity);
         const int own_count = full ? chunk.count : 0;

@@ -12,28 +12,39 @@ constexpr int kMaxScoreWarps = 6;  // of any kernel
 constexpr int kMaxSlots = 8;  // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;    // draws that a score warp hands on at a time
-constexpr int kQueueChunks = 4;    // of a score warp that are full or being read: what rows of V take to arrive
+constexpr int kQueueChunks = 2;    // of a score warp: full, or being read
 constexpr int kChunkBytes = 736;   // of a DrawChunk, for 8 heads; draw.cuh checks it
 constexpr int kSharedBytes = 512;  // of OnePassShared; one_pass.cuh checks it
 
-// What scores of one kind need: bytes of shared memory by the slot of a ring, and once per CTA; how many warps of them
-// registers have room for, with two CTAs on a multiprocessor.
+constexpr int kPilotWarpKeys = 32;  // of a warp of the pilot
+
+// What scores of one kind need: bytes of shared memory for the slot of a ring, for the keys of a warp of the pilot, and
+// once per CTA; slots of a ring; warps, at most.
 struct ScoreNeeds {
-  int slot;
-  int once;
-  int max_warps;
+  int slot, pilot, once;
+  int num_slots, max_warps;
 };
 
-constexpr int max_key_warps(int head_dim) { return head_dim <= 128 ? kMaxScoreWarps : head_dim <= 192 ? 4 : 3; }
+// Warps that score keys in rows: in 8 bits it is them that limit, otherwise it is memory, and more of them than
+// schedulers only get into each other's way. With two CTAs on a multiprocessor, registers have room for 6 up to a
+// head_dim of 128.
+constexpr int max_key_warps(bool float8, int head_dim) { return float8 && head_dim <= 128 ? kMaxScoreWarps : 4; }
 
 // Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the permutation of
 // their chunks (load.cuh) stays inside the row.
 constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
 
-// Of keys that lie in rows: 32 a slot, those of 1 byte an element without gaps.
+// Keys of a slot, where they lie in rows. Two matrix products at a time, so that one need not wait for the other, as far
+// as registers allow.
+constexpr int slot_keys(int head_dim) { return head_dim <= 192 ? 32 : 16; }
+
+// A ring has 64 keys: what is on its way on a multiprocessor then covers the latency of memory; more makes the rows of V
+// wait longer behind the keys. Rows of 1 byte an element lie in their slots without gaps.
 inline ScoreNeeds key_score_needs(const DecodeParams& p) {
-  return {32 * (p.k_dtype == Dtype::kFloat8E4M3 ? p.head_dim : slot_row_pitch(p.head_dim) * 2), 0,
-          max_key_warps(p.head_dim)};
+  const bool float8 = p.k_dtype == Dtype::kFloat8E4M3;
+  const int row_bytes = float8 ? p.head_dim : slot_row_pitch(p.head_dim) * 2;
+  return {slot_keys(p.head_dim) * row_bytes, kPilotWarpKeys * row_bytes, 0, 64 / slot_keys(p.head_dim),
+          max_key_warps(float8, p.head_dim)};
 }
 
 // Floats from the scores of a key to those of the next.
@@ -111,21 +122,17 @@ inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs)
          p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
 
-// Of a warp's ring. What is on its way on a multiprocessor covers the latency of memory a few times; more only makes
-// the rows of V wait longer behind the keys.
-constexpr int kRingBytes = 16 << 10;
-
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
-// warps as fit with two slots each, then more slots.
+// warps as fit with two slots each, then as many slots as they need.
 inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
   if (!p.plan.one_pass) return;
   CallPlan& plan = p.plan;
   constexpr int kReserved = 1024;  // by the system, per CTA
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
+  const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
   plan.runs = forced.runs.short_parts > 0 ? forced.runs
-                                          : run_cut_of(units, plan.max_parts, part_kv_of(p.max_kv_len, p.num_units()),
-                                                       !plan.exact, 2 * device.num_sms);
+                                          : run_cut_of(units, plan.max_parts, part_kv, !plan.exact, 2 * device.num_sms);
   while (plan.runs.num_runs(plan.max_parts) > kMaxRuns) plan.runs.short_parts *= 2;
   const bool alone = units * plan.runs.num_runs(plan.max_parts) <= device.num_sms;
   const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
@@ -135,8 +142,12 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   };
   int num_warps = needs.max_warps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
+  // No more than what the tiles of a run take as many turns with.
+  const int longest_run = std::max(plan.runs.long_parts, plan.runs.short_parts);
+  const int tiles = ceil_div_int(longest_run * part_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
+  num_warps = ceil_div_int(tiles, ceil_div_int(tiles, num_warps));
   if (forced.num_warps > 0) num_warps = std::min(forced.num_warps, num_warps);
-  const int wanted = forced.num_slots > 0 ? forced.num_slots : kRingBytes / needs.slot;
+  const int wanted = forced.num_slots > 0 ? forced.num_slots : needs.num_slots;
   while (num_slots < std::min(wanted, kMaxSlots) && fits(num_warps, num_slots + 1)) ++num_slots;
   plan.num_warps = num_warps, plan.num_slots = num_slots;
 }

@@ -47,12 +47,11 @@ void launch_value_stages(const DecodeParams& p, cudaStream_t stream) {
 
 void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   if (p.max_tiles == 1 && !p.plan.one_pass && !p.plan.proportional) return;  // the tile kernel wrote the output
-  const dim3 grid(p.num_qo_heads, p.batch);
-  if (p.dtype == Dtype::kBFloat16) {
-    launch_after(combine_kernel<__nv_bfloat16>, grid, kCombineThreads, 0, stream, "combine_kernel", p);
-  } else {
-    launch_after(combine_kernel<__half>, grid, kCombineThreads, 0, stream, "combine_kernel", p);
-  }
+  const auto launch = [&](auto* kernel) {
+    share_multiprocessor(kernel, 0);
+    launch_after(kernel, dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream, "combine_kernel", p);
+  };
+  p.dtype == Dtype::kBFloat16 ? launch(combine_kernel<__nv_bfloat16>) : launch(combine_kernel<__half>);
 }
 
 DeviceLimits device_limits_of(int device_index) {

@@ -25,31 +25,6 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(row * slot_row_pitch(HEAD_DIM) * 2) + (chunk * 16 ^ chunk_permutation(row));
 }
 
-// Starts the copy of 16 rows, by one warp. Rows at and past `limit` become zeros and are not read. Rows that are not
-// aligned to 16 bytes are copied element by element, and the copy has ended when this returns.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int64_t limit,
-                                          bool aligned, uint64_t policy, int lane) {
-  constexpr int kChunks = HEAD_DIM / 8;
-  if (!aligned) {
-#pragma unroll 1
-    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
-      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
-      uint16_t value = 0;
-      if (first + row < limit) value = reinterpret_cast<const uint16_t*>(rows.row(first + row))[column];
-      store_shared_2(slot + chunk_offset<HEAD_DIM>(row, column / 8) + column % 8 * 2, value);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
-    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const bool valid = first + row < limit;
-    const T* source = rows.row(valid ? first + row : 0) + chunk * 8;
-    cp_async_16(slot + chunk_offset<HEAD_DIM>(row, chunk), source, valid, policy);
-  }
-}
-
 // Where the codes of float8 rows lie in a slot, one row behind the other: in its second half, or a little less.
 template <int HEAD_DIM>
 struct CodedSlot {
@@ -171,7 +146,9 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
   constexpr int kRowBytes = kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2;
   static_assert((kPeriodRows & (kPeriodRows - 1)) == 0);
   // Copies whose rows differ by whole periods of the permutation have a place in common, apart from an offset.
-  constexpr int kCount = kCopies / kPeriod, kPlaces = kPeriodRows >= 8 ? 1 : kCount < 8 / kPeriodRows ? kCount : 8 / kPeriodRows;
+  constexpr int kCount = kCopies / kPeriod, kPermutationRows = kFloat8 ? 4 : 8;
+  constexpr int kApart = kPeriodRows >= kPermutationRows ? 1 : kPermutationRows / kPeriodRows;
+  constexpr int kPlaces = kCount < kApart ? kCount : kApart;
 #pragma unroll
   for (int u = 0; u < kPeriod; ++u) {
     const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
@@ -195,6 +172,15 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
       for (int i = 0; i < kCount; ++i, source += kPeriodRows * stride) copy(i, source);
     }
   }
+}
+
+// Of 16 rows, `first` and on, for kernels whose slots are as small; rows at and past `limit` become zeros.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int64_t limit,
+                                          bool aligned, uint64_t policy, int lane) {
+  const int there = static_cast<int>(min(max(limit - first, int64_t{0}), int64_t{kSlotRows}));
+  load_rows<T, HEAD_DIM, kSlotRows>(slot, rows.row(there > 0 ? first : 0), rows.stride_token, there, aligned, policy,
+                                    lane);
 }
 
 }  // namespace santa::cuda

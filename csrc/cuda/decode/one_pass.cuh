@@ -27,9 +27,9 @@ static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know o
 template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
-  static constexpr int kSlotKeys = 32;  // two matrix products at a time: a product need not wait for the one before
-  static constexpr int kSlotBytes = kFloat8 ? kSlotKeys * HEAD_DIM : 2 * slot_bytes(HEAD_DIM);
-  static constexpr int kOnceBytes = 0;
+  static constexpr int kSlotKeys = slot_keys(HEAD_DIM);
+  static constexpr int kSlotBytes = kSlotKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
+  static constexpr int kOnceBytes = 0, kPilotSlotBytes = kPilotWarpKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
 
   const DecodeParams& p;
   KvRows<K> keys;
@@ -81,21 +81,32 @@ struct KeyScorer {
 
   __device__ __forceinline__ void finish(TileScores&, int) const {}
 
-  // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits).
+  // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits). `area`: shared
+  // memory for them. The kernel that waits for the pilot may start when its keys are on their way: its own would delay
+  // them.
   template <typename Put>
-  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
-    const int first = part * kSlotKeys, kv_len = unit.row.kv_len;
-    load_some_rows<K, HEAD_DIM, kSlotKeys>(
-        slot, [&](int row) { return keys.row(pilot_position(first + row, kv_len, 1)); }, pilot_size(kv_len) - first,
-        p.aligned, evict_normal_policy(), lane);
+  __device__ __forceinline__ void score_pilot(uint32_t area, int part, const RowUnit& unit, int lane, const Put& put) {
+    const int first = part * kPilotWarpKeys, kv_len = unit.row.kv_len;
+#pragma unroll
+    for (int slot = 0; slot < kPilotWarpKeys / kSlotKeys; ++slot) {
+      load_some_rows<K, HEAD_DIM, kSlotKeys>(
+          area + slot * kSlotBytes,
+          [&](int row) { return keys.row(pilot_position(first + slot * kSlotKeys + row, kv_len, 1)); },
+          pilot_size(kv_len) - first - slot * kSlotKeys, p.aligned, evict_normal_policy(), lane);
+    }
     cp_async_commit();
+    launch_dependents();
     load_query(unit, lane);
     cp_async_wait<0>();
     __syncwarp();
-    score(slot, 0, lane, [&](int key, const float (&logits)[4]) { put((first + key) / 16, logits); });
+#pragma unroll 1
+    for (int slot = 0; slot < kPilotWarpKeys / kSlotKeys; ++slot) {
+      score(area + slot * kSlotBytes, 0, lane, [&](int key, const float (&logits)[4]) {
+        put((first + slot * kSlotKeys + key) / 16, logits);
+      });
+    }
   }
 };
-static_assert(kPilotWarpKeys == 32, "a slot of KeyScorer");
 
 // The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on. Copies run ahead of what
 // is scored by the slots of the ring, on into the next tile.
@@ -224,7 +235,6 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
-  launch_dependents();
   const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
   KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
@@ -232,7 +242,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_co
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__((max_key_warps(HEAD_DIM) + kGatherWarps) * 32, 2)
+__global__ void __launch_bounds__((max_key_warps(std::is_same_v<K, Float8>, HEAD_DIM) + kGatherWarps) * 32, 2)
     one_pass_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = KeyScorer<T, K, HEAD_DIM>;

@@ -10,13 +10,12 @@
 
 namespace santa::cuda {
 
-constexpr int kPilotWarpKeys = 32;
 constexpr int kPilotWarps = kPilotKeys / kPilotWarpKeys;
 
 struct PilotShared {
   SoftmaxState states[kPilotKeys / 16][kHeadBlock];
 };
-constexpr int kPilotBytes = 1024;  // of PilotShared; slots follow
+constexpr int kPilotBytes = 1024;  // of PilotShared; the keys of the warps follow, then what the Scorer keeps
 static_assert(sizeof(PilotShared) <= kPilotBytes);
 
 // The states of 16 pilot keys. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the order of
@@ -36,7 +35,7 @@ __device__ __forceinline__ void put_pilot(PilotShared& shared, int group, const 
   }
 }
 
-// By all warps of the CTA. `bytes`: PilotShared and a slot for each warp.
+// By all warps of the CTA. `bytes`: PilotShared and the keys of the warps.
 template <typename Scorer>
 __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit& unit, Scorer& scorer,
                                            unsigned char* bytes) {
@@ -44,7 +43,7 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   if (warp * kPilotWarpKeys < size) {
     scorer.score_pilot(
-        shared_address(bytes) + kPilotBytes + warp * Scorer::kSlotBytes, warp, unit, lane,
+        shared_address(bytes) + kPilotBytes + warp * Scorer::kPilotSlotBytes, warp, unit, lane,
         [&](int group, const float (&logits)[4]) { put_pilot(shared, group, logits, unit.row.kv_len, lane); });
   }
   __syncthreads();

@@ -26,14 +26,13 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
                              const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream) {
   const bool streaming = p.budget == Budget::kStreaming;
   if (streaming) {
-    const int pilot_bytes = kPilotBytes + kPilotWarps * needs.slot + needs.once;
-    allow_shared_memory(pilot, pilot_bytes);
+    const int pilot_bytes = kPilotBytes + kPilotWarps * needs.pilot + needs.once;
+    share_multiprocessor(pilot, pilot_bytes);
     pilot<<<dim3(p.num_units(), p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
     check_launch("pilot_kernel");
   }
   const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
-  allow_shared_memory(one_pass, shared_bytes);
-  prefer_shared_memory(one_pass);
+  share_multiprocessor(one_pass, shared_bytes);
   const dim3 grid(p.num_units(), p.batch, p.plan.runs.num_runs(p.plan.max_parts));
   if (streaming) {
     launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
