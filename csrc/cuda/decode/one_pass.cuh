@@ -82,8 +82,7 @@ struct KeyScorer {
   __device__ __forceinline__ void finish(TileScores&, int) const {}
 
   // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits). `area`: shared
-  // memory for them. The kernel that waits for the pilot may start when its keys are on their way: its own would delay
-  // them.
+  // memory for them.
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t area, int part, const RowUnit& unit, int lane, const Put& put) {
     const int first = part * kPilotWarpKeys, kv_len = unit.row.kv_len;
@@ -95,7 +94,6 @@ struct KeyScorer {
           pilot_size(kv_len) - first - slot * kSlotKeys, p.aligned, evict_normal_policy(), lane);
     }
     cp_async_commit();
-    launch_dependents();
     load_query(unit, lane);
     cp_async_wait<0>();
     __syncwarp();
@@ -235,6 +233,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  launch_dependents();
   const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
   KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
