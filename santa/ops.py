@@ -1,4 +1,4 @@
-"""The operators: typed Python functions, fake kernels for tracing, and the refusal to differentiate."""
+"""The decode operators: typed Python functions, and fake kernels for tracing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from santa._dispatch import call, register
 
 
 class Sampler(enum.IntEnum):
@@ -99,22 +101,6 @@ def _check_int64(name: str, value: Any) -> None:
         raise ValueError(f"santa: {name} is {value}; it needs to be in [-2^63, 2^63)")
 
 
-def _call(op: Any, *tensors: Tensor, **options: Any) -> Any:
-    """Call an operator; its argument errors are ValueErrors.
-
-    torch 2.15 hands every C++ exception of a stable-ABI operator on as a RuntimeError; before, std::invalid_argument
-    became a ValueError. The prefix is that of api/checks.h; CUDA failures have another one.
-    """
-    if torch.compiler.is_compiling():
-        return op(*tensors, **options)
-    try:
-        return op(*tensors, **options)
-    except RuntimeError as error:
-        if str(error).startswith("santa: "):
-            raise ValueError(str(error)) from None
-        raise
-
-
 def decode(
     q: Tensor,
     k: Tensor,
@@ -197,7 +183,11 @@ def decode(
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
             torch 2.15 on, torch.ops.santa.decode under inference_mode raises the same text as a RuntimeError.)
         TypeError: an argument is of the wrong Python type.
-        RuntimeError: a gradient is asked for.
+        RuntimeError: a derivative of out or lse is computed. Inputs that require gradients are no error, backward() is;
+            forward derivatives (torch.autograd.forward_ad) and the transforms of torch.func, vmap among them, raise in
+            the call itself.
+
+    Under torch.autocast q, k and v are cast as torch's scaled_dot_product_attention casts them, float8 excepted.
     """
     _check_tensor("q", q)
     _check_tensor("k", k)
@@ -247,7 +237,7 @@ def decode(
         if given:
             raise ValueError(f"santa: {name} is given with score='exact'; it needs score='bernoulli'")
     rows_read = _empty_rows_read(q, k, 1 if options["kv_layout"] == KvLayout.HND else 2) if return_rows_read else None
-    outputs = _call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
+    outputs = call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
     return outputs if rows_read is None else (*outputs, rows_read)
 
 
@@ -275,7 +265,7 @@ def _decode_bernoulli(
     score_sampler = ScoreSampler.INDEPENDENT if score_sampler is None else score_sampler
     chosen = _choice("score_sampler", score_sampler, ScoreSampler)
     rows_read = _empty_rows_read(tensors[0], tensors[1], 1) if return_rows_read else None
-    out, lse, features_read = _call(
+    out, lse, features_read = call(
         torch.ops.santa.decode_bernoulli,
         *tensors,
         num_draws=num_draws,
@@ -327,48 +317,4 @@ def _draw_fake(units: Tensor, *_: Any) -> Tensor:
     return units.new_empty(units.shape)
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """Lets the forward pass of tensors that require gradients run, and says so when one is asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, op: Any, options: dict[str, Any], names: tuple[str, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        keywords = dict(zip(names, tensors, strict=False))
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _call(op, *tensors[len(names) :], **keywords, **options)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "santa: decode has no backward pass (it is an inference operator); "
-            "call it under torch.no_grad() or on detached tensors"
-        )
-
-
-def _autograd_kernel(op: Any) -> Any:
-    def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        outputs = run(tensors, options)
-        if options.get("rows_read") is not None:
-            torch.autograd.graph.increment_version(options["rows_read"])
-        return outputs
-
-    def run(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
-        # Every tensor that could ask for a gradient; autograd sees those that are positional alone.
-        names = tuple(name for name in ("k_scale", "v_scale") if options.get(name) is not None)
-        differentiable = (*(options[name] for name in names), *tensors)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
-            rest = {name: value for name, value in options.items() if name not in names}
-            return _InferenceOnly.apply(op, rest, names, *differentiable)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _call(op, *tensors, **options)
-
-    return kernel
-
-
-# Not torch.library.register_autograd: it does not take schemas with keyword-only tensors.
-_autograd = torch.library.Library("santa", "IMPL")
-for _name in ("decode", "decode_bernoulli"):
-    _autograd.impl(_name, _autograd_kernel(getattr(torch.ops.santa, _name).default), "Autograd")
+register("decode")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from santa._dispatch import InferenceOnly, autocast
 from santa.ops import _choice
 from santa.select import BLOCK, Gqa, Selection, sample_select
 
@@ -67,7 +68,7 @@ class PrefillStats:
     @property
     def density(self) -> float:
         """Causal blocks computed over causal blocks there are, all heads together; reads `heads` from the device."""
-        return 1.0 if self.backend == "dense" or self.heads is None else float(self.heads[..., 0].mean())
+        return 1.0 if self.backend == "dense" or self.heads is None else float(self.heads.detach()[..., 0].mean())
 
 
 def prefill(
@@ -121,12 +122,16 @@ def prefill(
     Raises:
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.
         TypeError: an argument is of the wrong Python type.
-        RuntimeError: a gradient is asked for (in the backward pass); FlexAttention is to run while torch.compile is
-            switched off.
+        RuntimeError: a derivative of an output is computed, `stats.heads` among them: in backward() for inputs that
+            require gradients, in the call itself under vmap and for forward derivatives; FlexAttention is to run while
+            torch.compile is switched off.
+
+    Under torch.autocast q, k and v are cast as torch's scaled_dot_product_attention casts them.
     """
     alphas = _check_options(alpha, num_chunks, sink_blocks, window_blocks, sm_scale, min_mass)
     if backend not in BACKENDS:
         raise ValueError(f"santa: backend is {backend!r}; it needs to be one of {', '.join(map(repr, BACKENDS))}")
+    q, k, v = autocast(q, k, v)
     _check_tensors(q, k, v)
     if backend == "flex" and not q.is_cuda:
         raise ValueError(
@@ -144,38 +149,27 @@ def prefill(
         "selection": _choice("selection", selection, Selection),
         "min_mass": min_mass,
     }
-    out, lse, stats = _InferenceOnly.apply(backend, options, q, k, v)
-    return (out, lse, stats) if return_stats else (out, lse)
+    ran = backend
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        nonlocal ran
+        with torch.autocast(q.device.type, enabled=False):  # what it does has happened
+            ran, *outputs = _prefill(backend, options, q, k, v)
+        return tuple(outputs)
+
+    out, lse, *heads = InferenceOnly.apply("prefill", run, q, k, v)
+    return (out, lse, PrefillStats(ran, *(heads or [None]))) if return_stats else (out, lse)
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """Lets the forward pass of tensors that require gradients run, and says so when one is asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, PrefillStats]:
-        out, lse, stats = _prefill(backend, options, q, k, v)
-        ctx.mark_non_differentiable(lse)
-        return out, lse, stats
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "santa: prefill has no backward pass (it is for inference); call it under torch.no_grad() or on detached "
-            "tensors"
-        )
-
-
-def _prefill(
-    backend: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, PrefillStats]:
+def _prefill(backend: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """(backend that ran, out, lse, and, if there was a selection, the statistics of its heads)"""
     sm_scale = options["sm_scale"]
-    heads = None
+    selected: list[Tensor] = []
     if backend == "auto" and k.shape[2] < DENSE_BELOW:
         backend = "dense"
     if backend != "dense":
         kv_cnt, kv_idx, heads = sample_select(q, k, **options)
+        selected.append(heads)
     if backend == "auto" and float(heads[..., 0].mean()) > break_even_density(k.shape[2], cuda=q.is_cuda):
         backend = "dense"
     if backend == "auto":
@@ -185,9 +179,8 @@ def _prefill(
     elif backend == "flex":
         out, lse = _flex(q, k, v, kv_cnt, kv_idx, sm_scale)
     else:
-        with torch.autocast(q.device.type, enabled=False):  # float32 is its point
-            out, lse = _reference(q, k, v, kv_cnt, kv_idx, sm_scale)
-    return out, lse, PrefillStats(backend, heads)
+        out, lse = _reference(q, k, v, kv_cnt, kv_idx, sm_scale)
+    return backend, out, lse, *selected
 
 
 # Arguments ----------------------------------------------------------------------------------------------

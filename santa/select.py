@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from santa.ops import _call, _check_int64, _check_same_device, _check_tensor, _choice, _register_choices
+from santa._dispatch import call, register
+from santa.ops import _check_int64, _check_same_device, _check_tensor, _choice, _register_choices
 
 BLOCK = 128  # tokens, of queries and of keys
 
@@ -87,6 +88,7 @@ def sample_select(
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
             torch 2.15 on, torch.ops.santa.sample_select under inference_mode raises the same text as a RuntimeError.)
         TypeError: an argument is of the wrong Python type.
+        RuntimeError: a derivative of stats is computed, in backward() or by a transform of torch.func.
 
     Source: SampleAttention (arXiv 2406.15486; with slashes as in its MLSys 2025 version).
     """
@@ -100,7 +102,7 @@ def sample_select(
     _check_int64("num_chunks", num_chunks)
     _check_int64("sink_blocks", sink_blocks)
     _check_int64("window_blocks", window_blocks)
-    return _call(
+    return call(
         torch.ops.santa.sample_select,
         q,
         k,
@@ -128,11 +130,4 @@ def _sample_select_fake(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor,
     )
 
 
-def _sample_select_autograd(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A choice has no gradient, and its statistics do not ask for one."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return _call(torch.ops.santa.sample_select.default, q, k, **options)
-
-
-_autograd = torch.library.Library("santa", "IMPL")
-_autograd.impl("sample_select", _sample_select_autograd, "Autograd")
+register("sample_select")

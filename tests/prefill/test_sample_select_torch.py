@@ -50,7 +50,8 @@ def test_opcheck(device, requires_grad):
         checks.append("test_aot_dispatch_dynamic")
     q.requires_grad_(requires_grad)
     torch.library.opcheck(torch.ops.santa.sample_select.default, (q, k), {"alpha_c": 0.7}, test_utils=checks)
-    assert not any(x.requires_grad for x in santa.sample_select(q, k))
+    # The masses among the statistics depend on q; what is chosen has no derivative to ask for.
+    assert [x.requires_grad for x in santa.sample_select(q, k)] == [False, False, requires_grad]
 
 
 def test_compile_fullgraph(device):
