@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from santa._dispatch import call, register
-from santa.ops import _check_int64, _check_same_device, _check_tensor, _choice, _register_choices
+from santa.ops import _check_same_device, _check_tensor, _choice, _register_choices, int64, real
+from santa.shapes import PREFILL_HEAD_DIMS, pad, padded_head_dim
 
 BLOCK = 128  # tokens, of queries and of keys
 
@@ -57,8 +59,9 @@ def sample_select(
     key block and query head.
 
     Args:
-        q: [batch, num_qo_heads, q_len, head_dim]; bfloat16 or float16 (float32 too on CPU); head_dim 64 or 128;
-            num_qo_heads is a multiple of num_kv_heads. The queries are the last q_len positions of the keys.
+        q: [batch, num_qo_heads, q_len, head_dim]; bfloat16 or float16 (float32 too on CPU); head_dim up to 128, others
+            than 64 and 128 padded with zeros in a copy; num_qo_heads is a multiple of num_kv_heads. The queries are the
+            last q_len positions of the keys.
         k: [batch, num_kv_heads, kv_len, head_dim], q's dtype and device; kv_len is q_len plus a multiple of 128. q and
             k have any strides with a contiguous last dimension.
         alpha_c, alpha_s: part of the sampled mass that the columns, and that the slashes, hold by themselves. At or
@@ -94,27 +97,24 @@ def sample_select(
     """
     _check_tensor("q", q)
     _check_tensor("k", k)
-    for name, value in {"alpha_c": alpha_c, "alpha_s": alpha_s, "min_mass": min_mass}.items():
-        if not isinstance(value, (float, int, torch.SymFloat)):
-            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a float")
-    if sm_scale is not None and not isinstance(sm_scale, (float, int, torch.SymFloat)):
-        raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
-    _check_int64("num_chunks", num_chunks)
-    _check_int64("sink_blocks", sink_blocks)
-    _check_int64("window_blocks", window_blocks)
+    sm_scale = real("sm_scale", sm_scale, optional=True)
+    if q.dim() == k.dim() == 4 and q.shape[-1] == k.shape[-1] and q.shape[-1] not in PREFILL_HEAD_DIMS:
+        sm_scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None and q.shape[-1] else sm_scale
+        width = padded_head_dim(q.shape[-1], prefill=True)
+        q, k = pad(q, width), pad(k, width)
     return call(
         torch.ops.santa.sample_select,
         q,
         k,
-        alpha_c=alpha_c,
-        alpha_s=alpha_s,
-        num_chunks=num_chunks,
-        sink_blocks=sink_blocks,
-        window_blocks=window_blocks,
+        alpha_c=real("alpha_c", alpha_c),
+        alpha_s=real("alpha_s", alpha_s),
+        num_chunks=int64("num_chunks", num_chunks),
+        sink_blocks=int64("sink_blocks", sink_blocks),
+        window_blocks=int64("window_blocks", window_blocks),
         sm_scale=sm_scale,
         gqa=_choice("gqa", gqa, Gqa),
         selection=_choice("selection", selection, Selection),
-        min_mass=min_mass,
+        min_mass=real("min_mass", min_mass),
     )
 
 
