@@ -52,7 +52,7 @@ def sample_select(
     causal softmax over all keys. From it each head takes columns (key blocks that all later queries keep) and slashes
     (block distances from the diagonal), so that the sampled queries keep, on average, at least the larger of alpha_c
     and alpha_s of their attention mass. No such promise is made for a single query, sampled or not; the statistics say
-    what the sampled ones keep. `santa.reference_prefill.sample_select` writes the rules out.
+    what the sampled ones keep. santa/reference_prefill.py writes the rules out.
 
     The choice depends on which queries one call covers: a prompt in pieces is sampled in each piece. On CUDA the call
     uses up to 512 MiB of scratch memory, more only if one KV head's query heads need it: 512 bytes per sampled block,
