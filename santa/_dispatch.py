@@ -54,10 +54,12 @@ def no_derivative(name: str) -> TransformError:
 
 def wants_derivative(tensors: tuple[Any, ...]) -> bool:
     """Whether a derivative with respect to one of the tensors may be asked for later, or is being pushed forward."""
-    tensors = tuple(x for x in tensors if isinstance(x, Tensor))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         return True
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x.is_floating_point())
+    # Tensors carry tangents within a level alone; to ask each of them would take 3 microseconds of every call.
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 class InferenceOnly(torch.autograd.Function):

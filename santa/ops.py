@@ -257,8 +257,10 @@ def decode(
         if given:
             raise ValueError(f"santa: {name} is given with score='exact'; it needs score='bernoulli'")
     rows_read = _empty_rows_read(q, k, 1 if options["kv_layout"] == KvLayout.HND else 2) if return_rows_read else None
-    out, lse = call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
-    return _cut(out, out_dim), lse, *(() if rows_read is None else (rows_read,))
+    outputs = call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
+    if out_dim is not None:
+        outputs = (_cut(outputs[0], out_dim), outputs[1])
+    return outputs if rows_read is None else (*outputs, rows_read)
 
 
 def _fit_head_dim(
@@ -269,18 +271,17 @@ def _fit_head_dim(
 
     k can be as wide as q is going to be: a cache that is kept padded.
     """
-    if q.dim() != 3 or k.dim() != 4 or v.dim() != 4:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) != 3 or len(k_shape) != 4 or len(v_shape) != 4:
         return q, k, v, sm_scale, None
     axis = -2 if by_features else -1  # of head_dim in k
-    head_dim, v_head_dim = q.shape[-1], v.shape[-1]
-    if head_dim == k.shape[axis] == v_head_dim and head_dim in DECODE_HEAD_DIMS:
+    head_dim, v_head_dim = q_shape[-1], v_shape[-1]
+    if head_dim == k_shape[axis] == v_head_dim and head_dim in DECODE_HEAD_DIMS:
         return q, k, v, sm_scale, None
     own_width, width = padded_head_dim(head_dim), padded_head_dim(head_dim, v_head_dim)
     if k.shape[axis] not in (head_dim, own_width):
-        name, padded = (
-            "k_features" if by_features else "k",
-            "" if own_width == head_dim else f", or {own_width}, padded",
-        )
+        name = "k_features" if by_features else "k"
+        padded = "" if own_width == head_dim else f", or {own_width}, padded"
         raise ValueError(
             f"santa: {name} has shape {list(k.shape)}; dimension {4 + axis} (head_dim) is {k.shape[axis]} and needs to "
             f"be {head_dim}{padded}"

@@ -105,7 +105,11 @@ BAD = {
     ),
     "heads": (changed("q", lambda x: x[:, :3]), ValueError, r"k has 2 KV heads; num_qo_heads \(3\)"),
     "no queries": (changed("q", lambda x: x[:, :, :0]), ValueError, r"q has q_len 0; it needs to be at least 1"),
-    "too few keys": (changed("k", lambda x: x[:, :, :172]), ValueError, r"k has kv_len 172; .*q_len \(300\) plus"),
+    "too few keys": (
+        changed("k", lambda x: x[:, :, :172]),
+        ValueError,
+        r"k has kv_len 172; .*q_len \(300\) plus .*k has shape \[2, 2, 172, 64\], \[batch, num_kv_heads, kv_len, ",
+    ),
     "odd past": (changed("k", lambda x: x[:, :, :427]), ValueError, r"k has kv_len 427; .* a multiple of 128"),
     "q stride": (
         changed("q", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
