@@ -75,6 +75,23 @@ def resolve(node: ast.AST, namespace: dict[str, Any]) -> Any:
     return None
 
 
+def check_call(function: Any, call: ast.Call) -> None:
+    """That `function` takes the arguments. Of settings that are written out, that it takes their values as well."""
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if None in keywords or any(isinstance(argument, ast.Starred) for argument in call.args):
+        return
+    if isinstance(function, type):
+        try:
+            values = [ast.literal_eval(argument) for argument in call.args]
+            named = {name: ast.literal_eval(value) for name, value in keywords.items()}
+        except ValueError:
+            pass
+        else:
+            function(*values, **named)
+            return
+    inspect.signature(function).bind(*call.args, **keywords)
+
+
 def check(code: str, namespace: dict[str, Any], known: set[str], filename: str) -> set[str]:
     """What can be said of code without running it. `namespace` gets its imports; returns the names that it binds."""
     tree = ast.parse(code, filename)
@@ -88,9 +105,7 @@ def check(code: str, namespace: dict[str, Any], known: set[str], filename: str) 
         resolve(node, namespace)
         function = resolve(node.func, namespace) if isinstance(node, ast.Call) else None
         if getattr(function, "__module__", "").split(".")[0] == "santa":
-            keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg is not None}
-            if not any(isinstance(argument, ast.Starred) for argument in node.args):
-                inspect.signature(function).bind(*node.args, **keywords)
+            check_call(function, node)
     return bound
 
 
@@ -146,6 +161,8 @@ def test_most_snippets_run():
         ("# needs a GPU\nx = undefined_name", AssertionError),
         ("# needs a GPU\nimport santa\nsanta.no_such_function()", AttributeError),
         ("# needs a download\nimport santa\nsanta.decode(1, 2, 3, no_such_argument=4)", TypeError),
+        ("# needs a download\nimport santa\nsanta.SantaConfig(no_such_field=4)", TypeError),
+        ("# needs a download\nimport santa\nsanta.SantaConfig(num_samples=-4)", ValueError),
         ("# needs a download\nfrom santa import no_such_name", ImportError),
         ("# needs a GPU\nx = (", SyntaxError),
         ("import santa\nsanta.decode(1, 2, 3)", TypeError),
