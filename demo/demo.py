@@ -3,10 +3,13 @@
     python demo/demo.py
 
 The bundled byte-level Llama reads thousands of bytes of the interpreter's standard-library sources, from
-files it was not trained on, and writes on: once exactly, then with every sampler, fed the same bytes, so that
-the two next-byte distributions of each step can be compared. It then answers a question about a key planted
-far back. Last, the attention of the exact run is estimated over and over to show how the error falls with the
-number of samples. Runs on CUDA if there is a GPU, else on the CPU. Tables and plot go to out/demo.
+files it was not trained on, and writes on: once exactly, then with every sampler and several seeds, fed the same
+bytes, so that the two next-byte distributions of each step can be compared. It then answers a question about a key
+planted far back. Last, the attention of the exact run is estimated over and over to show how the error falls with
+the number of samples. Runs on CUDA if there is a GPU, else on the CPU. Tables and plot go to out/demo.
+
+What the table says of errors varies with the text, which is that of the interpreter's version, and from seed to seed:
+64 steps of one seed are few, so the mean over seeds is printed with its spread.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -39,6 +43,12 @@ SAMPLERS = ("multinomial", "stratified", "systematic", "grouped")
 SETTINGS = [("grouped", 16), ("grouped", 64), ("grouped", 256), *((sampler, 64) for sampler in SAMPLERS[:3])]
 CURVE_SAMPLES = (4, 8, 16, 32, 64, 128, 256)
 CURVE_SEEDS = 6
+TABLE_SEEDS = 4
+# The layers of a run draw from streams of their own, which follow each other: seeds have to be further apart.
+SEED_STRIDE = 1000
+# Total variation distance between the next-token distributions of pretrained models in bfloat16 and in float32.
+# Measured once, by hand, on two models that are too large for this demo: an error below it is less than a dtype makes.
+BFLOAT16_LEVEL = (0.013, 0.018)
 
 
 @dataclass
@@ -50,9 +60,12 @@ class TableRow:
     rows_read: float
     """V rows read over kv_len, averaged over steps, layers and KV heads."""
     tokens_per_s: float
-    """One over the median time of a step."""
+    """One over the median time of a step; NaN where it was not measured."""
     top1_agreement: float
+    """Mean over the seeds, as is total_variation."""
     total_variation: float
+    spread: float
+    """Standard deviation of total_variation over the seeds; 0 where nothing is drawn."""
 
 
 @dataclass
@@ -66,6 +79,8 @@ class CurvePoint:
     """Mean over the seeds of ||estimate - exact|| / ||exact||."""
     spread: float
     """Standard deviation of that over the seeds."""
+    relative_time: float
+    """Time of the attention calls over that of exact ones, in `santa`; the median over the seeds."""
 
 
 def decode_step(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -118,7 +133,7 @@ def use_santa(model: PreTrainedModel, num_samples: int, sampler: str = "grouped"
 
 
 def compare(context: Prefilled, num_steps: int) -> tuple[list[TableRow], torch.Tensor]:
-    """The table, and the token ids [num_steps] that the exact run wrote and all runs were fed.
+    """The table, and the token ids [num_steps] that the first run wrote and all runs were fed.
 
     The runs take turns at every step, so that whatever else the machine does slows all of them alike.
     """
@@ -152,21 +167,57 @@ def compare(context: Prefilled, num_steps: int) -> tuple[list[TableRow], torch.T
                 bar.update()
             tokens.append(logits[0][-1].argmax())
 
-    exact = torch.stack(logits[0]).float().softmax(-1)
+    forced = torch.stack(tokens[:num_steps])
+    exact = next_bytes(logits[0])
+    # The first seed has run, timed; the others run for their distances alone.
+    distances = [[distance(next_bytes(steps), exact)] for steps in logits]
+    more = [(index, seed) for index in range(2, len(runs)) for seed in range(1, TABLE_SEEDS)]
+    for index, seed in tqdm(more, desc="other seeds", unit="run", leave=False):
+        use_santa(model, runs[index][1], runs[index][0], seed * SEED_STRIDE)
+        distances[index].append(distance(next_bytes(context.steps(num_steps, forced)), exact))
     rows = []
     for index, (name, num_samples) in enumerate(runs):
-        probabilities = torch.stack(logits[index]).float().softmax(-1)
+        agreement, variation = zip(*distances[index], strict=True)
         rows.append(
             TableRow(
                 attention=name,
                 num_samples=num_samples,
                 rows_read=statistics.mean(shares[index] or [1.0]),
                 tokens_per_s=1 / statistics.median(seconds[index]),
-                top1_agreement=(probabilities.argmax(-1) == exact.argmax(-1)).float().mean().item(),
-                total_variation=0.5 * (probabilities - exact).abs().sum(-1).mean().item(),
+                top1_agreement=statistics.mean(agreement),
+                total_variation=statistics.mean(variation),
+                spread=statistics.stdev(variation) if len(variation) > 1 else 0.0,
             )
         )
-    return rows, torch.stack(tokens[:num_steps])
+    rows.insert(1, rounding(context, forced, exact))
+    return rows, forced
+
+
+def next_bytes(logits: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Next-byte distributions [num_steps, vocab] of the logits of each step."""
+    return torch.stack(list(logits)).float().softmax(-1)
+
+
+def distance(probabilities: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """(share of steps whose likeliest byte is the same, total variation distance, mean over steps)"""
+    agreement = (probabilities.argmax(-1) == exact.argmax(-1)).float().mean().item()
+    return agreement, 0.5 * (probabilities - exact).abs().sum(-1).mean().item()
+
+
+def rounding(context: Prefilled, forced: torch.Tensor, exact: torch.Tensor) -> TableRow:
+    """What another dtype does to the same steps: exact attention, weights and cache in bfloat16 where the demo runs in
+    float32, and the other way round. The measure for the errors of sampling."""
+    dtype = torch.float32 if context.model.dtype == torch.bfloat16 else torch.bfloat16
+    # Loaded again: of a model that is converted the rotary frequencies are rounded too, which no model in use has.
+    name = context.model.name_or_path
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").eval()
+    model = model.to(context.model.device)
+    cache = copy.deepcopy(context.cache)
+    for layer in cache.layers:
+        layer.keys, layer.values, layer.dtype = layer.keys.to(dtype), layer.values.to(dtype), dtype
+    steps = Prefilled(model, cache, context.logits).steps(len(forced), forced)
+    agreement, variation = distance(next_bytes(steps), exact)
+    return TableRow(f"exact, in {str(dtype).removeprefix('torch.')}", 0, 1.0, math.nan, agreement, variation, 0.0)
 
 
 @contextmanager
@@ -192,23 +243,25 @@ def error_curves(context: Prefilled, forced: torch.Tensor) -> list[CurvePoint]:
             pass
     exact = [santa.decode(*args, **kwargs)[0].float() for args, kwargs in calls]
     norm = torch.stack([out.square().sum() for out in exact]).sum()
-    num_layers = context.model.config.num_hidden_layers
     points = []
     settings = [(sampler, num_samples) for sampler in SAMPLERS for num_samples in CURVE_SAMPLES]
     for sampler, num_samples in tqdm(settings, desc="error curves", leave=False):
-        errors, shares = [], []
+        errors, shares, times = [], [], []
         for seed in range(CURVE_SEEDS):
             squared = read = available = 0.0
             for (args, kwargs), expected in zip(calls, exact, strict=True):
                 options = {**kwargs, "num_samples": num_samples, "sampler": sampler, "return_rows_read": True}
-                # kwargs["seed"] is the layer's stream; steps of num_layers keep the seeds' streams apart.
-                options["seed"] = kwargs["seed"] + num_layers * seed
+                # kwargs["seed"] is the layer's stream.
+                options["seed"] = kwargs["seed"] + SEED_STRIDE * seed
                 out, _, rows = santa.decode(*args, **options)
                 squared += (out.float() - expected).square().sum()
                 read += rows.sum()
                 available += kwargs["kv_lens"].sum() * rows.shape[1]
             errors.append(float((squared / norm).sqrt()))
             shares.append(float(read / available))
+            # Beside each other: whatever else the machine does slows both.
+            exact_time = attention_time(calls, {})
+            times.append(attention_time(calls, {"num_samples": num_samples, "sampler": sampler}) / exact_time)
         points.append(
             CurvePoint(
                 sampler,
@@ -216,13 +269,26 @@ def error_curves(context: Prefilled, forced: torch.Tensor) -> list[CurvePoint]:
                 statistics.mean(shares),
                 statistics.mean(errors),
                 statistics.stdev(errors),
+                statistics.median(times),
             )
         )
     return points
 
 
-def plot_curves(points: list[CurvePoint], path: Path, title: str) -> str:
-    """Error against S, and against V rows read; says what it wrote, or why it could not."""
+def attention_time(calls: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]], options: dict[str, Any]) -> float:
+    """Seconds that the calls take, one after the other, with other options."""
+    start = time.perf_counter()
+    for args, kwargs in calls:
+        out = santa.decode(*args, **{**kwargs, **options})[0]
+    if out.is_cuda:
+        torch.cuda.synchronize(out.device)
+    return time.perf_counter() - start
+
+
+def plot_curves(points: list[CurvePoint], rows: list[TableRow], path: Path, title: str) -> str:
+    """Error of attention against S, V rows read and time, and of the next byte against S beside what bfloat16 does.
+
+    Says what it wrote, or why it could not."""
     try:
         import matplotlib
     except ImportError:
@@ -231,30 +297,52 @@ def plot_curves(points: list[CurvePoint], path: Path, title: str) -> str:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5))
+    panels = list(axes.flat)
+    for panel in panels:
+        panel.set_yscale("log")
+        panel.margins(y=0.08)
     for sampler in SAMPLERS:
         curve = [point for point in points if point.sampler == sampler]
         error = np.array([point.relative_rmse for point in curve])
         spread = np.array([point.spread for point in curve])
-        for panel, field in zip(panels, ("num_samples", "rows_read"), strict=True):
+        for panel, field in zip(panels, ("num_samples", "rows_read", "relative_time"), strict=False):
             x = [getattr(point, field) for point in curve]
             panel.plot(x, error, marker="o", markersize=4, label=sampler)
-            panel.fill_between(x, error - spread, error + spread, alpha=0.2)
-    panels[0].set_xscale("log", base=2)
-    panels[0].set_xlabel("samples S per query head")
-    panels[0].set_ylabel("relative RMSE of the attention output")
+            if field != "relative_time":  # not in the order of S
+                panel.fill_between(x, error - spread, error + spread, alpha=0.2)
+        of_sampler = [row for row in rows if row.attention == sampler]
+        panels[3].errorbar(
+            [row.num_samples for row in of_sampler],
+            [row.total_variation for row in of_sampler],
+            [row.spread for row in of_sampler],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=sampler,
+        )
+    for panel in panels[:3]:
+        panel.set_ylabel("relative RMSE of the attention output\n(lower is better)")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    for panel in (panels[0], panels[3]):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("samples S per query head")
     panels[1].set_xscale("log")
     panels[1].set_xlabel("V rows read / kv_len")
     panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[1].xaxis.set_major_formatter(PercentFormatter(xmax=1))
     panels[1].xaxis.set_minor_formatter(NullFormatter())
+    panels[2].axvline(1, color="grey", linestyle=":", label="exact attention")
+    panels[2].set_xlabel("time of the attention calls, of exact ones (further left is faster)")
+    panels[3].set_ylabel("TV distance of the next byte (lower is better)")
+    panels[3].axhspan(*BFLOAT16_LEVEL, color="grey", alpha=0.3, label="bfloat16 for float32, pretrained models")
+    panels[3].axhline(rows[1].total_variation, color="grey", linestyle="--", label=f"{rows[1].attention}, this model")
     for panel in panels:
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
-    panels[0].legend()
+    for panel in panels[2:]:
+        panel.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -269,38 +357,36 @@ def write_csv(path: Path, records: list[TableRow] | list[CurvePoint]) -> None:
         writer.writerows(astuple(record) for record in records)
 
 
-def print_table(rows: list[TableRow], device: str, context_len: int) -> None:
-    header = (
-        "device",
-        "context",
-        "attention",
-        "S",
-        "V rows read",
-        "tokens/s",
-        "top-1 agreement",
-        "TV distance",
-    )
-    cells = [
+HEADER = ("attention", "S", "V rows read", "tokens/s", "to SDPA's", "top-1 agreement", "TV distance")
+
+
+def cells_of(rows: list[TableRow]) -> list[tuple[str, ...]]:
+    return [
         (
-            device,
-            f"{context_len:,}",
             row.attention,
             str(row.num_samples or "-"),
             f"{row.rows_read:.1%}",
-            f"{row.tokens_per_s:.1f}",
+            "-" if math.isnan(row.tokens_per_s) else f"{row.tokens_per_s:.1f}",
+            "-" if math.isnan(row.tokens_per_s) else f"{row.tokens_per_s / rows[0].tokens_per_s:.2f}",
             f"{row.top1_agreement:.1%}",
-            f"{row.total_variation:.4f}",
+            f"{row.total_variation:.4f}" + (f" ± {row.spread:.4f}" if row.spread else ""),
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+
+
+def print_table(rows: list[TableRow], *, markdown: bool) -> None:
+    lines = [HEADER, *cells_of(rows)]
+    if markdown:
+        print("\n".join(f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *lines[1:])))
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)
     print(rule)
-    for line in (header, *cells):
-        left = "  ".join(cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True))
-        right = "  ".join(cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True))
-        print(f"{left}  {right}")
-        if line is header:
+    for line in lines:
+        right = "  ".join(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        print(f"{line[0].ljust(widths[0])}  {right}")
+        if line is HEADER:
             print(rule)
     print(rule)
 
@@ -338,6 +424,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="bytes to decode per setting (default: 64)")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder for tables and plot")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error(f"--steps must be at least 2, got {arguments.steps}")
@@ -368,10 +455,11 @@ def main() -> None:
     model_name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M-parameter byte-level Llama"
     print(
         f"{model_name}: {config.num_hidden_layers} layers, {config.num_attention_heads} query heads, "
-        f"{config.num_key_value_heads} KV heads; {str(dtype).removeprefix('torch.')}; {arguments.steps} "
-        "steps per row, all fed the bytes that the first row writes"
+        f"{config.num_key_value_heads} KV heads; {str(dtype).removeprefix('torch.')} on {device_name(device)}; context "
+        f"{context_len:,} bytes of the sources of Python {platform.python_version()}; {arguments.steps} steps per row, "
+        f"all fed the bytes that the first row writes; mean and deviation of {TABLE_SEEDS} seeds"
     )
-    print_table(rows, device_name(device), context_len)
+    print_table(rows, markdown=arguments.markdown)
     ending = text[max(0, context_len - 40) : context_len].tobytes().decode(errors="replace")
     print(f"The context ends with {ending!r},")
     print(f"exact decoding goes on {bytes(forced.tolist()).decode(errors='replace')!r}.")
@@ -383,8 +471,9 @@ def main() -> None:
     write_csv(arguments.out / "table.csv", rows)
     write_csv(arguments.out / "error_curves.csv", points)
     title = f"Attention of the {model_name} at {context_len:,} bytes; mean and deviation of {CURVE_SEEDS} seeds"
+    title += f", of {TABLE_SEEDS} for the next byte"
     print()
-    print(plot_curves(points, arguments.out / "error_curves.png", title))
+    print(plot_curves(points, rows, arguments.out / "error_curves.png", title))
     print(f"numbers: {arguments.out / 'table.csv'}, {arguments.out / 'error_curves.csv'}")
     print(f"done in {time.perf_counter() - started:.0f} s")
 

@@ -15,12 +15,14 @@ from santa.float8 import quantize_kv  # noqa: E402
 from santa.ops import Budget, KvLayout, Sampler, ScoreSampler, decode, default_min_sampled_len  # noqa: E402
 from santa.prefill import PrefillStats, prefill  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
+from santa.shapes import PaddingWarning, padded_head_dim  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "Gqa",
     "KvLayout",
+    "PaddingWarning",
     "PrefillStats",
     "Sampler",
     "SantaConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "decode",
     "default_min_sampled_len",
     "integrations",
+    "padded_head_dim",
     "prefill",
     "quantize_kv",
     "sample_select",

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from santa.ops import _autograd, _call, _check_same_device, _check_tensor, _decode_outputs
+from santa._dispatch import call, register
+from santa.ops import _check_same_device, _check_tensor, _decode_outputs
 
 
 def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
@@ -28,12 +29,12 @@ def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> N
     Raises:
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.
         TypeError: an argument is no tensor.
-        RuntimeError: k_new requires a gradient.
+        RuntimeError: k_features or k_new requires a gradient, or carries a forward derivative; vmap.
     """
     _check_tensor("k_features", k_features)
     _check_tensor("k_new", k_new)
     _check_tensor("positions", positions)
-    _call(torch.ops.santa.append_k_features, k_features, k_new, positions)
+    call(torch.ops.santa.append_k_features, k_features, k_new, positions)
 
 
 def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, block_table: Tensor) -> None:
@@ -50,7 +51,7 @@ def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, b
     _check_tensor("k_new", k_new)
     _check_tensor("positions", positions)
     _check_tensor("block_table", block_table)
-    _call(torch.ops.santa.append_k_features_paged, k_pages, k_new, positions, block_table)
+    call(torch.ops.santa.append_k_features_paged, k_pages, k_new, positions, block_table)
 
 
 @torch.library.register_fake("santa::decode_bernoulli")
@@ -75,19 +76,6 @@ def _append_k_features_paged_fake(k_pages: Tensor, k_new: Tensor, positions: Ten
     _check_same_device(k_pages, "k_pages", k_new=k_new, positions=positions, block_table=block_table)
 
 
-def _append_kernel(name: str, op: Any) -> Any:
-    def kernel(cache: Tensor, k_new: Tensor, *others: Tensor) -> None:
-        if torch.is_grad_enabled() and (cache.requires_grad or k_new.requires_grad):
-            raise RuntimeError(
-                f"santa.{name} has no backward pass (it is an inference operator); "
-                "call it under torch.no_grad() or on detached tensors"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            op(cache, k_new, *others)
-        torch.autograd.graph.increment_version(cache)
-
-    return kernel
-
-
+register("decode_bernoulli")
 for _name in ("append_k_features", "append_k_features_paged"):
-    _autograd.impl(_name, _append_kernel(_name, getattr(torch.ops.santa, _name).default), "Autograd")
+    register(_name, in_place=True)

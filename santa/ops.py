@@ -1,12 +1,18 @@
-"""The operators: typed Python functions, fake kernels for tracing, and the refusal to differentiate."""
+"""The decode operators: typed Python functions, and fake kernels for tracing."""
 
 from __future__ import annotations
 
 import enum
+import math
+import numbers
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from santa._dispatch import call, register
+from santa.shapes import DECODE_HEAD_DIMS, PaddingWarning, pad, padded_head_dim
 
 
 class Sampler(enum.IntEnum):
@@ -73,9 +79,9 @@ def _choice(name: str, value: Any, kind: type[enum.IntEnum]) -> int:
     if isinstance(value, str):
         if value in values:
             return values[value]
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
         if 0 <= value < len(values):
-            return value
+            return int(value)
     else:
         raise TypeError(
             f"santa: {name} is a {type(value).__name__}; it needs to be a santa.{kind.__name__}, an int or a str"
@@ -90,29 +96,25 @@ def _check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
         raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be {needed}")
 
 
-def _check_int64(name: str, value: Any) -> None:
+def int64(name: str, value: Any) -> int:
+    """An integer argument, of Python or of NumPy, as the operators take it."""
     if isinstance(value, torch.SymInt):
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"santa: {name} is {value}; it needs to be in [-2^63, 2^63)")
+    return value if isinstance(value, int) else int(value)
 
 
-def _call(op: Any, *tensors: Tensor, **options: Any) -> Any:
-    """Call an operator; its argument errors are ValueErrors.
-
-    torch 2.15 hands every C++ exception of a stable-ABI operator on as a RuntimeError; before, std::invalid_argument
-    became a ValueError. The prefix is that of api/checks.h; CUDA failures have another one.
-    """
-    if torch.compiler.is_compiling():
-        return op(*tensors, **options)
-    try:
-        return op(*tensors, **options)
-    except RuntimeError as error:
-        if str(error).startswith("santa: "):
-            raise ValueError(str(error)) from None
-        raise
+def real(name: str, value: Any, *, optional: bool = False) -> float | None:
+    """A floating-point argument, of Python or of NumPy, as the operators take it."""
+    if isinstance(value, (float, int, torch.SymFloat)) or (optional and value is None):
+        return value
+    if isinstance(value, numbers.Real):
+        return float(value)
+    needed = "a float or None" if optional else "a float"
+    raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be {needed}")
 
 
 def decode(
@@ -149,14 +151,15 @@ def decode(
     what rows below min_sampled_len and num_samples = 0 give, whose values are all read.
 
     Args:
-        q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). head_dim is one of 64, 96,
-            128, 192, 256; num_qo_heads is a multiple of num_kv_heads.
+        q: [batch, num_qo_heads, head_dim], bfloat16 or float16 (float32 too on the CPU). num_qo_heads is a multiple of
+            num_kv_heads. There are kernels for head_dim 64, 96, 128, 192 and 256; others up to 256 are padded, see
+            below.
         k, v: [batch, max_kv_len, num_kv_heads, head_dim] for NHD, [batch, num_kv_heads, max_kv_len, head_dim] for HND;
             q's dtype and device; any strides with a contiguous last dimension. k, or both, can be float8_e4m3fn;
             `quantize_kv` makes them so. With Bernoulli scores k is feature-major, [batch, num_kv_heads, head_dim,
             max_kv_len], contiguous along the sequence and not float8 (`append_k_features` fills it); v is as kv_layout
             says, not float8 either. On CUDA a max_kv_len and kv_starts that are multiples of 8 let keys be read 16
-            bytes at a time, others one by one.
+            bytes at a time, others one by one. v may have a head_dim of its own.
         kv_lens: int32 [batch]: number of valid keys of each row, 0 allowed. None: all from kv_starts on. Memory outside
             the valid range is never read. On the CPU a range outside the cache raises; on CUDA, where looking would
             stop the stream, such a row reads nothing and comes out as NaN.
@@ -168,7 +171,7 @@ def decode(
             makes S draws exactly; uniform expects S; streaming expects S where its pilot, 256 of the row's keys, has
             the row's log-sum-exp right, more where it is too low. ``rows_read`` says what was read.
         kv_layout: "NHD" or "HND" (or `KvLayout`).
-        sm_scale: softmax scale; None is 1 / sqrt(head_dim).
+        sm_scale: softmax scale; None is 1 / sqrt(head_dim), that of q, before padding.
         seed: 64-bit seed. The random numbers are a function of (seed, row seed, position, head) alone: the same in any
             batch and on any device.
         row_seeds: int64 [batch]: a random stream for each request. None: 0 for every row.
@@ -185,7 +188,7 @@ def decode(
         return_features_read: also return the number of key features read; Bernoulli scores alone.
 
     Returns:
-        out: [batch, num_qo_heads, head_dim], q's dtype. Rows with kv_len 0 are zero.
+        out: [batch, num_qo_heads, head_dim of v], q's dtype. Rows with kv_len 0 are zero.
         lse: [batch, num_qo_heads], float32: log-sum-exp of the scaled scores, natural logarithm; -inf for kv_len 0.
         rows_read (with return_rows_read): [batch, num_kv_heads], int32: V rows read for the KV head, each counted once
             (streaming and uniform: once for each block of up to 8 query heads, which share what they read); on CUDA -1
@@ -197,7 +200,16 @@ def decode(
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
             torch 2.15 on, torch.ops.santa.decode under inference_mode raises the same text as a RuntimeError.)
         TypeError: an argument is of the wrong Python type.
-        RuntimeError: a gradient is asked for.
+        RuntimeError: a derivative of out or lse is computed. Inputs that require gradients are no error, backward() is;
+            forward derivatives (torch.autograd.forward_ad) and the transforms of torch.func, vmap among them, raise in
+            the call itself.
+
+    Other head_dims, and k and v of different ones, run padded with zeros to `padded_head_dim`; the result is the same.
+    Where k or v has to be padded, all of it is copied in every call, which costs more than attention; a
+    `PaddingWarning` says so. A cache that is kept that wide, with zeros behind head_dim, is not copied: q comes as it
+    is, and out as wide as v (docs/shapes.md). torch.ops.santa.decode pads nothing.
+
+    Under torch.autocast q, k and v are cast as torch's scaled_dot_product_attention casts them, float8 excepted.
     """
     _check_tensor("q", q)
     _check_tensor("k", k)
@@ -208,27 +220,24 @@ def decode(
     _check_tensor("positions", positions, optional=True)
     _check_tensor("k_scale", k_scale, optional=True)
     _check_tensor("v_scale", v_scale, optional=True)
-    _check_int64("num_samples", num_samples)
-    _check_int64("seed", seed)
-    if min_sampled_len is not None:
-        _check_int64("min_sampled_len", min_sampled_len)
-    if sm_scale is not None and not isinstance(sm_scale, (float, int, torch.SymFloat)):
-        raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
     options = {
         "kv_lens": kv_lens,
         "kv_starts": kv_starts,
-        "num_samples": num_samples,
+        "num_samples": int64("num_samples", num_samples),
         "sampler": _choice("sampler", sampler, Sampler),
         "budget": None if budget is None else _choice("budget", budget, Budget),
         "kv_layout": _choice("kv_layout", kv_layout, KvLayout),
-        "sm_scale": sm_scale,
-        "seed": seed,
+        "sm_scale": real("sm_scale", sm_scale, optional=True),
+        "seed": int64("seed", seed),
         "row_seeds": row_seeds,
         "positions": positions,
-        "min_sampled_len": min_sampled_len,
+        "min_sampled_len": None if min_sampled_len is None else int64("min_sampled_len", min_sampled_len),
     }
+    q, k, v, options["sm_scale"], out_dim = _fit_head_dim(
+        q, k, v, options["sm_scale"], by_features=score == "bernoulli"
+    )
     if score == "bernoulli":
-        return _decode_bernoulli(
+        out, *others = _decode_bernoulli(
             (q, k, v),
             options,
             {"k_scale": k_scale, "v_scale": v_scale},
@@ -237,6 +246,7 @@ def decode(
             return_rows_read,
             return_features_read,
         )
+        return _cut(out, out_dim), *others
     if score != "exact":
         raise ValueError(f"santa: score is {score!r}; it needs to be 'exact' or 'bernoulli'")
     for name, given in (
@@ -247,8 +257,49 @@ def decode(
         if given:
             raise ValueError(f"santa: {name} is given with score='exact'; it needs score='bernoulli'")
     rows_read = _empty_rows_read(q, k, 1 if options["kv_layout"] == KvLayout.HND else 2) if return_rows_read else None
-    outputs = _call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
+    outputs = call(torch.ops.santa.decode, q, k, v, k_scale=k_scale, v_scale=v_scale, rows_read=rows_read, **options)
+    if out_dim is not None:
+        outputs = (_cut(outputs[0], out_dim), outputs[1])
     return outputs if rows_read is None else (*outputs, rows_read)
+
+
+def _fit_head_dim(
+    q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None, *, by_features: bool
+) -> tuple[Tensor, Tensor, Tensor, float | None, int | None]:
+    """q, k and v in a head_dim that there are kernels for, the scale of the one they came in, and that of the output,
+    None if nothing is to be cut off it. Of tensors of another rank the operator says what is wrong.
+
+    k can be as wide as q is going to be: a cache that is kept padded.
+    """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) != 3 or len(k_shape) != 4 or len(v_shape) != 4:
+        return q, k, v, sm_scale, None
+    axis = -2 if by_features else -1  # of head_dim in k
+    head_dim, v_head_dim = q_shape[-1], v_shape[-1]
+    if head_dim == k_shape[axis] == v_head_dim and head_dim in DECODE_HEAD_DIMS:
+        return q, k, v, sm_scale, None
+    own_width, width = padded_head_dim(head_dim), padded_head_dim(head_dim, v_head_dim)
+    if k.shape[axis] not in (head_dim, own_width):
+        name = "k_features" if by_features else "k"
+        padded = "" if own_width == head_dim else f", or {own_width}, padded"
+        raise ValueError(
+            f"santa: {name} has shape {list(k.shape)}; dimension {4 + axis} (head_dim) is {k.shape[axis]} and needs to "
+            f"be {head_dim}{padded}"
+        )
+    copied = [name for name, x, axis_of in (("k", k, axis), ("v", v, -1)) if x.shape[axis_of] != width]
+    if copied and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"santa.decode copies {' and '.join(copied)} in every call to pad head_dim to {width}, which costs more "
+            f"than attention: keep the cache {width} wide, with zeros behind (docs/shapes.md)",
+            PaddingWarning,
+            stacklevel=3,
+        )
+    scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    return pad(q, width), pad(k, width, axis), pad(v, width), scale, v_head_dim if v_head_dim < width else None
+
+
+def _cut(out: Tensor, head_dim: int | None) -> Tensor:
+    return out if head_dim is None else out[..., :head_dim].contiguous()
 
 
 def _empty_rows_read(q: Tensor, k: Tensor, head_axis: int) -> Tensor:
@@ -270,12 +321,11 @@ def _decode_bernoulli(
     for name, scale in scales.items():
         if scale is not None:
             raise ValueError(f"santa: {name} is given with score='bernoulli', which takes no float8 cache")
-    num_draws = 4 if num_draws is None else num_draws
-    _check_int64("num_draws", num_draws)
+    num_draws = 4 if num_draws is None else int64("num_draws", num_draws)
     score_sampler = ScoreSampler.INDEPENDENT if score_sampler is None else score_sampler
     chosen = _choice("score_sampler", score_sampler, ScoreSampler)
     rows_read = _empty_rows_read(tensors[0], tensors[1], 1) if return_rows_read else None
-    out, lse, features_read = _call(
+    out, lse, features_read = call(
         torch.ops.santa.decode_bernoulli,
         *tensors,
         num_draws=num_draws,
@@ -327,48 +377,4 @@ def _draw_fake(units: Tensor, *_: Any) -> Tensor:
     return units.new_empty(units.shape)
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """Lets the forward pass of tensors that require gradients run, and says so when one is asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, op: Any, options: dict[str, Any], names: tuple[str, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        keywords = dict(zip(names, tensors, strict=False))
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _call(op, *tensors[len(names) :], **keywords, **options)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "santa: decode has no backward pass (it is an inference operator); "
-            "call it under torch.no_grad() or on detached tensors"
-        )
-
-
-def _autograd_kernel(op: Any) -> Any:
-    def kernel(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        outputs = run(tensors, options)
-        if options.get("rows_read") is not None:
-            torch.autograd.graph.increment_version(options["rows_read"])
-        return outputs
-
-    def run(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
-        # Every tensor that could ask for a gradient; autograd sees those that are positional alone.
-        names = tuple(name for name in ("k_scale", "v_scale") if options.get(name) is not None)
-        differentiable = (*(options[name] for name in names), *tensors)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
-            rest = {name: value for name, value in options.items() if name not in names}
-            return _InferenceOnly.apply(op, rest, names, *differentiable)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _call(op, *tensors, **options)
-
-    return kernel
-
-
-# Not torch.library.register_autograd: it does not take schemas with keyword-only tensors.
-_autograd = torch.library.Library("santa", "IMPL")
-for _name in ("decode", "decode_bernoulli"):
-    _autograd.impl(_name, _autograd_kernel(getattr(torch.ops.santa, _name).default), "Autograd")
+register("decode")

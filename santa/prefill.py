@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from santa.ops import _choice
+from santa._dispatch import InferenceOnly, autocast
+from santa.ops import _choice, int64, real
 from santa.select import BLOCK, Gqa, Selection, sample_select
+from santa.shapes import PREFILL_HEAD_DIMS, pad, padded_head_dim
 
 # backend="auto" is dense for fewer keys, where the selection costs more than it saves.
 DENSE_BELOW = 16384
@@ -43,7 +45,7 @@ def break_even_density(kv_len: int, *, cuda: bool) -> float:
     return 0.4 if kv_len < 32768 else 0.55
 
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = PREFILL_HEAD_DIMS
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
 _MAX_INT32 = (1 << 31) - 1
 # As in csrc/api: what a selection refuses, every backend refuses.
@@ -67,7 +69,7 @@ class PrefillStats:
     @property
     def density(self) -> float:
         """Causal blocks computed over causal blocks there are, all heads together; reads `heads` from the device."""
-        return 1.0 if self.backend == "dense" or self.heads is None else float(self.heads[..., 0].mean())
+        return 1.0 if self.backend == "dense" or self.heads is None else float(self.heads.detach()[..., 0].mean())
 
 
 def prefill(
@@ -95,9 +97,11 @@ def prefill(
 
     Args:
         q: [batch, num_qo_heads, q_len, head_dim]: the last q_len tokens of the kv_len there are. bfloat16 or float16
-            (float32 too on the CPU); head_dim 64 or 128; num_qo_heads a multiple of num_kv_heads.
-        k, v: [batch, num_kv_heads, kv_len, head_dim], q's dtype and device; kv_len - q_len is 0 or a multiple of 128
-            (prefill in chunks over a cache). All strides with a contiguous last dimension.
+            (float32 too on the CPU); head_dim up to 128, others than 64 and 128 padded with zeros in a copy;
+            num_qo_heads a multiple of num_kv_heads.
+        k, v: [batch, num_kv_heads, kv_len, head_dim], q's dtype and device; v may have a head_dim of its own.
+            kv_len - q_len is 0 or a multiple of 128 (prefill in chunks over a cache). All strides with a contiguous
+            last dimension.
         alpha: mass to keep, 0 to 1, by columns and by slashes; or (of columns, of slashes). 1 keeps everything.
         num_chunks: query blocks to score; 0: a fiftieth of them, at least 2, at most 8.
         sink_blocks: first key blocks that are always kept, from 0 on.
@@ -113,7 +117,7 @@ def prefill(
         return_stats: also return what was selected and which backend ran.
 
     Returns:
-        out: [batch, num_qo_heads, q_len, head_dim], q's dtype.
+        out: [batch, num_qo_heads, q_len, head_dim of v], q's dtype.
         lse: [batch, num_qo_heads, q_len], float32: log-sum-exp of the scaled scores of the keys attended to, natural
             logarithm.
         stats (with return_stats): `PrefillStats`.
@@ -121,117 +125,112 @@ def prefill(
     Raises:
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.
         TypeError: an argument is of the wrong Python type.
-        RuntimeError: a gradient is asked for (in the backward pass); FlexAttention is to run while torch.compile is
-            switched off.
+        RuntimeError: a derivative of an output is computed, `stats.heads` among them: in backward() for inputs that
+            require gradients, in the call itself under vmap and for forward derivatives; FlexAttention is to run while
+            torch.compile is switched off.
+
+    Under torch.autocast q, k and v are cast as torch's scaled_dot_product_attention casts them.
     """
-    alphas = _check_options(alpha, num_chunks, sink_blocks, window_blocks, sm_scale, min_mass)
+    alphas = check_alpha(alpha)
+    options = {
+        "alpha_c": alphas[0],
+        "alpha_s": alphas[1],
+        "num_chunks": _count("num_chunks", num_chunks, 0, MAX_CHUNKS),
+        "sink_blocks": _count("sink_blocks", sink_blocks, 0),
+        "window_blocks": _count("window_blocks", window_blocks, 1),
+        "sm_scale": _scale(sm_scale),
+        "gqa": _choice("gqa", gqa, Gqa),
+        "selection": _choice("selection", selection, Selection),
+        "min_mass": _share("min_mass", min_mass),
+    }
     if backend not in BACKENDS:
         raise ValueError(f"santa: backend is {backend!r}; it needs to be one of {', '.join(map(repr, BACKENDS))}")
+    q, k, v = autocast(q, k, v)
     _check_tensors(q, k, v)
     if backend == "flex" and not q.is_cuda:
         raise ValueError(
             f"santa: backend is 'flex' with q on {q.device}; it needs CUDA tensors: use 'reference', 'dense' or 'auto'"
         )
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    options = {
-        "alpha_c": alphas[0],
-        "alpha_s": alphas[1],
-        "num_chunks": num_chunks,
-        "sink_blocks": sink_blocks,
-        "window_blocks": window_blocks,
-        "sm_scale": sm_scale,
-        "gqa": _choice("gqa", gqa, Gqa),
-        "selection": _choice("selection", selection, Selection),
-        "min_mass": min_mass,
-    }
-    out, lse, stats = _InferenceOnly.apply(backend, options, q, k, v)
-    return (out, lse, stats) if return_stats else (out, lse)
+    # That of the head_dim before padding.
+    options["sm_scale"] = q.shape[-1] ** -0.5 if options["sm_scale"] is None else float(options["sm_scale"])
+    ran = backend
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        nonlocal ran
+        with torch.autocast(q.device.type, enabled=False):  # what it does has happened
+            ran, *outputs = _prefill(backend, options, q, k, v)
+        return tuple(outputs)
+
+    out, lse, *heads = InferenceOnly.apply("prefill", run, q, k, v)
+    return (out, lse, PrefillStats(ran, *(heads or [None]))) if return_stats else (out, lse)
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """Lets the forward pass of tensors that require gradients run, and says so when one is asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, PrefillStats]:
-        out, lse, stats = _prefill(backend, options, q, k, v)
-        ctx.mark_non_differentiable(lse)
-        return out, lse, stats
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "santa: prefill has no backward pass (it is for inference); call it under torch.no_grad() or on detached "
-            "tensors"
-        )
-
-
-def _prefill(
-    backend: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, PrefillStats]:
+def _prefill(backend: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """(backend that ran, out, lse, and, if there was a selection, the statistics of its heads)"""
     sm_scale = options["sm_scale"]
-    heads = None
+    selected: list[Tensor] = []
     if backend == "auto" and k.shape[2] < DENSE_BELOW:
         backend = "dense"
     if backend != "dense":
         kv_cnt, kv_idx, heads = sample_select(q, k, **options)
+        selected.append(heads)
     if backend == "auto" and float(heads[..., 0].mean()) > break_even_density(k.shape[2], cuda=q.is_cuda):
         backend = "dense"
     if backend == "auto":
         backend = "flex" if q.is_cuda else "reference"
+    head_dim, v_head_dim = q.shape[-1], v.shape[-1]
+    # Dense kernels take multiples of 8, with k and v alike: more padding than that would be work for nothing.
+    width = -(-max(head_dim, v_head_dim) // 8) * 8
+    if backend != "dense":
+        width = padded_head_dim(head_dim, v_head_dim, prefill=True)
+    q, k, v = (pad(x, width) for x in (q, k, v))
     if backend == "dense":
         out, lse = _dense(q, k, v, sm_scale)
     elif backend == "flex":
         out, lse = _flex(q, k, v, kv_cnt, kv_idx, sm_scale)
     else:
-        with torch.autocast(q.device.type, enabled=False):  # float32 is its point
-            out, lse = _reference(q, k, v, kv_cnt, kv_idx, sm_scale)
-    return out, lse, PrefillStats(backend, heads)
+        out, lse = _reference(q, k, v, kv_cnt, kv_idx, sm_scale)
+    if v_head_dim < width:
+        out = out[..., :v_head_dim].contiguous()
+    return backend, out, lse, *selected
 
 
 # Arguments ----------------------------------------------------------------------------------------------
 
 
-def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int)):
-        raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a float")
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(f"santa: {name} is a bool; it needs to be a float")
+    value = real(name, value)
     if not 0 <= value <= 1:  # NaN too
         raise ValueError(f"santa: {name} is {value}; it needs to be from 0 to 1")
+    return float(value)
 
 
 def check_alpha(alpha: Any) -> tuple[float, float]:
     """(of columns, of slashes) of one number or of two."""
     if not isinstance(alpha, (tuple, list)):
-        _check_share("alpha", alpha)
-        return float(alpha), float(alpha)
+        share = _share("alpha", alpha)
+        return share, share
     if len(alpha) != 2:
         raise ValueError(f"santa: alpha has {len(alpha)} entries; it needs to be one number or (columns, slashes)")
-    for name, value in zip(("alpha of columns", "alpha of slashes"), alpha, strict=True):
-        _check_share(name, value)
-    return float(alpha[0]), float(alpha[1])
+    return _share("alpha of columns", alpha[0]), _share("alpha of slashes", alpha[1])
 
 
-def _check_options(
-    alpha: Any, num_chunks: Any, sink_blocks: Any, window_blocks: Any, sm_scale: Any, min_mass: Any
-) -> tuple[float, float]:
-    counts = {"num_chunks": (num_chunks, 0), "sink_blocks": (sink_blocks, 0), "window_blocks": (window_blocks, 1)}
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
-        if not least <= value <= _MAX_INT32:
-            raise ValueError(f"santa: {name} is {value}; it needs to be from {least} to {_MAX_INT32}")
-    if num_chunks > MAX_CHUNKS:
-        raise ValueError(f"santa: num_chunks is {num_chunks}; it needs to be at most {MAX_CHUNKS}")
-    if sm_scale is not None:
-        if isinstance(sm_scale, bool) or not isinstance(sm_scale, (float, int)):
-            raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
-        if not abs(sm_scale) <= MAX_SCALE:
-            raise ValueError(
-                f"santa: sm_scale is {sm_scale}; it needs to be finite and at most {MAX_SCALE} in magnitude"
-            )
-    _check_share("min_mass", min_mass)
-    return check_alpha(alpha)
+def _count(name: str, value: Any, least: int, most: int = _MAX_INT32) -> int:
+    value = int64(name, value)
+    if not least <= value <= most:
+        raise ValueError(f"santa: {name} is {value}; it needs to be from {least} to {most}")
+    return value
+
+
+def _scale(sm_scale: Any) -> float | None:
+    if isinstance(sm_scale, bool):
+        raise TypeError("santa: sm_scale is a bool; it needs to be a float or None")
+    sm_scale = real("sm_scale", sm_scale, optional=True)
+    if sm_scale is not None and not abs(sm_scale) <= MAX_SCALE:
+        raise ValueError(f"santa: sm_scale is {sm_scale}; it needs to be finite and at most {MAX_SCALE} in magnitude")
+    return sm_scale
 
 
 def _check_tensors(q: Any, k: Any, v: Any) -> None:
@@ -256,29 +255,35 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
     if q.dtype not in dtypes:
         names = " or ".join(_name(dtype) for dtype in dtypes)
         raise ValueError(f"santa: q is {_name(q.dtype)}; it needs to be {names} on {q.device.type}")
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"santa: q has head_dim {q.shape[-1]}; it needs to be one of {', '.join(map(str, HEAD_DIMS))}")
+    padded_head_dim(q.shape[-1], v.shape[-1], prefill=True)
     for name, x in (("k", k), ("v", v)):
         if x.device != q.device:
             raise ValueError(f"santa: {name} is on {x.device}; it needs to be on q's device, {q.device}")
         if x.dtype != q.dtype:
             raise ValueError(f"santa: {name} is {_name(x.dtype)}; it needs to be q's dtype, {_name(q.dtype)}")
-        if x.shape[0] != q.shape[0] or x.shape[-1] != q.shape[-1]:
-            raise ValueError(
-                f"santa: {name} has shape {list(x.shape)}; it needs q's batch and head_dim, "
-                f"[{q.shape[0]}, num_kv_heads, kv_len, {q.shape[-1]}]"
-            )
-    if v.shape != k.shape:
-        raise ValueError(f"santa: v has shape {list(v.shape)}; it needs k's, {list(k.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"santa: k has shape {list(k.shape)}; it needs q's batch and head_dim, "
+            f"[{q.shape[0]}, num_kv_heads, kv_len, {q.shape[-1]}]"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"santa: v has shape {list(v.shape)}; it needs k's, {list(k.shape)}, up to head_dim")
+    # Tensors in another order reach this far: batch and head_dim stand where they do in [batch, len, heads, head_dim].
+    layout = (
+        f"q is {list(q.shape)} and k {list(k.shape)}, read as [batch, heads, len, head_dim]; for [batch, len, heads, "
+        "head_dim] pass x.transpose(1, 2)"
+    )
     if q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"santa: q has {q.shape[1]} heads; it needs a multiple of k's, {k.shape[1]}")
+        raise ValueError(f"santa: q has {q.shape[1]} heads; it needs a multiple of k's, {k.shape[1]}: {layout}")
     if q.shape[1] // k.shape[1] > MAX_GROUP_SIZE:
         raise ValueError(
             f"santa: q has {q.shape[1]} heads, k has {k.shape[1]}; it needs to be at most {MAX_GROUP_SIZE} times as "
             "many"
         )
     past = k.shape[2] - q.shape[2]
-    if past < 0 or past % BLOCK:
+    if past < 0:
+        raise ValueError(f"santa: k has {k.shape[2]} tokens for {q.shape[2]} of q; it needs at least as many: {layout}")
+    if past % BLOCK:
         raise ValueError(
             f"santa: k has {k.shape[2]} tokens for {q.shape[2]} of q, {past} more; it needs to have 0 or a multiple of "
             f"{BLOCK} more: cut a prompt into chunks at multiples of {BLOCK}"

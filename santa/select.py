@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from santa.ops import _call, _check_int64, _check_same_device, _check_tensor, _choice, _register_choices
+from santa._dispatch import call, register
+from santa.ops import _check_same_device, _check_tensor, _choice, _register_choices, int64, real
+from santa.shapes import PREFILL_HEAD_DIMS, pad, padded_head_dim
 
 BLOCK = 128  # tokens, of queries and of keys
 
@@ -49,15 +52,16 @@ def sample_select(
     causal softmax over all keys. From it each head takes columns (key blocks that all later queries keep) and slashes
     (block distances from the diagonal), so that the sampled queries keep, on average, at least the larger of alpha_c
     and alpha_s of their attention mass. No such promise is made for a single query, sampled or not; the statistics say
-    what the sampled ones keep. `santa.reference_prefill.sample_select` writes the rules out.
+    what the sampled ones keep. santa/reference_prefill.py writes the rules out.
 
     The choice depends on which queries one call covers: a prompt in pieces is sampled in each piece. On CUDA the call
     uses up to 512 MiB of scratch memory, more only if one KV head's query heads need it: 512 bytes per sampled block,
     key block and query head.
 
     Args:
-        q: [batch, num_qo_heads, q_len, head_dim]; bfloat16 or float16 (float32 too on CPU); head_dim 64 or 128;
-            num_qo_heads is a multiple of num_kv_heads. The queries are the last q_len positions of the keys.
+        q: [batch, num_qo_heads, q_len, head_dim]; bfloat16 or float16 (float32 too on CPU); head_dim up to 128, others
+            than 64 and 128 padded with zeros in a copy; num_qo_heads is a multiple of num_kv_heads. The queries are the
+            last q_len positions of the keys.
         k: [batch, num_kv_heads, kv_len, head_dim], q's dtype and device; kv_len is q_len plus a multiple of 128. q and
             k have any strides with a contiguous last dimension.
         alpha_c, alpha_s: part of the sampled mass that the columns, and that the slashes, hold by themselves. At or
@@ -87,32 +91,30 @@ def sample_select(
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it. (From
             torch 2.15 on, torch.ops.santa.sample_select under inference_mode raises the same text as a RuntimeError.)
         TypeError: an argument is of the wrong Python type.
+        RuntimeError: a derivative of stats is computed, in backward() or by a transform of torch.func.
 
     Source: SampleAttention (arXiv 2406.15486; with slashes as in its MLSys 2025 version).
     """
     _check_tensor("q", q)
     _check_tensor("k", k)
-    for name, value in {"alpha_c": alpha_c, "alpha_s": alpha_s, "min_mass": min_mass}.items():
-        if not isinstance(value, (float, int, torch.SymFloat)):
-            raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be a float")
-    if sm_scale is not None and not isinstance(sm_scale, (float, int, torch.SymFloat)):
-        raise TypeError(f"santa: sm_scale is a {type(sm_scale).__name__}; it needs to be a float or None")
-    _check_int64("num_chunks", num_chunks)
-    _check_int64("sink_blocks", sink_blocks)
-    _check_int64("window_blocks", window_blocks)
-    return _call(
+    sm_scale = real("sm_scale", sm_scale, optional=True)
+    if q.dim() == k.dim() == 4 and q.shape[-1] == k.shape[-1] and q.shape[-1] not in PREFILL_HEAD_DIMS:
+        sm_scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None and q.shape[-1] else sm_scale
+        width = padded_head_dim(q.shape[-1], prefill=True)
+        q, k = pad(q, width), pad(k, width)
+    return call(
         torch.ops.santa.sample_select,
         q,
         k,
-        alpha_c=alpha_c,
-        alpha_s=alpha_s,
-        num_chunks=num_chunks,
-        sink_blocks=sink_blocks,
-        window_blocks=window_blocks,
+        alpha_c=real("alpha_c", alpha_c),
+        alpha_s=real("alpha_s", alpha_s),
+        num_chunks=int64("num_chunks", num_chunks),
+        sink_blocks=int64("sink_blocks", sink_blocks),
+        window_blocks=int64("window_blocks", window_blocks),
         sm_scale=sm_scale,
         gqa=_choice("gqa", gqa, Gqa),
         selection=_choice("selection", selection, Selection),
-        min_mass=min_mass,
+        min_mass=real("min_mass", min_mass),
     )
 
 
@@ -128,11 +130,4 @@ def _sample_select_fake(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor,
     )
 
 
-def _sample_select_autograd(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A choice has no gradient, and its statistics do not ask for one."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return _call(torch.ops.santa.sample_select.default, q, k, **options)
-
-
-_autograd = torch.library.Library("santa", "IMPL")
-_autograd.impl("sample_select", _sample_select_autograd, "Autograd")
+register("sample_select")

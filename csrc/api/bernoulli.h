@@ -29,7 +29,7 @@ inline void check_cuda_num_draws(const DecodeArguments& a, int64_t num_draws) {
 inline void check_decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler) {
   check_range("kv_layout", a.kv_layout, 0, 1);
   const bool hnd = a.hnd();
-  check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
+  check_query_rank(a.q);
   check_rank("k_features", a.k, 4, kFeatureShape);
   check_rank(
       "v", a.v, 4,
@@ -44,8 +44,10 @@ inline void check_decode_bernoulli(const DecodeArguments& a, int64_t num_draws, 
   check_size("k_features", a.k, 2, a.q.size(2), "head_dim");
   check_heads(a.q, "k_features", a.k.size(1));
   check_size("v", a.v, 0, a.q.size(0), "batch");
-  check_size("v", a.v, hnd ? 1 : 2, a.k.size(1), "num_kv_heads of k_features");
-  check_size("v", a.v, hnd ? 2 : 1, a.k.size(3), "max_kv_len of k_features");
+  check_size("v", a.v, a.head_axis(), a.k.size(1),
+             hnd ? "num_kv_heads of k_features, in kv_layout 'HND'" : "num_kv_heads of k_features, in kv_layout 'NHD'");
+  check_size("v", a.v, a.token_axis(), a.k.size(3),
+             hnd ? "max_kv_len of k_features, in kv_layout 'HND'" : "max_kv_len of k_features, in kv_layout 'NHD'");
   check_size("v", a.v, 3, a.q.size(2), "head_dim");
   if (a.k.size(3) > kMaxKvLen) {
     fail("k_features has max_kv_len ", a.k.size(3), "; it needs to be at most ", kMaxKvLen);
@@ -230,7 +232,7 @@ template <typename Backend>
 void append_k_features_paged_op(Tensor k_pages, Tensor k_new, Tensor positions, Tensor block_table) {
   check_rank("k_pages", k_pages, 4, "[num_pages, num_kv_heads, head_dim, page_size]");
   AppendParams p = append_params("k_pages", k_pages, k_new, positions);
-  check_dtype("block_table", block_table, ScalarType::Int, "");
+  check_integers("block_table", block_table, ScalarType::Int);
   check_rank("block_table", block_table, 2, "[batch, max_pages]");
   check_size("block_table", block_table, 0, k_new.size(0), "batch");
   check_same_device("block_table", block_table, k_pages, "k_pages");

@@ -96,6 +96,15 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
   }
 }
 
+// Of integers: another integer dtype is the commonest mistake, torch's default being int64.
+inline void check_integers(const char* name, const Tensor& tensor, ScalarType expected) {
+  const ScalarType got = tensor.scalar_type();
+  const bool integers = got == ScalarType::Int || got == ScalarType::Long || got == ScalarType::Short;
+  const std::string cure =
+      integers ? std::string(": pass ") + name + ".to(torch." + name_of(expected) + ")" : std::string();
+  check_dtype(name, tensor, expected, cure.c_str());
+}
+
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& q, const char* whose = "q") {
   const bool same = tensor.is_cuda() == q.is_cuda() && tensor.is_cpu() == q.is_cpu() &&
                     tensor.get_device_index() == q.get_device_index();
@@ -150,7 +159,7 @@ inline void check_scale(const char* name, const Tensor& scale, const char* cache
 
 // Optional per-row tensors: [batch], contiguous, on q's device.
 inline void check_per_row(const char* name, const Tensor& tensor, const Tensor& q, ScalarType dtype) {
-  check_dtype(name, tensor, dtype, "");
+  check_integers(name, tensor, dtype);
   check_rank(name, tensor, 1, "[batch]");
   check_size(name, tensor, 0, q.size(0), "batch");
   check_same_device(name, tensor, q);

@@ -89,6 +89,15 @@ inline Budget budget_of(const DecodeArguments& a) {
   return can_draw_in_one_pass(static_cast<Sampler>(a.sampler)) ? Budget::kStreaming : Budget::kProportional;
 }
 
+// The query of one decode step has no dimension for its length; attention elsewhere in torch has.
+inline void check_query_rank(const Tensor& q) {
+  const char* shape = "[batch, num_qo_heads, head_dim]";
+  if (q.dim() != 4) return check_rank("q", q, 3, shape);
+  const int axis = q.size(2) == 1 ? 2 : q.size(1) == 1 ? 1 : 0;
+  if (axis == 0) fail("q has shape ", shape_of(q), "; it needs 3 dimensions, ", shape, ": a decode step has one query");
+  fail("q has shape ", shape_of(q), "; it needs 3 dimensions, ", shape, ": pass q.squeeze(", axis, ")");
+}
+
 inline void check_query_dtype(const Tensor& q) {
   const ScalarType dtype = q.scalar_type();
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
@@ -100,19 +109,36 @@ inline void check_query_dtype(const Tensor& q) {
 inline void check_head_dim(const Tensor& q) {
   const int64_t head_dim = q.size(2);
   if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
-    fail("q has head_dim ", head_dim, "; it needs to be one of 64, 96, 128, 192, 256");
+    fail("q has head_dim ", head_dim,
+         "; it needs to be one of 64, 96, 128, 192, 256 (santa.decode pads narrower ones)");
   }
 }
 
-// The batch and heads of q against the KV heads of `name`.
-inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads) {
+inline bool heads_fit(int64_t num_qo_heads, int64_t num_kv_heads) {
+  return num_kv_heads >= 1 && num_qo_heads % num_kv_heads == 0 && num_qo_heads / num_kv_heads <= kMaxGroupSize;
+}
+
+// The batch and heads of q against the KV heads of `name`; `where` says where the latter were looked for.
+inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads, const std::string& where = "") {
   const int64_t batch = q.size(0), num_qo_heads = q.size(1);
   if (batch > kMaxBatch) fail("q has batch ", batch, "; it needs to be at most ", kMaxBatch);
   if (num_qo_heads < 1) fail("q has shape ", shape_of(q), "; it needs at least one head");
-  if (num_kv_heads < 1 || num_qo_heads % num_kv_heads != 0 || num_qo_heads / num_kv_heads > kMaxGroupSize) {
+  if (!heads_fit(num_qo_heads, num_kv_heads)) {
     fail(name, " has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads,
-         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times");
+         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times", where);
   }
+}
+
+// Where kv_layout has the heads of k, and whether they fit in the other layout, which a caller may have meant.
+inline std::string where_heads_are(const DecodeArguments& a) {
+  const char* layout = a.hnd() ? "HND" : "NHD";
+  const char* other = a.hnd() ? "NHD" : "HND";
+  std::string text = "; k has shape " + shape_of(a.k) + ", and kv_layout '" + layout + "' has its heads in dimension " +
+                     std::to_string(a.head_axis());
+  if (heads_fit(a.q.size(1), a.k.size(a.token_axis()))) {
+    text += std::string(": pass kv_layout='") + other + "' if they are in dimension " + std::to_string(a.token_axis());
+  }
+  return text;
 }
 
 inline void check_budget(const DecodeArguments& a) {
@@ -148,7 +174,7 @@ inline void check_decode(const DecodeArguments& a) {
   check_range("kv_layout", a.kv_layout, 0, 1);
   const char* kv_shape = a.hnd() ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)"
                                  : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
-  check_rank("q", a.q, 3, "[batch, num_qo_heads, head_dim]");
+  check_query_rank(a.q);
   check_rank("k", a.k, 4, kv_shape);
   check_rank("v", a.v, 4, kv_shape);
 
@@ -162,7 +188,7 @@ inline void check_decode(const DecodeArguments& a) {
   check_size("k", a.k, 3, a.q.size(2), "head_dim");
   for (int dim = 0; dim < 4; ++dim) check_size("v", a.v, dim, a.k.size(dim), "as in k");
   const int64_t num_kv_heads = a.k.size(a.head_axis());
-  check_heads(a.q, "k", num_kv_heads);
+  check_heads(a.q, "k", num_kv_heads, where_heads_are(a));
   if (a.k.size(a.token_axis()) > kMaxKvLen) {
     fail("k has max_kv_len ", a.k.size(a.token_axis()), "; it needs to be at most ", kMaxKvLen);
   }

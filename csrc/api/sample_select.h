@@ -51,7 +51,8 @@ inline void check_sample_select(const SampleSelectArguments& a) {
   }
   if (kv_len < q_len || (kv_len - q_len) % kSelectBlock != 0) {
     fail("k has kv_len ", kv_len, "; it needs to be q_len (", q_len, ") plus a multiple of ", kSelectBlock,
-         ": the queries are the end of the keys, and blocks have ", kSelectBlock, " tokens");
+         ": the queries are the end of the keys, and blocks have ", kSelectBlock, " tokens; k has shape ",
+         shape_of(a.k), ", [batch, num_kv_heads, kv_len, head_dim]");
   }
   check_last_dim_contiguous("q", a.q);
   check_last_dim_contiguous("k", a.k);

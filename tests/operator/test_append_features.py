@@ -93,5 +93,10 @@ def test_append_errors(device):
     ):
         with pytest.raises(ValueError, match=message):
             santa.append_k_features(*inputs)
+    pages, table = torch.zeros(5, 2, 64, 16, dtype=k.dtype, device=device), torch.zeros(2, 2, device=device)
+    with pytest.raises(ValueError, match=r"block_table is int64; it needs to be int32: pass block_table\.to\(torch"):
+        santa.append_k_features_paged(pages, new, positions, table.long())
+    with pytest.raises(RuntimeError, match="cannot run under vmap"):
+        torch.func.vmap(santa.append_k_features)(*(torch.stack([x, x]) for x in (k, new, positions)))
     with pytest.raises(RuntimeError, match="no backward pass"):
         santa.append_k_features(k, new.requires_grad_(), positions)

@@ -167,7 +167,17 @@ def test_errors(device):
         ("score_sampler is 'twice'", (q, k, v), {"score_sampler": "twice"}),
         ("k_scale is given with score='bernoulli'", (q, k, v), {"k_scale": scale}),
         ("k_features has 2 KV heads", (q[:, :3], k, v), {}),
-        ("kv_lens is int64", (q, k, v), {"kv_lens": torch.tensor([1, 2], device=device)}),
+        (r"q has shape .*: pass q\.squeeze\(2\)", (q.unsqueeze(2), k, v), {}),
+        (
+            r"v has .*num_kv_heads of k_features, in kv_layout 'NHD'\) is 50 and needs to be 2",
+            (q, k, v.transpose(1, 2)),
+            {},
+        ),
+        (
+            r"kv_lens is int64; it needs to be int32: pass kv_lens\.to\(torch\.int32\)",
+            (q, k, v),
+            {"kv_lens": torch.tensor([1, 2], device=device)},
+        ),
         ("num_samples is -1", (q, k, v), {"num_samples": -1}),
     ):
         if "stride" in message:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from helpers.bernoulli import feature_major
 from helpers.errors import BATCH, HEAD_DIM, MAX_KV_LEN, NUM_KV_HEADS, NUM_QO_HEADS, assert_refused, call, qkv
 from helpers.inputs import make_qkv
 
@@ -184,6 +186,25 @@ def test_names_members_and_integers_are_the_same():
             ]
             for out in outs[1:]:
                 assert torch.equal(out, outs[0])
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy(kind):
+    q, k, v = make_qkv(1, 4, 2, 600, 64)
+    options = {"num_samples": 16, "seed": 7, "min_sampled_len": 0, "sampler": 2, "budget": 0, "kv_layout": 0}
+    numpy_options = {name: kind(value) for name, value in options.items()}
+    out, _ = santa.decode(q, k, v, **numpy_options, sm_scale=np.float32(0.25))
+    assert torch.equal(out, santa.decode(q, k, v, **options, sm_scale=0.25)[0])
+    options = {"score": "bernoulli", "seed": 7}
+    out, _ = santa.decode(q, feature_major(k), v, **options, num_draws=kind(2), score_sampler=kind(1))
+    assert torch.equal(out, santa.decode(q, feature_major(k), v, **options, num_draws=2, score_sampler=1)[0])
+
+
+@pytest.mark.parametrize("argument", ["num_samples", "seed", "min_sampled_len"])
+@pytest.mark.parametrize("value", [np.bool_(True), np.float64(3.0), np.array([3])])
+def test_other_numpy_types_are_no_integers(argument, value):
+    match = rf"santa: {argument} is a {type(value).__name__}; it needs to be an int"
+    assert_refused(santa.decode, {**qkv(), argument: value}, TypeError, match)
 
 
 def test_options_are_keywords(operator):

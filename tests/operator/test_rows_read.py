@@ -110,7 +110,7 @@ def test_with_gradients_and_inference_tensors(device, op):
     q.requires_grad_()
     out = op(q, k, v, rows_read=rows)[0]
     assert (rows == 700).all()
-    with pytest.raises(RuntimeError, match="santa: decode has no backward pass"):
+    with pytest.raises(RuntimeError, match=r"santa: decode(_bernoulli)? has no backward pass"):
         out.sum().backward()
 
 

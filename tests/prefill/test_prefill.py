@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -328,9 +329,9 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"santa: q is float64; it needs to be bfloat16 or float16 or float32 on cpu",
     ),
     "q head_dim": (
-        {"q": torch.zeros(1, 4, 256, 96)},
+        {"q": torch.zeros(1, 4, 256, 129)},
         ValueError,
-        r"santa: q has head_dim 96; it needs to be one of 64, 128",
+        r"santa: q has head_dim 129; it needs to be from 1 to 128: kernels .*",
     ),
     "q strided": (
         {"q": torch.zeros(1, 4, 64, 256).transpose(2, 3)},
@@ -340,7 +341,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "q heads": (
         {"q": torch.zeros(1, 3, 256, 64)},
         ValueError,
-        r"santa: q has 3 heads; it needs a multiple of k's, 2",
+        r"santa: q has 3 heads; it needs a multiple of k's, 2: q is \[1, 3, 256, 64\] and k \[1, 2, 256, 64\], .*",
     ),
     "k dtype": (
         {"k": torch.zeros(1, 2, 256, 64, dtype=torch.float16)},
@@ -360,12 +361,23 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "v length": (
         {"v": torch.zeros(1, 2, 255, 64)},
         ValueError,
-        r"santa: v has shape \[1, 2, 255, 64\]; it needs k's, \[1, 2, 256, 64\]",
+        r"santa: v has shape \[1, 2, 255, 64\]; it needs k's, \[1, 2, 256, 64\], up to head_dim",
     ),
     "fewer keys than queries": (
         {"k": torch.zeros(1, 2, 128, 64), "v": torch.zeros(1, 2, 128, 64)},
         ValueError,
-        r"santa: k has 128 tokens for 256 of q, -128 more; it needs to have 0 or a multiple of 128 more: .*",
+        r"santa: k has 128 tokens for 256 of q; it needs at least as many: .*",
+    ),
+    "NHD": (
+        {"q": torch.zeros(1, 256, 4, 64), "k": torch.zeros(1, 256, 2, 64), "v": torch.zeros(1, 256, 2, 64)},
+        ValueError,
+        r"santa: k has 2 tokens for 4 of q; it needs at least as many: q is \[1, 256, 4, 64\] and k "
+        r"\[1, 256, 2, 64\], read as \[batch, heads, len, head_dim\]; for .* pass x.transpose\(1, 2\)",
+    ),
+    "NHD, a chunk": (
+        {"q": torch.zeros(1, 128, 4, 64), "k": torch.zeros(1, 256, 2, 64), "v": torch.zeros(1, 256, 2, 64)},
+        ValueError,
+        r"santa: q has 128 heads; it needs a multiple of k's, 256: q is .* pass x.transpose\(1, 2\)",
     ),
     "offset no multiple of a block": (
         {"q": torch.zeros(1, 4, 100, 64)},
@@ -387,7 +399,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "window_blocks": ({"window_blocks": 0}, ValueError, r"santa: window_blocks is 0; it needs to be from 1 to .*"),
     "sm_scale": ({"sm_scale": "1"}, TypeError, r"santa: sm_scale is a str; it needs to be a float or None"),
     "sm_scale nan": ({"sm_scale": math.nan}, ValueError, r"santa: sm_scale is nan; it needs to be finite .*"),
-    "many chunks": ({"num_chunks": 70000}, ValueError, r"santa: num_chunks is 70000; it needs to be at most 65535"),
+    "many chunks": ({"num_chunks": 70000}, ValueError, r"santa: num_chunks is 70000; it needs to be from 0 to 65535"),
     "group": (
         {"q": torch.zeros(1, 2048, 256, 64), "k": torch.zeros(1, 1, 256, 64), "v": torch.zeros(1, 1, 256, 64)},
         ValueError,
@@ -407,6 +419,16 @@ def test_bad_input(change, error, match):
     with pytest.raises(error) as caught:
         santa.prefill(**arguments)
     assert re.fullmatch(match, str(caught.value)), f"{caught.value}\ndoes not match\n{match}"
+
+
+def test_numbers_of_numpy():
+    q, k, v = (torch.randn(1, heads, 256, 64, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2))
+    options = {"num_chunks": 1, "sink_blocks": 0, "window_blocks": 1, "sm_scale": 0.25, "alpha": 0.5, "min_mass": 0.5}
+    kinds = {int: np.int32, float: np.float32}
+    numpy_options = {name: kinds[type(value)](value) for name, value in options.items()}
+    expected = santa.prefill(q, k, v, backend="reference", **options)
+    for ours, theirs in zip(santa.prefill(q, k, v, backend="reference", **numpy_options), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_forward_pass_runs_with_gradients_and_the_backward_pass_raises():
