@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(santa, m) {
   m.def("_draw(Tensor units, Tensor row_seeds, int unit_bits, SymInt seed) -> Tensor counts");
   // For tests: how the one-pass CUDA kernel is set up from now on, which no bit of a result depends on; 0: as the
   // heuristics say.
-  m.def("_force_plan(int num_warps, int num_slots, int long_runs, int long_parts, int short_parts) -> ()");
+  m.def("_force_plan(int num_warps, int num_slots, int wanted_ctas) -> ()");
   // For tests: the draws of Bernoulli scores. q as in decode, kv_lens int32 [batch], row_seeds int64 [batch] -> counts
   // int32 [batch, num_qo_heads, head_dim].
   m.def(

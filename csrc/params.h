@@ -1,7 +1,6 @@
 // What both backends receive: plain data, no Torch. Pointers are device pointers on CUDA. Strides are in elements.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -26,27 +25,17 @@ enum class RowKind : int { kExact, kOnePass, kProportional };
 // Which kinds of row a call has to expect, and how its kernels are set up. Lengths are on the device: all that the host
 // knows is their bound and, if neither lengths nor starts are given, that every row has max_kv_len. Decided once, by
 // plan_call; nothing here changes a bit of the result.
-// The parts of a row as runs, each of which one CTA walks: a few long ones, then short ones.
-struct RunCut {
-  int long_runs, long_parts, short_parts;
-
-  SANTA_HD int first_part(int run) const {
-    return run < long_runs ? run * long_parts : long_runs * long_parts + (run - long_runs) * short_parts;
-  }
-  int num_runs(int num_parts) const {
-    return long_runs + ceil_div_int(std::max(num_parts - long_runs * long_parts, 0), short_parts);
-  }
-};
-
 struct CallPlan {
   bool exact, one_pass, proportional;
   int longest_exact;  // bound of the length of exact rows
   int max_parts;      // of a row in one pass
 
   // CUDA, one pass; cuda/decode/heuristics.h.
-  int num_warps;  // that score, per CTA
-  int num_slots;  // of a warp's ring
-  RunCut runs;
+  int num_warps;    // that score, per CTA
+  int num_slots;    // of a warp's ring
+  int wanted_ctas;  // that rows are cut for
+  int row_runs;     // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
+  int run_parts;    // of these runs
 };
 
 constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile

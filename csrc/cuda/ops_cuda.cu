@@ -109,9 +109,8 @@ struct BernoulliBackend {
   }
 };
 
-void force_plan(int64_t num_warps, int64_t num_slots, int64_t long_runs, int64_t long_parts, int64_t short_parts) {
-  const auto narrow = [](int64_t value) { return static_cast<int>(value); };
-  forced_plan() = {narrow(num_warps), narrow(num_slots), {narrow(long_runs), narrow(long_parts), narrow(short_parts)}};
+void force_plan(int64_t num_warps, int64_t num_slots, int64_t wanted_ctas) {
+  forced_plan() = {static_cast<int>(num_warps), static_cast<int>(num_slots), static_cast<int>(wanted_ctas)};
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
     const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
     return *reinterpret_cast<const float4*>(p.o_accum + index * p.head_dim + lane * 4);
   };
+  const auto max_of = [&](int tile) { return p.tile_max[stats + static_cast<int64_t>(tile) * p.gqa_group_size]; };
   wait_for_previous();
   if (!row.sampled() && row.num_tiles <= 1 && p.max_tiles > 0) return;  // the tile kernel wrote it
 
@@ -48,14 +49,16 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   }
 
   // The row's log-sum-exp, by every warp for itself.
-  float lse;
+  float lse, own_max = -INFINITY;  // own_max: of tile threadIdx.x % 32
   if (row.proportional()) {
     lse = p.row_lse[group * p.gqa_group_size + h];
   } else {
     SoftmaxState state = empty_softmax_state();
     for (int tile = threadIdx.x & 31; tile < row.num_tiles; tile += 32) {
       const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
-      state = merge(state, {p.tile_max[index], p.tile_sum[index]});
+      const float max = p.tile_max[index];
+      state = merge(state, {max, p.tile_sum[index]});
+      if (tile < 32) own_max = max;
     }
     for (int offset = 16; offset > 0; offset >>= 1) {
       state = merge(state,
@@ -65,19 +68,22 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   }
 
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
-  const auto add = [&](int tile, float4 value) {
-    const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
-    const float weight = row.proportional() ? 1.0f : exp2_below(p.tile_max[index], lse);
+  const auto add = [&](float tile_max, float4 value) {
+    const float weight = row.proportional() ? 1.0f : exp2_below(tile_max, lse);
     if (weight == 0.0f) return;
     acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
   };
 #pragma unroll
   for (int i = 0; i < kCombineAhead; ++i) {
-    if (is_ahead[i]) add(first + i * slots, ahead[i]);
+    const int tile = first + i * slots;
+    float tile_max = __shfl_sync(0xffffffffu, own_max, tile & 31);
+    if (!is_ahead[i]) continue;
+    if (tile >= 32) tile_max = max_of(tile);
+    add(tile_max, ahead[i]);
   }
 #pragma unroll 4
   for (int tile = first + kCombineAhead * slots; tile < row.num_tiles; tile += slots) {
-    if (has_value(tile)) add(tile, value_of(tile));
+    if (has_value(tile)) add(max_of(tile), value_of(tile));
   }
   partial[threadIdx.x] = acc;
 

@@ -23,24 +23,31 @@ struct RowUnit {
   }
 };
 
-// The draws of a tile, or up to kChunkDraws of them.
+// The draws of a tile, or up to kChunkDraws of them. Their weights follow, [kChunkDraws, pitch] with the pitch of scores,
+// one of each head of the block.
 struct alignas(16) DrawChunk {
-  float4 weight[kChunkDraws][2];               // of each head of the block
   float reference[kHeadBlock];                 // what weights are relative to
   float factor[1 + kGatherWarps][kHeadBlock];  // of the weights: the score warp's own, those of the gather warps
   SoftmaxState tile[kHeadBlock];
   uint8_t key[kChunkDraws];  // within the tile, ascending
   uint16_t count;
   uint16_t is_last;  // of the tile
+
+  __device__ __forceinline__ float* weights() { return reinterpret_cast<float*>(this + 1); }
 };
-static_assert(sizeof(DrawChunk) <= kChunkBytes, "heuristics.h has to know of it");
+static_assert(sizeof(DrawChunk) == kChunkHeadBytes, "heuristics.h has to know of it");
 
 // Chunks of one score warp on their way to the gather warp: written in turn, read in turn. Whoever has written or read
 // arrives, every lane: racecheck follows no chains.
 struct DrawQueue {
   uint64_t* full;   // [kQueueChunks]
   uint64_t* empty;  // [kQueueChunks]
-  DrawChunk* chunks;
+  unsigned char* chunks;
+  int chunk_bytes;
+
+  __device__ __forceinline__ DrawChunk& chunk(int buffer) const {
+    return *reinterpret_cast<DrawChunk*>(chunks + buffer * chunk_bytes);
+  }
 
   // Of chunk n: the buffer it takes, and the parity of this use of the buffer, by which barriers are waited for.
   static __device__ __forceinline__ int buffer(uint32_t n) { return n % kQueueChunks; }
@@ -243,7 +250,8 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
 #pragma unroll 1
   for (int first = 0; first == 0 || first < count; first += kChunkDraws, ++produced) {
     const int buffer = DrawQueue::buffer(produced), listed = min(count - first, kChunkDraws);
-    DrawChunk& chunk = queue.chunks[buffer];
+    DrawChunk& chunk = queue.chunk(buffer);
+    float* const weights = chunk.weights();
     mbarrier_wait(&queue.empty[buffer], DrawQueue::parity(produced) ^ 1);
     if (lane < kHeadBlock) {
       chunk.tile[lane] = state;
@@ -259,7 +267,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     for (int j = 0; j < 4; ++j) {
       if (drawn[j] && at >= 0 && at < kChunkDraws) {
         chunk.key[at] = static_cast<uint8_t>(4 * lane + j);
-        chunk.weight[at][0].x = inverse[j];
+        weights[at * scores.pitch] = inverse[j];
       }
       at += drawn[j] ? 1 : 0;
     }
@@ -267,14 +275,15 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     // The weights: a lane a draw.
     if (lane < listed) {
       prefetch_value(p, unit, first_key + chunk.key[lane]);
-      const float inclusion_inverse = chunk.weight[lane][0].x;
+      float* const own = weights + lane * scores.pitch;
+      const float inclusion_inverse = own[0];
       const float* key_scores = scores.scores + score_place(chunk.key[lane]) * scores.pitch;
 #pragma unroll 1
       for (int quad = 0; quad < num_quads; ++quad) {
         const float4 e = reinterpret_cast<const float4*>(key_scores)[quad];
         const float4 f = reinterpret_cast<const float4*>(chunk.factor[0])[quad];
-        chunk.weight[lane][quad] = {e.x * f.x * inclusion_inverse, e.y * f.y * inclusion_inverse,
-                                    e.z * f.z * inclusion_inverse, e.w * f.w * inclusion_inverse};
+        reinterpret_cast<float4*>(own)[quad] = {e.x * f.x * inclusion_inverse, e.y * f.y * inclusion_inverse,
+                                                e.z * f.z * inclusion_inverse, e.w * f.w * inclusion_inverse};
       }
     }
     mbarrier_arrive(&queue.full[buffer]);

@@ -81,8 +81,7 @@ __device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t factors
   }
 }
 
-constexpr int kWeightBytes = sizeof(float4) * 2;  // of a draw
-constexpr int kChunksInSight = 4;                 // lane 8 i + h looks at head h of chunk i
+constexpr int kChunksInSight = 4;  // lane 8 i + h looks at head h of chunk i
 
 // Rows of V that a warp adds up together, on their way from memory.
 template <typename V, int ELEMENTS, int ROWS>
@@ -148,6 +147,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
   const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv,
             draw_kv = unit.row.draw_kv;
   const int own_head = lane & 7, own_chunk = lane >> 3;
+  const int weight_bytes = score_pitch_of(num_heads) * 4;  // of a draw
   const bool wide = num_heads > 4, has_head = own_head < num_heads;
   const auto values = value_rows<V>(p, unit.batch_index, unit.kv_head, unit.row.kv_start);
   const int lane_element = min(lane, Lanes::kLanes - 1) * kElements;
@@ -172,17 +172,22 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
 #pragma unroll 1
     while (true) {
       if (next >= num_draws && tiles_left > 0) {
-        // The chunk of this lane: of the tile own_chunk further on, if it is there. The first one is waited for unless
-        // there is something to do.
-        int warp = owner + own_chunk;
-        while (warp >= num_warps) warp -= num_warps;
-        const uint32_t n = __shfl_sync(0xffffffffu, consumed, warp), parity = DrawQueue::parity(n);
-        const DrawQueue queue = queue_of(warp);
-        DrawChunk& chunk = queue.chunks[DrawQueue::buffer(n)];
-        const uint32_t barrier = shared_address(&queue.full[DrawQueue::buffer(n)]);
-        if (under_way.count == 0 && own_chunk == 0) mbarrier_wait(barrier, parity);
-        __syncwarp();
-        const bool full = own_chunk < min(num_warps, tiles_left) && mbarrier_test(barrier, parity);
+        // Chunk i is that of the tile i further on, if it is there. The first one is waited for unless there is
+        // something to do. Every lane sees for itself which are full; lane 8 i + h then looks at chunk i.
+        uint32_t n = 0;
+        int warp = owner, own_warp = owner;
+        bool full = false;
+#pragma unroll
+        for (int i = 0; i < kChunksInSight; ++i) {
+          const uint32_t nth = __shfl_sync(0xffffffffu, consumed, warp), parity = DrawQueue::parity(nth);
+          const uint32_t barrier = shared_address(&queue_of(warp).full[DrawQueue::buffer(nth)]);
+          if (i == 0 && under_way.count == 0) mbarrier_wait(barrier, parity);
+          const bool there = i < min(num_warps, tiles_left) && __all_sync(0xffffffffu, mbarrier_test(barrier, parity));
+          if (i == own_chunk) full = there, n = nth, own_warp = warp;
+          warp = warp + 1 == num_warps ? 0 : warp + 1;
+        }
+        const DrawQueue queue = queue_of(own_warp);
+        DrawChunk& chunk = queue.chunk(DrawQueue::buffer(n));
         const int own_count = full ? chunk.count : 0;
         const bool is_last = full && chunk.is_last != 0;
         const float tile_reference = full ? chunk.reference[own_head] : 0.0f;
@@ -212,13 +217,6 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           int num_chunks = ends == 0 ? kChunksInSight : (__ffs(ends) - 1) >> 3;
           if (unfinished != 0) num_chunks = min(num_chunks, ((__ffs(unfinished) - 1) >> 3) + 1);
           const bool taken = own_chunk < num_chunks;
-#pragma unroll
-          for (int i = 0; i < kChunksInSight; ++i) {  // every lane sees for itself that they are full, for racecheck
-            const uint32_t other = __shfl_sync(0xffffffffu, barrier, i * 8);
-            const uint32_t other_parity = __shfl_sync(0xffffffffu, parity, i * 8);
-            if (i < num_chunks) mbarrier_wait(other, other_parity);
-          }
-
           // Tile by tile, in their order.
           const float factor = taken && has_head ? exp2_below(tile_reference, reference) : 1.0f;
           const float mass = taken && is_last && has_head ? tile.sum * exp2_below(tile.max, reference) : 0.0f;
@@ -263,7 +261,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           if (draw >= ends_at[i]) of = i + 1, before = ends_at[i];
         }
         const uint32_t address = __shfl_sync(0xffffffffu, chunk_address, of * 8);
-        batch.weights = address + (draw - before) * kWeightBytes;
+        batch.weights = address + kChunkHeadBytes + (draw - before) * weight_bytes;
         const int key = list_key + of * draw_kv + load_shared_1(address + offsetof(DrawChunk, key) + draw - before);
         const auto row_address = reinterpret_cast<uint64_t>(values.row(key));
         __syncwarp();  // the factors are there

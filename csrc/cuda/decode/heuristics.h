@@ -13,7 +13,7 @@ constexpr int kMaxSlots = 8;  // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;    // draws that a score warp hands on at a time
 constexpr int kQueueChunks = 2;    // of a score warp: full, or being read
-constexpr int kChunkBytes = 736;   // of a DrawChunk, for 8 heads; draw.cuh checks it
+constexpr int kChunkHeadBytes = 224;  // of a DrawChunk, weights apart; draw.cuh checks it
 constexpr int kSharedBytes = 512;  // of OnePassShared; one_pass.cuh checks it
 
 constexpr int kPilotWarpKeys = 32;  // of a warp of the pilot
@@ -52,9 +52,11 @@ SANTA_HD int score_pitch_of(int num_heads) { return num_heads <= 4 ? 4 : 8; }
 
 SANTA_HD int align_up(int bytes) { return (bytes + 511) / 512 * 512; }
 
+SANTA_HD int chunk_bytes_of(int pitch) { return kChunkHeadBytes + kChunkDraws * pitch * 4; }
+
 // Of a score warp: its ring, the scores of its tile, its queue of draws.
 SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch) {
-  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * kChunkBytes);
+  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * chunk_bytes_of(pitch));
 }
 
 // Of a gather warp's sums, for its neighbour.
@@ -68,8 +70,7 @@ struct DeviceLimits {
 
 // Set by a test operator, to see that results do not depend on it; 0: what the heuristics say.
 struct ForcedPlan {
-  int num_warps = 0, num_slots = 0;
-  RunCut runs = {0, 0, 0};
+  int num_warps = 0, num_slots = 0, wanted_ctas = 0;
 };
 
 inline ForcedPlan& forced_plan() {
@@ -77,44 +78,38 @@ inline ForcedPlan& forced_plan() {
   return plan;
 }
 
-// How the parts of rows are cut into runs. Every CTA has a start and an end that cost as much time as some keys do. One
-// wave of equal CTAs has the fewest, but some finish late, since not all multiprocessors are equally near to memory. So
-// either all runs are equal, or a wave of long ones does most of the work, and short ones fill up what it leaves. With
-// lengths that the host does not know, rows can be much shorter than they may be, and a few long runs would be waited
-// for: then runs stay short.
+// How many CTAs to cut rows for. One wave of long runs has the fewest starts and ends, but with few more units than CTAs
+// live at once a second one would be nearly empty: what counts is the time of all waves, each of them as long as a run
+// and a start, which takes as long as some keys. Rows are taken to be equally long.
 constexpr int kStartKv = 1024;
-constexpr int kUnknownRunKv = 4096;
-constexpr double kLongShare = 0.75;  // of the work, at most
-constexpr double kUneven = 0.06;     // how much later than the mean the last CTA of equal runs ends
+constexpr int kMostWaves = 8;
 
-inline RunCut run_cut_of(int64_t units, int max_parts, int part_kv, bool lengths_known, int ctas_at_once) {
-  const int longest = lengths_known ? max_parts : std::max(1, kUnknownRunKv / part_kv);
-  const double start = static_cast<double>(kStartKv) / part_kv;  // in parts, as all that follows
-  const double mean = static_cast<double>(units) * max_parts / ctas_at_once;
-  RunCut best{0, 0, 1};
-  double best_cost = 1e30;
-  const auto consider = [&](const RunCut& cut, double cost) {
-    if (cost < best_cost) best = cut, best_cost = cost;
-  };
-  // Equal runs: of those of the same number, the shortest.
-  const auto shortened = [&](int run) { return static_cast<int>(ceil_div(max_parts, ceil_div(max_parts, run))); };
-  for (int run = max_parts; run >= 1; run = run > 1 ? shortened(run - 1) : 0) {
-    if (run > longest) continue;
-    const int64_t rounds = ceil_div(units * ceil_div(max_parts, run), ctas_at_once);
-    consider({0, 0, run}, rounds * (run + start) + kUneven * mean);
-  }
-  for (int long_runs = 1; long_runs <= max_parts; ++long_runs) {
-    const int64_t rounds = ceil_div(units * long_runs, ctas_at_once);
-    const int parts = std::min({static_cast<int>(kLongShare * mean / rounds), longest, max_parts / long_runs});
-    for (int run = 1; 2 * run <= parts; run *= 2) {
-      const double others = static_cast<double>(units) * ceil_div(max_parts - long_runs * parts, run) / ctas_at_once;
-      consider({long_runs, parts, run}, mean + (rounds + others) * start + run);
-    }
+SANTA_HD int run_parts_of(int64_t run_kv, int part_kv) { return static_cast<int>(ceil_div(run_kv, part_kv)); }
+
+// Of a row of `parts` parts, `units` rows in all.
+inline int equal_run_parts(int64_t units, int parts, int64_t wanted_ctas) {
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(ceil_div(units * parts, wanted_ctas), 1), parts));
+}
+
+inline int wanted_ctas_of(int64_t units, int parts, int part_kv, int ctas_at_once) {
+  int best = ctas_at_once;
+  int64_t best_cost = INT64_MAX;
+  for (int waves = 1; waves <= kMostWaves; ++waves) {
+    const int run_parts = equal_run_parts(units, parts, static_cast<int64_t>(waves) * ctas_at_once);
+    const int64_t rounds = ceil_div(units * ceil_div(parts, run_parts), ctas_at_once);
+    const int64_t cost = rounds * (static_cast<int64_t>(run_parts) * part_kv + kStartKv);
+    if (cost < best_cost) best = waves * ctas_at_once, best_cost = cost;
   }
   return best;
 }
 
-constexpr int kMaxRuns = 65535;  // blockIdx.z
+// Bound of the runs of all rows, per KV head and head block: without known lengths, as many as are wanted, and one more
+// for each row.
+inline int64_t max_runs_of(const DecodeParams& p) {
+  const CallPlan& plan = p.plan;
+  if (plan.row_runs > 0) return static_cast<int64_t>(p.batch) * plan.row_runs;
+  return std::min<int64_t>(plan.wanted_ctas / p.num_units() + 1, static_cast<int64_t>(p.batch) * plan.max_parts) + p.batch;
+}
 
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
@@ -131,10 +126,15 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
   const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
-  plan.runs = forced.runs.short_parts > 0 ? forced.runs
-                                          : run_cut_of(units, plan.max_parts, part_kv, !plan.exact, 2 * device.num_sms);
-  while (plan.runs.num_runs(plan.max_parts) > kMaxRuns) plan.runs.short_parts *= 2;
-  const bool alone = units * plan.runs.num_runs(plan.max_parts) <= device.num_sms;
+  const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
+  plan.wanted_ctas = forced.wanted_ctas > 0
+                         ? forced.wanted_ctas
+                         : wanted_ctas_of(units, parts, part_kv, 2 * device.num_sms);
+  const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
+  const bool lengths_known = !plan.exact;
+  plan.row_runs = lengths_known ? ceil_div_int(parts, run_parts) : 0;
+  plan.run_parts = run_parts;
+  const bool alone = max_runs_of(p) * p.num_units() <= device.num_sms;
   const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
@@ -143,8 +143,7 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   int num_warps = needs.max_warps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
   // No more than what the tiles of a run take as many turns with.
-  const int longest_run = std::max(plan.runs.long_parts, plan.runs.short_parts);
-  const int tiles = ceil_div_int(longest_run * part_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
+  const int tiles = ceil_div_int(run_parts * part_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   num_warps = ceil_div_int(tiles, ceil_div_int(tiles, num_warps));
   if (forced.num_warps > 0) num_warps = std::min(forced.num_warps, num_warps);
   const int wanted = forced.num_slots > 0 ? forced.num_slots : needs.num_slots;

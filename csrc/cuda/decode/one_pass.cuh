@@ -12,6 +12,7 @@
 #include "cuda/decode/gather.cuh"
 #include "cuda/decode/heuristics.h"
 #include "cuda/decode/pilot.cuh"
+#include "cuda/decode/runs.cuh"
 #include "cuda/decode/score.cuh"
 
 namespace santa::cuda {
@@ -86,12 +87,18 @@ struct KeyScorer {
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t area, int part, const RowUnit& unit, int lane, const Put& put) {
     const int first = part * kPilotWarpKeys, kv_len = unit.row.kv_len;
+    const int own_position = pilot_position(min(first + lane, pilot_size(kv_len) - 1), kv_len, 1);
 #pragma unroll
     for (int slot = 0; slot < kPilotWarpKeys / kSlotKeys; ++slot) {
-      load_some_rows<K, HEAD_DIM, kSlotKeys>(
-          area + slot * kSlotBytes,
-          [&](int row) { return keys.row(pilot_position(first + slot * kSlotKeys + row, kv_len, 1)); },
-          pilot_size(kv_len) - first - slot * kSlotKeys, p.aligned, evict_normal_policy(), lane);
+      // All lanes ask at once where rows are aligned; elsewhere each works it out.
+      const auto row_of = [&](int row) {
+        const int key = slot * kSlotKeys + row;
+        return keys.row(p.aligned ? __shfl_sync(0xffffffffu, own_position, key)
+                                  : pilot_position(first + key, kv_len, 1));
+      };
+      load_some_rows<K, HEAD_DIM, kSlotKeys>(area + slot * kSlotBytes, row_of,
+                                             pilot_size(kv_len) - first - slot * kSlotKeys, p.aligned,
+                                             evict_normal_policy(), lane);
     }
     cp_async_commit();
     load_query(unit, lane);
@@ -181,16 +188,18 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   cp_async_wait<0>();
 }
 
-// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory. Runs are
-// slowest: long ones start first.
+// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory.
 struct Work {
   RowUnit unit;
   int first_part, last_part;
 
-  __device__ __forceinline__ explicit Work(const DecodeParams& p)
-      : unit(RowUnit::make(p, blockIdx.y, blockIdx.x)),
-        first_part(p.plan.runs.first_part(blockIdx.z)),
-        last_part(min(p.plan.runs.first_part(blockIdx.z + 1), unit.row.num_tiles)) {}
+  __device__ __forceinline__ explicit Work(const DecodeParams& p) {
+    const int num_units = p.num_units(), index = blockIdx.x / num_units;
+    const Run run = find_run(p, index);
+    unit = RowUnit::make(p, run.batch_index, blockIdx.x - index * num_units);
+    first_part = run.first_part;
+    last_part = min(run.first_part + run.num_parts, unit.row.num_tiles);
+  }
   __device__ __forceinline__ bool exists() const { return unit.row.one_pass() && first_part < last_part; }
 };
 
@@ -200,12 +209,13 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
                                          const Work& work) {
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
-  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, score_pitch_of(head_block_of(p, 0).count));
+  const int pitch = score_pitch_of(head_block_of(p, 0).count);
+  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, pitch), chunk_bytes = chunk_bytes_of(pitch);
   unsigned char* const sums = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
   unsigned char* const areas = sums + sum_bytes_of(p);
   const auto queue_of = [&](int w) {
     return DrawQueue{shared.full[w], shared.empty[w],
-                     reinterpret_cast<DrawChunk*>(areas + (w + 1) * area_bytes - kQueueChunks * kChunkBytes)};
+                     areas + (w + 1) * area_bytes - kQueueChunks * chunk_bytes, chunk_bytes};
   };
   const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;

@@ -33,7 +33,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
   }
   const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   share_multiprocessor(one_pass, shared_bytes);
-  const dim3 grid(p.num_units(), p.batch, p.plan.runs.num_runs(p.plan.max_parts));
+  const dim3 grid(static_cast<unsigned>(max_runs_of(p) * p.num_units()));
   if (streaming) {
     launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
   } else {

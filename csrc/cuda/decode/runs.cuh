@@ -1,0 +1,61 @@
+// How the parts of rows are dealt out to CTAs: in runs of neighbouring parts, of about as many keys in all rows, so that
+// all CTAs end together, whatever mix of lengths there is. Lengths may be on the device alone; then every warp works the
+// cut out for itself. No bit of a result depends on it.
+#pragma once
+
+#include "core/tiling.h"
+#include "cuda/decode/heuristics.h"
+#include "params.h"
+
+namespace santa::cuda {
+
+struct Run {
+  int batch_index, first_part, num_parts;  // num_parts may go beyond the row's end; 0: there is no such run
+};
+
+// Run `index` of a KV head (and head block). Called by whole warps.
+__device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
+  const CallPlan& plan = p.plan;
+  if (plan.row_runs > 0) {
+    const int row = index / plan.row_runs;
+    return {row, (index - row * plan.row_runs) * plan.run_parts, plan.run_parts};
+  }
+  const int lane = threadIdx.x & 31;
+  const auto shape_of = [&](int row, int& kv_len, int& part_kv) {  // of a row that is not there: 0 keys
+    kv_len = 0, part_kv = 1;
+    if (row >= p.batch) return;
+    const RowShape shape = row_shape_of(p, row);
+    if (shape.one_pass()) kv_len = shape.kv_len, part_kv = shape.tile_kv;
+  };
+  int64_t keys = 0;
+  for (int first = 0; first < p.batch; first += 32) {
+    int kv_len, part_kv;
+    shape_of(first + lane, kv_len, part_kv);
+    keys += kv_len;
+  }
+  for (int offset = 16; offset > 0; offset >>= 1) keys += __shfl_xor_sync(0xffffffffu, keys, offset);
+  const int64_t run_kv = max(ceil_div(keys * p.num_units(), plan.wanted_ctas), int64_t{1});
+  int before = 0;  // runs of the rows before `first`
+  for (int first = 0; first < p.batch; first += 32) {
+    int kv_len, part_kv;
+    shape_of(first + lane, kv_len, part_kv);
+    const int parts = run_parts_of(run_kv, part_kv);
+    const int runs = ceil_div_int(ceil_div_int(kv_len, part_kv), parts);
+    int end = runs;
+    for (int distance = 1; distance < 32; distance <<= 1) {
+      const int below = __shfl_up_sync(0xffffffffu, end, distance);
+      if (lane >= distance) end += below;
+    }
+    const uint32_t ends_after = __ballot_sync(0xffffffffu, index < before + end);
+    if (ends_after != 0) {
+      const int owner = __ffs(ends_after) - 1;
+      const int run = index - before - __shfl_sync(0xffffffffu, end - runs, owner);
+      const int owner_parts = __shfl_sync(0xffffffffu, parts, owner);
+      return {first + owner, run * owner_parts, owner_parts};
+    }
+    before += __shfl_sync(0xffffffffu, end, 31);
+  }
+  return {0, 0, 0};
+}
+
+}  // namespace santa::cuda
