@@ -261,7 +261,7 @@ __global__ void __launch_bounds__((kFeatureScoreWarps + kGatherWarps) * 32, 2)
 template <typename T, int HEAD_DIM>
 void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
   launch_one_pass_kernels(pilot_bernoulli_kernel<T, HEAD_DIM>, one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode,
-                          feature_score_needs(p.decode), stream);
+                          feature_score_needs(p.decode), false, stream);
 }
 
 }  // namespace santa::cuda

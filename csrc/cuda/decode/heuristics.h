@@ -127,9 +127,10 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
   const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
   const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
+  plan.ctas_at_once = 2 * device.num_sms;
   plan.wanted_ctas = forced.wanted_ctas > 0
                          ? forced.wanted_ctas
-                         : wanted_ctas_of(units, parts, part_kv, 2 * device.num_sms);
+                         : wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once);
   const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
   const bool lengths_known = !plan.exact;
   plan.row_runs = lengths_known ? ceil_div_int(parts, run_parts) : 0;

@@ -245,9 +245,11 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_co
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   launch_dependents();
   const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
-  if (!unit.row.one_pass()) return;
-  KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
-  find_level(p, unit, scorer, one_pass_bytes);
+  if (unit.row.one_pass()) {
+    KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
+    find_level(p, unit, scorer, one_pass_bytes);
+  }
+  wait_for_previous();  // exact rows beside these
 }
 
 template <typename T, typename K, int HEAD_DIM>
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__((max_key_warps(std::is_same_v<K, Float8>, HEAD
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
   const Work work(p);
-  if (!work.exists()) return;
+  if (!work.exists()) return wait_for_previous();  // as do those that have something to do
   Scorer scorer(p, work.unit, nullptr);
   one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, work);
 }

@@ -272,21 +272,11 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
   }
 }
 
+// One tile of a row, for one KV head and head block. By all threads of the CTA.
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
-    tile_kernel(const __grid_constant__ DecodeParams p, int head_blocks) {
-  extern __shared__ __align__(512) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
+__device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& row, int batch_index, int tile,
+                                        int kv_head, int head_block, TileShared<HEAD_DIM>& shared) {
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
-
-  // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
-  const int head_block = blockIdx.x % head_blocks;
-  const int kv_head = (blockIdx.x / head_blocks) % p.num_kv_heads;
-  const int tile = blockIdx.x / head_blocks / p.num_kv_heads;
-  const int batch_index = blockIdx.y;
-  const RowShape row = row_shape_of(p, batch_index);
-  if (row.one_pass() || tile >= max(row.num_tiles, 1)) return;
-
   TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
   work.tile = tile;
@@ -301,7 +291,7 @@ __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
     work.values.base = reinterpret_cast<const K*>(value_rows<T>(p, batch_index, kv_head, row.kv_start).base);
   }
   // With several head blocks the same keys are read again by the next CTA.
-  const uint64_t policy = head_blocks == 1 ? evict_first_policy() : evict_normal_policy();
+  const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
 
   QueryFragments<T, HEAD_DIM> query;
   query.load(static_cast<const T*>(p.q) + batch_index * p.stride_q_batch +
@@ -339,6 +329,26 @@ __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
       if (factor != 0.0f) value += rows[head][d] * factor;
     }
     p.o_accum[(stats + head) * HEAD_DIM + d] = value;
+  }
+}
+
+// Beside rows in one pass this kernel comes first, and theirs need not wait for it (stages.cuh).
+template <typename T, typename K, int HEAD_DIM>
+__global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
+    tile_kernel(const __grid_constant__ DecodeParams p, int items_per_row) {
+  extern __shared__ __align__(512) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
+  launch_dependents();
+  const int batch_index = blockIdx.y, head_blocks = p.num_head_blocks();
+  const RowShape row = row_shape_of(p, batch_index);
+  if (row.one_pass()) return;
+  const int num_items = min(items_per_row, max(row.num_tiles, 1) * p.num_kv_heads * head_blocks);
+  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+    if (item != blockIdx.x) __syncthreads();  // all have read what the item before left in shared memory
+    // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
+    const int unit = item / head_blocks;
+    do_tile<T, K, HEAD_DIM>(p, row, batch_index, unit / p.num_kv_heads, unit % p.num_kv_heads,
+                            item - unit * head_blocks, shared);
   }
 }
 
