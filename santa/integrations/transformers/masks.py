@@ -266,8 +266,8 @@ def _tokens_of_causal_prefill(
 ) -> int | None:
     """Tokens so far in a step that `santa.prefill` takes, None in any other and in a traced graph.
 
-    It takes at least 128 queries from a multiple of 128 on, and a mask that is causal and no more (no padding, window or
-    packed sequences).
+    It takes at least 128 queries from a multiple of 128 on, and a mask that is causal and no more (no padding, window
+    or packed sequences).
     """
     if (
         q_length < PREFILL_BLOCK
