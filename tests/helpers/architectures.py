@@ -202,17 +202,18 @@ def architectures() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def make_tiny(model_type: str) -> PreTrainedModel:
-    """The same weights in every call, float32, eager attention."""
-    torch.manual_seed(0)
+def make_tiny(model_type: str, **changes: Any) -> PreTrainedModel:
+    """The same weights in every call, float32, eager attention; `changes` are fields of the configuration."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
-    config = _tiny_config(CONFIG_MAPPING[model_type], _OWN.get(model_type, {}))
+    config_class, own = CONFIG_MAPPING[model_type], _OWN.get(model_type, {}) | changes
+    # A model may change its configuration: another one counts the parameters.
     with torch.device("meta"):
-        count = sum(x.numel() for x in model_class._from_config(config, attn_implementation="eager").parameters())
-    if count > 40_000_000:
-        raise ValueError(f"{count} parameters are not tiny")
-    config = _tiny_config(CONFIG_MAPPING[model_type], _OWN.get(model_type, {}))
+        counted = model_class._from_config(_tiny_config(config_class, own), attn_implementation="eager")
+    if (count := sum(x.numel() for x in counted.parameters())) > 40_000_000:
+        raise ValueError(f"{model_type} has {count} parameters, which is not tiny")
+    torch.manual_seed(0)
+    config = _tiny_config(config_class, own)
     return model_class._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
 
 

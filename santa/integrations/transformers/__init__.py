@@ -143,7 +143,7 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
         set_settings(module, LayerSettings(config, reasons[name]))
     if config.num_samples > 0 and config.layers != () and not (result := report(inner)).with_status("sampled"):
         warnings.warn(
-            f"no layer of this model samples with these settings: lower min_context, or use another model\n{result!r}",
+            f"no layer samples with these settings: lower min_sampled_len, or use another model\n{result!r}",
             stacklevel=2,
         )
     return model

@@ -193,7 +193,7 @@ def _sampled_attention(
         sm_scale=scaling,
         seed=config.seed + layer_idx,
         positions=position,
-        min_sampled_len=config.min_context,
+        min_sampled_len=config.min_sampled_len,
         return_rows_read=record is not None,
         **score_options,
     )

@@ -350,22 +350,26 @@ def _status(module: torch.nn.Module, config: SantaConfig) -> tuple[str, str]:
 
 def _never_samples(module: torch.nn.Module, config: SantaConfig) -> str | None:
     """Why no row of a layer is ever long enough to sample, if so."""
-    minimum = config.min_context
+    minimum = config.min_sampled_len
     if minimum is None:
         groups = getattr(module, "num_key_value_groups", 1)
         minimum = santa.default_min_sampled_len(config.num_samples, groups if isinstance(groups, int) else 1)
-    window, context = (
-        value if isinstance(value, int) else None
-        for value in (
-            getattr(module, "sliding_window", None),
-            getattr(module.config, "max_position_embeddings", None),
-        )
-    )
-    if window is not None and window < minimum:
-        return f"never samples: its window of {window} keys is shorter than min_context, {minimum}"
-    if context is not None and context <= minimum:
-        return f"never samples: its context ends at {context} tokens, and min_context is {minimum}"
+    window, context = _window(module), getattr(module.config, "max_position_embeddings", None)
+    if isinstance(window, int) and window < minimum:
+        return f"never samples: its window of {window} keys is shorter than min_sampled_len, {minimum}"
+    if isinstance(context, int) and context <= minimum:
+        return f"never samples: its context ends at {context} tokens, and min_sampled_len is {minimum}"
     return None
+
+
+def _window(module: torch.nn.Module) -> int | None:
+    """The sliding window of a layer, which not every module keeps."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)
 
 
 def _describe_layers(layers: list[LayerReport]) -> str:
