@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB, PAD, LAYERS, HEAD_DIM = 97, 0, 2, 64
@@ -52,17 +52,36 @@ _MLA = {
 # An indexer that selects fewer keys than the prompt has.
 _DSA = _MLA | {"index_topk": 5, "index_n_heads": 2, "index_head_dim": 128}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+# Layers that share keys, and full attention with twice the head_dim of santa's widest.
+_GEMMA4 = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "per_layer_config": {"01": {"head_dim": 512}, "03": {"head_dim": 512}},
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 16,
+}
+_QWEN4_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 # What an architecture needs beside or instead of that.
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu"), _MLA),
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), _DSA),
     "bailing_hybrid": _MLA | _LINEAR | {"linear_num_heads": 2, "linear_head_dim": 64, "num_expert_group": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 64},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 1, "clip_qkv": 8.0}},
     "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "dory": {"n_input_layers": 2, "n_recurrent_layers": 0, "n_output_layers": 0},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
-    "dots3_note_text": _DSA
-    | {"per_layer_config": None, "layer_types": ["indexed_attention"] * LAYERS, "head_dim": 128},
+    **dict.fromkeys(
+        ("dots3_note", "dots3_note_text"),
+        _DSA | {"per_layer_config": None, "layer_types": ["indexed_attention"] * LAYERS, "head_dim": 128},
+    ),
     "falcon": {"num_kv_heads": 2, "head_dim": _ABSENT},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
@@ -70,14 +89,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "gemma4_text": {
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "per_layer_config": None,
-        "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 16,
-    },
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4,
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "granitemoehybrid": _LINEAR | {"mamba_n_heads": 4, "mamba_d_head": 64},
     # Its layers run many times over: rounding grows with the weights, in SDPA too.
@@ -90,17 +103,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"v_head_dim": HEAD_DIM},
     "minimax_m3_vl_text": {"index_block_size": 4, "index_topk_blocks": 2, "index_n_heads": 1, "index_head_dim": 64}
     | {"layer_types": ["full_attention", "minimax_m3_sparse"]},
-    "qwen3_5_moe_text": _LINEAR,
-    "qwen3_5_text": _LINEAR,
-    "qwen3_next": _LINEAR,
-    "qwen4_exp_text": _LINEAR
-    | {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 64,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
+    "mamba2": {"num_heads": 4, "head_dim": 64, "n_groups": 1},
+    "prophetnet": {
+        "num_encoder_layers": LAYERS,
+        "num_decoder_layers": LAYERS,
+        "num_decoder_attention_heads": 2,
+        "num_encoder_attention_heads": 2,
+        "num_hidden_layers": _ABSENT,
+        "num_attention_heads": _ABSENT,
     },
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _LINEAR),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _LINEAR | _QWEN4_INDEXER),
+    "reformer": {"axial_pos_embds_dim": [64, 64], "axial_pos_shape": [16, 16], "attn_layers": ["local", "local"]},
+    "xlnet": {"max_position_embeddings": _ABSENT},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -111,7 +126,6 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 2},
 }
-
 
 # Why `attach` refuses an architecture: what its message says, and what the table says.
 _ITSELF, _NONE = "computes its attention itself", "no attention layers"
@@ -134,10 +148,13 @@ REFUSED: dict[str, str] = {
     "inkling_text": _BIAS,
     "lfm3": _NONE,
     "mamba": _NONE,
+    "mamba2": _NONE,
     "megatron-bert": _ITSELF,
     "mpt": _ITSELF,
     "mvp": _ITSELF,
     "openai-gpt": _ITSELF,
+    "prophetnet": _ITSELF,
+    "reformer": _ITSELF,
     "rembert": _ITSELF,
     "roformer": _ITSELF,
     "rwkv": _ITSELF,
@@ -145,21 +162,39 @@ REFUSED: dict[str, str] = {
     "vaultgemma": _SOFTCAP,
     "xglm": _ITSELF,
     "xlm": _ITSELF,
+    "xlnet": _ITSELF,
     "xlstm": _NONE,
     "zamba": _NO_INDEX,
 }
 # Of these some causal layers are not santa's: why. Linear attention, encoders and cross-attention are never.
-PARTLY = dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), "head_dim 512, which full attention layers have")
+_WIDE = "head_dim 512, which full attention layers have"
+PARTLY = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _WIDE)
 # Their own indexer leaves keys out: exact wherever it does, and so at the sizes tested here.
-SELECTING = ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text", "qwen4_exp_text")
+SELECTING = (
+    "axk2",
+    "deepseek_v32",
+    "dots3_note",
+    "dots3_note_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "minimax_m3_vl_text",
+    "qwen4_exp",
+    "qwen4_exp_text",
+)
 # What Transformers cannot build or run in tiny, or without a package that is not there.
-_TEXT = "its causal model takes the text configuration, which is listed beside it"
-_LARGE, _FAILS = "no tiny configuration was found", "Transformers fails on the tiny configuration"
 NOT_TRIED: dict[str, str] = {
-    **dict.fromkeys(("dots3_note", "emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _TEXT),
-    **dict.fromkeys(("blt", "gemma4", "mamba2", "prophetnet", "reformer", "xlnet"), _LARGE),
-    **dict.fromkeys(("cohere_compass_text", "dbrx", "gemma4_assistant", "gemma4_unified_assistant"), _FAILS),
-    **dict.fromkeys(("longcat_flash", "musicgen", "musicgen_melody"), _FAILS),
+    "blt": "no tiny configuration was found",
+    **dict.fromkeys(
+        (
+            "cohere_compass_text",
+            "gemma4_assistant",
+            "gemma4_unified_assistant",
+            "longcat_flash",
+            "musicgen",
+            "musicgen_melody",
+        ),
+        "Transformers fails on the tiny configuration",
+    ),
     "gemma3n": "needs timm",
 }
 # Without a static cache of their own.
@@ -206,7 +241,8 @@ def make_tiny(model_type: str, **changes: Any) -> PreTrainedModel:
     """The same weights in every call, float32, eager attention; `changes` are fields of the configuration."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
-    config_class, own = CONFIG_MAPPING[model_type], _OWN.get(model_type, {}) | changes
+    # Not that of the model type, where a model of several parts lends its text model.
+    config_class, own = model_class.config_class, _OWN.get(model_type, {}) | changes
     # A model may change its configuration: another one counts the parameters.
     with torch.device("meta"):
         counted = model_class._from_config(_tiny_config(config_class, own), attn_implementation="eager")

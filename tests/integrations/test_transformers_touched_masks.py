@@ -70,14 +70,14 @@ def test_glm5_slices_the_mask_for_its_indexer(cache: dict[str, str], index_topk:
 
 
 def test_gemma4_drops_queries_from_layers_that_share_keys() -> None:
-    model = make_tiny("gemma4_text")
+    model = make_tiny("gemma4_text", per_layer_config=None)
     for keep in (1, 4):
         assert_equal_to_eager(model, lambda keep=keep: model(token_ids(20), logits_to_keep=keep).logits)
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_gemma4_drops_queries_of_a_later_chunk_too(cache_class: type) -> None:
-    model = make_tiny("gemma4_text")
+    model = make_tiny("gemma4_text", per_layer_config=None)
 
     def run() -> torch.Tensor:
         cache = DynamicCache(config=model.config) if cache_class is DynamicCache else StaticCache(model.config, 32)
@@ -88,7 +88,7 @@ def test_gemma4_drops_queries_of_a_later_chunk_too(cache_class: type) -> None:
 
 
 def test_gemma4_with_prompt_lookup() -> None:
-    model = make_tiny("gemma4_text")
+    model = make_tiny("gemma4_text", per_layer_config=None)
     # Repeats itself, so that there is something to look up: the first step verifies tokens beside the prefill.
     ids = token_ids(6).repeat(1, 3)
     assert_equal_to_eager(model, lambda: generated_logits(model, ids, prompt_lookup_num_tokens=3))
@@ -163,6 +163,24 @@ def test_writing_to_a_mask_takes_its_notes_away(inference_mode: bool) -> None:
         assert masks.is_causal_mask(mask)
         mask[..., 3:5] = False
         assert not masks.is_causal_mask(mask) and not mask[..., 3:5].any() and mask[..., -1, 2]
+
+
+def test_a_mask_that_is_moved_to_another_device_keeps_its_notes() -> None:
+    """The meta device stands for another GPU."""
+    mask = integration.step_mask(batch_size=2, **STEPS["decode"])
+    moved = mask.to("meta", non_blocking=True)
+    assert moved.device.type == masks.ranges_of(moved).device.type == "meta"
+    assert mask.to("cpu") is mask and masks.ranges_of(mask.to(torch.float32)) is None
+    mask[..., 2] = False
+    assert masks.ranges_of(mask.to("meta")) is None
+
+    mask = integration.step_mask(batch_size=2, **STEPS["prefill"])
+    moved = mask.to(torch.device("meta"))
+    assert moved.device.type == "meta" and masks.is_causal_mask(moved) and masks.is_causal_mask(mask)
+    assert mask.to("cpu") is mask and torch.equal(
+        mask.to(torch.float32), sdpa_mask(2, 6, 6, allow_is_causal_skip=False).float()
+    )
+    assert not masks.is_causal_mask(mask)
 
 
 def test_a_compiled_forward_pass_takes_a_mask_without_memory() -> None:

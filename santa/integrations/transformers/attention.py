@@ -94,7 +94,9 @@ def attention(
         attention_mask = select_keys(attention_mask, query.shape[1], **selection)
         tokens = ranges = None
     if settings.reason is None and (is_causal is True or ranges is not None):
-        _check_supported(module, query, key, value)
+        # Of a model that was switched by name, vision towers may come this way: they have no layer_idx.
+        if q_len == 1 or hasattr(module, "layer_idx"):
+            _check_supported(module, query, key, value)
         is_plain = softcap is None and position_bias is None and selection is None
         if q_len == 1 and is_plain:
             if ranges is None:

@@ -9,6 +9,7 @@ anything has touched, and a mask of the user's, is a mask and nothing else.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,8 @@ class LazyMask(torch.Tensor):
             return args[0]._real_device
         if func == torch.Tensor.contiguous:
             return args[0]
+        if func == torch.Tensor.to:
+            return _move_lazily(*args, **(kwargs or {}))
         if func in _ABOUT_THE_SHAPE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -141,6 +144,19 @@ def _computed(x: Any) -> Any:
     if x._real is None:
         x._real = x._build()
     return x._real
+
+
+def _move_lazily(mask: LazyMask, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`mask.to(...)`: models on several GPUs move the mask in front of every layer."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype not in (None, torch.bool):
+        return _computed(mask).to(*args, **kwargs)
+    if device in (None, mask._real_device):
+        return mask
+    moved = LazyMask.of(lambda: _computed(mask).to(device), tuple(mask.shape), device)
+    for note in (_IS_CAUSAL, _TOKENS):
+        setattr(moved, note, getattr(mask, note))
+    return moved
 
 
 def is_causal_mask(mask: torch.Tensor | None) -> bool:
@@ -187,9 +203,26 @@ def note_ranges(mask: torch.Tensor, attention_mask: torch.Tensor | None, q_offse
     else:
         seen = torch.arange(attention_mask.shape[-1], device=attention_mask.device) <= q_offset
         position = (attention_mask & seen).sum(-1)
-    setattr(mask, _RANGES, _pack_ranges(mask[:, 0, 0], position))
-    if not torch.compiler.is_compiling():
-        setattr(mask, _RANGES_VERSION, mask._version)
+    _set_ranges(mask, _pack_ranges(mask[:, 0, 0], position))
+
+
+def _set_ranges(mask: torch.Tensor, ranges: torch.Tensor) -> None:
+    setattr(mask, _RANGES, ranges)
+    if torch.compiler.is_compiling():
+        return
+    setattr(mask, _RANGES_VERSION, mask._version)
+    # Models on several GPUs move the mask in front of every layer: a copy on another device keeps the notes. The
+    # reference is weak, since a mask that referred to itself would wait for the garbage collector.
+    reference = weakref.ref(mask)
+
+    def to(*args: Any, **kwargs: Any) -> torch.Tensor:
+        source = reference()
+        moved = torch.Tensor.to(source, *args, **kwargs)
+        if moved is not source and moved.dtype == torch.bool and (noted := ranges_of(source)) is not None:
+            _set_ranges(moved, noted.to(moved.device))
+        return moved
+
+    mask.to = to
 
 
 def is_contiguous(mask: torch.Tensor) -> bool:
