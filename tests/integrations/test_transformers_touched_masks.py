@@ -81,8 +81,8 @@ def test_gemma4_drops_queries_of_a_later_chunk_too(cache_class: type) -> None:
 
     def run() -> torch.Tensor:
         cache = DynamicCache(config=model.config) if cache_class is DynamicCache else StaticCache(model.config, 32)
-        model(token_ids(20)[:, :12], cache=cache)
-        return model(token_ids(20)[:, 12:], cache=cache, logits_to_keep=4).logits
+        model(token_ids(20)[:, :12], past_key_values=cache)
+        return model(token_ids(20)[:, 12:], past_key_values=cache, logits_to_keep=4).logits
 
     assert_equal_to_eager(model, run)
 
@@ -111,9 +111,9 @@ def test_a_users_integer_mask_in_a_model() -> None:
 
     def run() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        model(token_ids(2), cache=cache)
+        model(token_ids(2), past_key_values=cache)
         mask = torch.tensor([[[[0, 5, 1]]]], dtype=torch.int32)
-        return model(token_ids(1), cache=cache, attention_mask=mask).logits
+        return model(token_ids(1), past_key_values=cache, attention_mask=mask).logits
 
     assert_equal_to_eager(model, run)
 
@@ -159,7 +159,7 @@ def test_writing_to_a_mask_takes_its_notes_away(inference_mode: bool) -> None:
         assert masks.ranges_of(mask).tolist() == [[0], [8], [8]]
         mask[..., 3:5] = False
         assert masks.ranges_of(mask) is None
-        mask = integration.step_mask(batch_size=1, **STEPS["prefill of a static cache"])
+        mask = integration.step_mask(batch_size=1, **STEPS["prefill"])
         assert masks.is_causal_mask(mask)
         mask[..., 3:5] = False
         assert not masks.is_causal_mask(mask) and not mask[..., 3:5].any() and mask[..., -1, 2]

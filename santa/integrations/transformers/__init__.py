@@ -139,6 +139,12 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
     register()
     for owner in {id(owners[name]): owners[name] for name in ours}.values():
         owner.set_attn_implementation(NAME)
+    kept = {module.config._attn_implementation for module in ours.values()}
+    if NAME not in kept:
+        raise ValueError(
+            f"santa: model is a {type(inner).__name__} whose attention layers keep attn_implementation={sorted(kept)}; "
+            "they need to follow the configuration of the model that holds them"
+        )
     for name, module in modules.items():
         set_settings(module, LayerSettings(config, reasons[name]))
     if config.num_samples > 0 and config.layers != () and not (result := report(inner)).with_status("sampled"):
