@@ -191,7 +191,8 @@ def test_a_layer_of_an_unsupported_head_dim_is_left_to_sdpa(decode_calls: list[d
     model = make_tiny("gemma4_unified_text")
     prompt = make_prompt()
     tokens, logits = generate(model, prompt)
-    attach(model, EXACT)
+    with pytest.warns(UserWarning, match=r"(?s)layers that are left to Transformers: 1\n.*has head_dim 512"):
+        attach(model, EXACT)
     assert [layer.reason.partition(";")[0] for layer in report(model).with_status("other")] == ["has head_dim 512"]
     santa_tokens, santa_logits = generate(model, prompt)
     assert torch.equal(tokens, santa_tokens) and decode_calls

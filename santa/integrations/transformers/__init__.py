@@ -95,7 +95,8 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
     """Switch a model to `santa` and set how it samples; may be called again to change the settings.
 
     Every attention module is looked at; `report(model)` says which sample, which are exact, and which are left to
-    Transformers and why. Warns if no layer can ever sample with these settings.
+    Transformers and why. Warns, with that report, if no layer can ever sample with these settings, or if some causal
+    layers are left to Transformers.
 
     Args:
         model: a Transformers model whose attention goes through AttentionInterface, or a wrapper of one (DataParallel,
@@ -147,11 +148,19 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
         )
     for name, module in modules.items():
         set_settings(module, LayerSettings(config, reasons[name]))
-    if config.num_samples > 0 and config.layers != () and not (result := report(inner)).with_status("sampled"):
-        warnings.warn(
-            f"no layer samples with these settings: lower min_sampled_len, or use another model\n{result!r}",
-            stacklevel=2,
-        )
+    result = report(inner)
+    left = [
+        name
+        for name, module in modules.items()
+        if reasons[name] is not None and getattr(module, "is_causal", None) is True and hasattr(module, "layer_idx")
+    ]
+    if config.num_samples > 0 and config.layers != () and not result.with_status("sampled"):
+        message = "no layer samples with these settings: lower min_sampled_len, or use another model"
+    elif left:
+        message = f"causal attention layers that are left to Transformers: {len(left)}"
+    else:
+        return model
+    warnings.warn(f"{message}\n{result!r}", stacklevel=2)
     return model
 
 

@@ -83,6 +83,8 @@ def attention(
         is_causal = getattr(module, "is_causal", None)
     q_len, kv_len = query.shape[2], key.shape[2]
     tokens, ranges = tokens_of(attention_mask), ranges_of(attention_mask)
+    if ranges is not None and attention_mask.shape[-1] != kv_len:
+        ranges = None  # a mask of other keys than these: SDPA says so
     if is_causal_mask(attention_mask):
         attention_mask, is_causal = None, True
     if attention_mask is not None and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
