@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral
+from typing import Any
 
 from santa.ops import Budget, Sampler, ScoreSampler
 from santa.prefill import BACKENDS, check_alpha
@@ -22,6 +26,8 @@ _PREFILLS = ("dense", "sample")
 class SantaConfig:
     """How a model decodes with `santa`, and how it prefills.
 
+    Integers may be numpy's; they are stored as int.
+
     Attributes:
         num_samples: S, the draws per query head and step, 0 to 2^20; 0 is exact attention.
         sampler: "multinomial", "stratified", "systematic" or "grouped", or a `santa.Sampler` or its integer;
@@ -30,8 +36,8 @@ class SantaConfig:
             `santa.Budget`; None is what `santa.decode` chooses for the sampler.
         seed: base of the random streams, 0 to 2^62 - 1. Layer i draws from stream `seed + i`, so runs that
             must be independent of each other need seeds further apart than the model has layers.
-        min_context: rows with fewer valid keys are exact (the operator's `min_sampled_len`); None is
-            `santa.default_min_sampled_len`, 0 always samples.
+        min_sampled_len: rows with fewer valid keys are exact, as in `santa.decode`; None is
+            `santa.default_min_sampled_len`, 0 always samples. `min_context` is another name for it.
         layers: indices of the layers that sample, the others are exact in decode and in prefill; None is all of
             them. Stored as a sorted tuple.
         score: "exact", or "bernoulli": in the layers that sample, scores are estimated from the key features that
@@ -51,7 +57,7 @@ class SantaConfig:
     sampler: Sampler | int | str = Sampler.GROUPED
     budget: Budget | int | str | None = None
     seed: int = 0
-    min_context: int | None = None
+    min_sampled_len: int | None = None
     layers: Collection[int] | None = None
     score: str = "exact"
     num_draws: int = 4
@@ -61,11 +67,15 @@ class SantaConfig:
     prefill_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_int("num_samples", self.num_samples, _MAX_SAMPLES)
-        _check_int("seed", self.seed, _MAX_SEED)
-        if self.min_context is not None:
-            _check_int("min_context", self.min_context, _MAX_INT32)
         # The class is frozen for its users; its own normalisation goes around that.
+        for field, maximum, minimum in (
+            ("num_samples", _MAX_SAMPLES, 0),
+            ("seed", _MAX_SEED, 0),
+            ("min_sampled_len", _MAX_INT32, 0),
+            ("num_draws", _MAX_DRAWS, 1),
+        ):
+            if field != "min_sampled_len" or self.min_sampled_len is not None:
+                object.__setattr__(self, field, _integer(field, getattr(self, field), maximum, minimum))
         object.__setattr__(self, "sampler", _choice("sampler", self.sampler, Sampler))
         if self.budget is not None:
             object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
@@ -76,7 +86,6 @@ class SantaConfig:
                 )
         object.__setattr__(self, "score_sampler", _choice("score_sampler", self.score_sampler, ScoreSampler))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
-        _check_int("num_draws", self.num_draws, _MAX_DRAWS, minimum=1)
         for field, known in (
             ("score", _SCORES),
             ("prefill", _PREFILLS),
@@ -87,6 +96,11 @@ class SantaConfig:
         alphas = check_alpha(self.alpha)
         if not isinstance(self.alpha, (float, int)):
             object.__setattr__(self, "alpha", alphas)  # a list would make the settings mutable
+
+    @property
+    def min_context(self) -> int | None:
+        """Another name for min_sampled_len."""
+        return self.min_sampled_len
 
     def samples_in_layer(self, layer_idx: int) -> int:
         """num_samples of one layer: 0, which is exact, for the layers that `layers` leaves out."""
@@ -104,20 +118,42 @@ class SantaConfig:
         return self.layers is None or layer_idx in self.layers
 
 
-def _check_int(field: str, value: object, maximum: int, minimum: int = 0) -> None:
+def _accept_min_context(init: Callable[..., None]) -> Callable[..., None]:
+    """`SantaConfig.__init__` with min_context as another name for min_sampled_len.
+
+    No field of the dataclass: `dataclasses.replace` would pass both names on.
+    """
+
+    @functools.wraps(init)
+    def __init__(self: SantaConfig, *args: Any, **fields: Any) -> None:
+        if "min_context" in fields:
+            value = fields.pop("min_context")
+            if "min_sampled_len" in fields or len(args) > _MIN_SAMPLED_LEN_POSITION:
+                raise TypeError(
+                    f"santa: min_context is {value!r} beside min_sampled_len; they are two names of one setting, which "
+                    "needs one value"
+                )
+            fields["min_sampled_len"] = None if value is None else _integer("min_context", value, _MAX_INT32)
+        init(self, *args, **fields)
+
+    return __init__
+
+
+def _integer(field: str, value: object, maximum: int, minimum: int = 0) -> int:
     # bool is an int to Python, but nobody means `num_samples=True`.
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"santa: {field} is {value!r}; it needs to be an int")
     if not minimum <= value <= maximum:
         raise ValueError(f"santa: {field} is {value}; it needs to be from {minimum} to {maximum}")
+    return int(value)
 
 
 def _choice(field: str, value: object, kind: type[IntEnum]) -> IntEnum:
     names = [member.name.lower() for member in kind]
     if isinstance(value, str) and value.lower() in names:
         return kind[value.upper()]
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(kind):
-        return kind(value)
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(kind):
+        return kind(int(value))
     raise ValueError(f"santa: {field} is {value!r}; it needs to be one of {names} or a santa.{kind.__name__}")
 
 
@@ -126,6 +162,8 @@ def _normalise_layers(layers: object) -> tuple[int, ...] | None:
         return None
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Collection):
         raise TypeError(f"santa: layers is {layers!r}; it needs to be None or a collection of layer indices")
-    for layer_idx in layers:
-        _check_int("layers", layer_idx, _MAX_INT32)
-    return tuple(sorted(set(layers)))
+    return tuple(sorted({_integer("layers", layer_idx, _MAX_INT32) for layer_idx in layers}))
+
+
+_MIN_SAMPLED_LEN_POSITION = [field.name for field in dataclasses.fields(SantaConfig)].index("min_sampled_len")
+SantaConfig.__init__ = _accept_min_context(SantaConfig.__init__)

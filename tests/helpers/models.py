@@ -23,6 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from santa import SantaConfig
+from santa.integrations.transformers import attach
+
 VOCAB, PAD = 97, 0
 NUM_LAYERS = 2
 PROMPT_LEN, NEW_TOKENS, WINDOW = 19, 10, 12
@@ -74,6 +77,14 @@ def make_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
     model = model_class(config_class(**SHAPE | own | changes)).eval()
     model.set_attn_implementation(_TRUTH.get(family, "sdpa"))
     return model
+
+
+def use_santa(model: PreTrainedModel, config: SantaConfig) -> None:
+    """`attach`, or for a model that it refuses since no layer samples, the same by name."""
+    if getattr(model.config, "attn_logit_softcapping", None) is None:
+        attach(model, config)
+    else:
+        model.set_attn_implementation("santa")
 
 
 def make_prompt(length: int = PROMPT_LEN, *, batch: int = 2, padding: int = 0) -> dict[str, torch.Tensor]:

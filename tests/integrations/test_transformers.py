@@ -21,6 +21,7 @@ from helpers.models import (
     generate_static_compiled,
     make_model,
     make_prompt,
+    use_santa,
 )
 from transformers import BertConfig, BertModel, CompileConfig, DynamicCache, StaticCache
 
@@ -43,7 +44,7 @@ def test_greedy_tokens_equal_transformers(family: str, cache: str, padded: bool)
     model, prompt = make_model(family), make_prompt(padding=PADDING if padded else 0)
     run = generate if cache == "dynamic" else generate_static_compiled
     tokens, logits = generate(model, prompt)
-    integration.attach(model, santa.SantaConfig(num_samples=0))
+    use_santa(model, santa.SantaConfig(num_samples=0))
     santa_tokens, santa_logits = run(model, prompt)
     assert torch.equal(santa_tokens, tokens)
     torch.testing.assert_close(santa_logits, logits, rtol=1e-3, atol=1e-3)
@@ -51,7 +52,8 @@ def test_greedy_tokens_equal_transformers(family: str, cache: str, padded: bool)
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_decode_steps_go_through_the_operator(family: str, decode_calls: list[dict[str, Any]]) -> None:
-    model = integration.attach(make_model(family), santa.SantaConfig(num_samples=0))
+    model = make_model(family)
+    use_santa(model, santa.SantaConfig(num_samples=0))
     generate(model, make_prompt())
     # The first token comes from the prefill. A soft cap is outside the operator.
     assert len(decode_calls) == (0 if family == "gemma2" else NUM_LAYERS * (NEW_TOKENS - 1))
@@ -105,7 +107,7 @@ def test_chunked_prefill_and_verification_equal_transformers(family: str, cache_
         return torch.cat(logits, dim=1)
 
     expected = run()
-    integration.attach(model, santa.SantaConfig(num_samples=0))
+    use_santa(model, santa.SantaConfig(num_samples=0))
     valid = prompt["attention_mask"].bool()
     torch.testing.assert_close(run()[valid], expected[valid], rtol=1e-3, atol=1e-3)
 

@@ -139,14 +139,17 @@ def test_attach_errors() -> None:
         integration.attach(model, {"num_samples": 4})
     with pytest.raises(
         ValueError,
-        match=r"layers has \[7\]; it needs to name attention layers of LlamaForCausalLM, which are \[0, 1\]",
+        match=r"layers has \[7\]; it needs to name attention layers of LlamaForCausalLM .*, which are \[0, 1\]",
     ):
         integration.attach(model, santa.SantaConfig(layers=[0, 7]))
     narrow = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 80}))
-    with pytest.raises(ValueError, match="LlamaAttention has head_dim 80"):
+    with pytest.raises(ValueError, match=r"LlamaAttention \(2\) has head_dim 80"):
         integration.attach(narrow)
     encoder = BertModel(BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(ValueError, match="model is a BertModel; it needs to have causal attention layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"model is a BertModel; it needs to have causal attention layers .* BertSelfAttention \(1\) does not say",
+    ):
         integration.attach(encoder)
     for refused in (model, narrow, encoder):
         assert refused.config._attn_implementation != "santa"

@@ -13,6 +13,7 @@ from helpers.models import FakeAttention, layer_qkv, sdpa
 
 import santa
 from santa.integrations import transformers as integration
+from santa.integrations.transformers.layers import LayerSettings, set_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*caps its attention logits")
 
@@ -26,7 +27,7 @@ def exact_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     module = FakeAttention()
-    module._santa_config = santa.SantaConfig(num_samples=0)
+    set_settings(module, LayerSettings(santa.SantaConfig(num_samples=0)))
     return integration.attention(module, query, key, value, mask)[0]
 
 
@@ -59,7 +60,7 @@ def test_masks_that_are_no_range_take_the_exact_path(decode_calls: list[dict[str
 def test_scaling_of_the_model_is_used(q_len: int) -> None:
     query, key, value = layer_qkv(q_len, kv_len=q_len + 20)
     module = FakeAttention()
-    module._santa_config = santa.SantaConfig(num_samples=0)
+    set_settings(module, LayerSettings(santa.SantaConfig(num_samples=0)))
     mask = None if q_len == 1 else torch.ones(1, 1, q_len, q_len + 20, dtype=torch.bool).tril(20)
     for options in ({}, {"s_aux": torch.full((8,), -1e4)}, {"softcap": 1e4}):
         out = integration.attention(module, query, key, value, mask, scaling=0.3, **options)[0]
@@ -78,10 +79,8 @@ def test_causal_prefill_without_a_mask() -> None:
 @pytest.mark.parametrize("allow_skip", [False, True])
 def test_mask_of_a_prefill_is_that_of_sdpa(allow_skip: bool) -> None:
     options = dict(batch_size=2, q_length=5, kv_length=5, allow_is_causal_skip=allow_skip, use_vmap=False)
-    mask = integration.decode_ranges(**options)
-    assert (mask is None) == allow_skip
-    if mask is not None:
-        assert torch.equal(mask, torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5))
+    mask = integration.step_mask(**options)
+    assert torch.equal(mask, torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5))
 
 
 def test_row_without_valid_keys_gives_zeros() -> None:

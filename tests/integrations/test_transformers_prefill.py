@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.4.0")
 
-from helpers.models import NUM_LAYERS, make_model, make_prompt
+from helpers.models import NUM_LAYERS, make_model, make_prompt, use_santa
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import santa
@@ -198,7 +198,7 @@ def test_what_prefill_has_no_kernel_for_is_exact(calls, family):
     model, prompt = make_model(family, **LONG, sliding_window=200), make_prompt(PROMPT_LEN)
     model.set_attn_implementation("eager")
     expected = logits_of(model, prompt)
-    attach(model, sparse(0.1))
+    use_santa(model, sparse(0.1))
     assert torch.allclose(logits_of(model, prompt), expected, atol=1e-3)
     assert not calls
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, StaticCache
 
 import santa
 from santa.integrations import transformers as integration
+from santa.integrations.transformers.layers import LayerSettings, set_settings
 
 
 def sampled_logits(model: PreTrainedModel, run: Callable[..., Any] = generate, **fields: Any) -> torch.Tensor:
@@ -110,7 +111,7 @@ def test_layers_draw_from_different_streams(decode_calls: list[dict[str, Any]]) 
     outputs = []
     for layer_idx in (0, 1):
         module = FakeAttention(layer_idx)
-        module._santa_config = config
+        set_settings(module, LayerSettings(config))
         outputs.append(integration.attention(module, query, key, value, None)[0])
     assert [call["seed"] for call in decode_calls] == [40, 41]
     assert (outputs[0] - outputs[1]).abs().max() > 0.01

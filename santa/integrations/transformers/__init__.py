@@ -1,0 +1,167 @@
+"""Sampled decoding, and sparse prefill, for Hugging Face Transformers.
+
+    import santa
+    from santa.integrations.transformers import attach, report
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to("cuda")
+    attach(model, santa.SantaConfig(num_samples=128))
+    print(report(model))
+    model.generate(...)
+
+Importing this package makes `attn_implementation="santa"` known to Transformers, which does the same with the default
+settings. What runs:
+
+    more than one query: prefill (chunked too),   Transformers' own SDPA attention
+        speculative verification
+    the same with SantaConfig(prefill="sample"),  `santa.prefill`
+        where the mask is causal and no more
+    one query per row in causal self-attention    `santa.decode`
+    attention that does not say that it is        Transformers' own SDPA attention
+        causal: encoders, cross-attention
+    logit soft cap (Gemma 2)                      exact, in plain PyTorch, with a warning
+    attention sinks (gpt-oss)                     one query: `santa.decode`, rescaled by the sink;
+                                                  more: exact, in plain PyTorch
+
+The mask function runs once per step and mask type, and notes beside the mask the one range of valid keys of each row
+(left padding, a static cache's unused tail, a sliding window), so that no layer reads it. A mask that is no contiguous
+range takes the exact path. Settings live on the model's attention modules, where a compiled graph sees them as
+constants. Inference only.
+
+    attention.py   what one layer does in one step
+    masks.py       the mask function, and what is noted on a mask
+    layers.py      which layers are santa's, why the others are not, and the report of it
+    recording.py   how much the decode steps read
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from santa.config import SantaConfig
+from santa.prefill import HEAD_DIMS as PREFILL_HEAD_DIMS
+
+from .attention import attention
+from .layers import (
+    NAME,
+    AttachReport,
+    LayerReport,
+    LayerSettings,
+    attention_modules,
+    head_dims_of,
+    no_layer_error,
+    owners_of,
+    reasons_of,
+    report,
+    set_settings,
+    unwrap,
+)
+from .masks import step_mask
+from .recording import RowsRead, record_rows_read
+
+__all__ = [
+    "NAME",
+    "AttachReport",
+    "LayerReport",
+    "RowsRead",
+    "attach",
+    "attention",
+    "record_rows_read",
+    "register",
+    "report",
+    "step_mask",
+]
+
+# The first release whose mask functions are told the query's length and offset instead of its positions.
+_MIN_TRANSFORMERS = "5.4.0"
+if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
+    raise ImportError(f"santa: transformers is {transformers.__version__}; it needs to be at least {_MIN_TRANSFORMERS}")
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+
+def register() -> None:
+    """Make `attn_implementation="santa"` known to Transformers: the import of this package has done so already."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, step_mask)
+
+
+def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
+    """Switch a model to `santa` and set how it samples; may be called again to change the settings.
+
+    Every attention module is looked at; `report(model)` says which sample, which are exact, and which are left to
+    Transformers and why. Warns, with that report, if no layer can ever sample with these settings, or if some causal
+    layers are left to Transformers.
+
+    Args:
+        model: a Transformers model whose attention goes through AttentionInterface, or a wrapper of one (DataParallel,
+            torch.compile, PEFT).
+        config: the settings; None is `SantaConfig()`. A compiled model recompiles when they change.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is no Transformers model, and holds none; config is no SantaConfig.
+        ValueError: the model has no layer that `santa` can run; config.layers names a layer that it has not or that is
+            not santa's; sparse prefill has no kernels for the head_dim; the model returns attention weights.
+    """
+    config = SantaConfig() if config is None else config
+    if not isinstance(config, SantaConfig):
+        raise TypeError(f"santa: config is a {type(config).__name__}; it needs to be a santa.SantaConfig")
+    inner = unwrap(model)
+    modules, owners, reasons = attention_modules(inner), owners_of(inner), reasons_of(inner)
+    ours = {name: module for name, module in modules.items() if reasons[name] is None}
+    if not ours:
+        raise ValueError(no_layer_error(inner, reasons))
+    layer_indices = {module.layer_idx for module in ours.values()}
+    if unknown := sorted(set(config.layers or ()) - layer_indices):
+        raise ValueError(
+            f"santa: layers has {unknown}; it needs to name attention layers of {type(inner).__name__} that santa can "
+            f"run, which are {sorted(layer_indices)}"
+        )
+    for module in ours.values():
+        if getattr(module.config, "output_attentions", False):
+            raise ValueError(
+                f"santa: {type(module).__name__} has output_attentions=True in its configuration; it needs to be "
+                "False, since santa computes no attention weights"
+            )
+        head_dims = head_dims_of(module)
+        if config.prefill == "sample" and head_dims is not None and head_dims[0] not in PREFILL_HEAD_DIMS:
+            raise ValueError(
+                f"santa: {type(module).__name__} has head_dim {head_dims[0]}; prefill 'sample' needs one of "
+                f"{PREFILL_HEAD_DIMS}: use prefill='dense' for this model"
+            )
+    register()
+    for owner in {id(owners[name]): owners[name] for name in ours}.values():
+        owner.set_attn_implementation(NAME)
+    kept = {module.config._attn_implementation for module in ours.values()}
+    if NAME not in kept:
+        raise ValueError(
+            f"santa: model is a {type(inner).__name__} whose attention layers keep attn_implementation={sorted(kept)}; "
+            "they need to follow the configuration of the model that holds them"
+        )
+    for name, module in modules.items():
+        set_settings(module, LayerSettings(config, reasons[name]))
+    result = report(inner)
+    left = [
+        name
+        for name, module in modules.items()
+        if reasons[name] is not None and getattr(module, "is_causal", None) is True and hasattr(module, "layer_idx")
+    ]
+    if config.num_samples > 0 and config.layers != () and not result.with_status("sampled"):
+        message = "no layer samples with these settings: lower min_sampled_len, or use another model"
+    elif left:
+        message = f"causal attention layers that are left to Transformers: {len(left)}"
+    else:
+        return model
+    warnings.warn(f"{message}\n{result!r}", stacklevel=2)
+    return model
+
+
+register()
