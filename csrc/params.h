@@ -31,12 +31,12 @@ struct CallPlan {
   int max_parts;      // of a row in one pass
 
   // CUDA, one pass; cuda/decode/heuristics.h.
-  int num_warps;    // that score, per CTA
-  int num_slots;    // of a warp's ring
+  int num_warps;     // that score, per CTA
+  int num_slots;     // of a warp's ring
   int ctas_at_once;  // that live on the device
-  int wanted_ctas;  // that rows are cut for
-  int row_runs;     // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
-  int run_parts;    // of these runs
+  int wanted_ctas;   // that rows are cut for
+  int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
+  int run_parts;     // of these runs
 };
 
 constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile

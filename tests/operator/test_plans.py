@@ -21,7 +21,17 @@ Force = Callable[[int, int, int], None]
 
 # num_warps, num_slots, and for how many CTAs the parts of all rows are cut into runs; 0: what the heuristics say. Warps
 # and slots are at most what fits. 1: a run for each row; a million: one for each part.
-PLANS = [(1, 2, 10**6), (1, 8, 20), (2, 3, 1), (3, 2, 40), (4, 2, 10**6), (4, 4, 12), (6, 2, 25), (5, 3, 8), (0, 0, 10**6)]
+PLANS = [
+    (1, 2, 10**6),
+    (1, 8, 20),
+    (2, 3, 1),
+    (3, 2, 40),
+    (4, 2, 10**6),
+    (4, 4, 12),
+    (6, 2, 25),
+    (5, 3, 8),
+    (0, 0, 10**6),
+]
 
 
 @pytest.fixture

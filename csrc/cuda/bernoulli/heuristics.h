@@ -6,7 +6,7 @@
 
 namespace santa::cuda {
 
-constexpr int kFeatureScoreWarps = 4;           // a lane keeps the sums of a whole tile
+constexpr int kFeatureScoreWarps = 4;  // a lane keeps the sums of a whole tile
 constexpr int kFeatureSlots = 4;
 constexpr int kSlotFeatures = 16;               // the K of a matrix product
 constexpr int kFeatureBytes = kDrawTileKv * 2;  // of a slot

@@ -12,8 +12,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A value whose origin the compiler can't see: what is added to it stays an offset, which loads and copies hold, instead
-// of being computed anew from all its terms.
+// A value whose origin the compiler can't see: what is added to it stays an offset, which loads and copies hold,
+// instead of being computed anew from all its terms.
 template <typename Value>
 __device__ __forceinline__ Value opaque(Value value) {
   if constexpr (sizeof(Value) == 8) {

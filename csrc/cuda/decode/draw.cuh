@@ -23,8 +23,8 @@ struct RowUnit {
   }
 };
 
-// The draws of a tile, or up to kChunkDraws of them. Their weights follow, [kChunkDraws, pitch] with the pitch of scores,
-// one of each head of the block.
+// The draws of a tile, or up to kChunkDraws of them. Their weights follow, [kChunkDraws, pitch] with the pitch of
+// scores, one of each head of the block.
 struct alignas(16) DrawChunk {
   float reference[kHeadBlock];                 // what weights are relative to
   float factor[1 + kGatherWarps][kHeadBlock];  // of the weights: the score warp's own, those of the gather warps

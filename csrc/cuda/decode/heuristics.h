@@ -9,12 +9,12 @@
 namespace santa::cuda {
 
 constexpr int kMaxScoreWarps = 6;  // of any kernel
-constexpr int kMaxSlots = 8;  // of a score warp's ring
+constexpr int kMaxSlots = 8;       // of a score warp's ring
 constexpr int kGatherWarps = 2;
-constexpr int kChunkDraws = 16;    // draws that a score warp hands on at a time
-constexpr int kQueueChunks = 2;    // of a score warp: full, or being read
+constexpr int kChunkDraws = 16;       // draws that a score warp hands on at a time
+constexpr int kQueueChunks = 2;       // of a score warp: full, or being read
 constexpr int kChunkHeadBytes = 224;  // of a DrawChunk, weights apart; draw.cuh checks it
-constexpr int kSharedBytes = 512;  // of OnePassShared; one_pass.cuh checks it
+constexpr int kSharedBytes = 512;     // of OnePassShared; one_pass.cuh checks it
 
 constexpr int kPilotWarpKeys = 32;  // of a warp of the pilot
 
@@ -34,12 +34,12 @@ constexpr int max_key_warps(bool float8, int head_dim) { return float8 && head_d
 // their chunks (load.cuh) stays inside the row.
 constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }
 
-// Keys of a slot, where they lie in rows. Two matrix products at a time, so that one need not wait for the other, as far
-// as registers allow.
+// Keys of a slot, where they lie in rows. Two matrix products at a time, so that one need not wait for the other, as
+// far as registers allow.
 constexpr int slot_keys(int head_dim) { return head_dim <= 192 ? 32 : 16; }
 
-// A ring has 64 keys: what is on its way on a multiprocessor then covers the latency of memory; more makes the rows of V
-// wait longer behind the keys. Rows of 1 byte an element lie in their slots without gaps.
+// A ring has 64 keys: what is on its way on a multiprocessor then covers the latency of memory; more makes the rows of
+// V wait longer behind the keys. Rows of 1 byte an element lie in their slots without gaps.
 inline ScoreNeeds key_score_needs(const DecodeParams& p) {
   const bool float8 = p.k_dtype == Dtype::kFloat8E4M3;
   const int row_bytes = float8 ? p.head_dim : slot_row_pitch(p.head_dim) * 2;
@@ -78,9 +78,9 @@ inline ForcedPlan& forced_plan() {
   return plan;
 }
 
-// How many CTAs to cut rows for. One wave of long runs has the fewest starts and ends, but with few more units than CTAs
-// live at once a second one would be nearly empty: what counts is the time of all waves, each of them as long as a run
-// and a start, which takes as long as some keys. Rows are taken to be equally long.
+// How many CTAs to cut rows for. One wave of long runs has the fewest starts and ends, but with few more units than
+// CTAs live at once a second one would be nearly empty: what counts is the time of all waves, each of them as long as a
+// run and a start, which takes as long as some keys. Rows are taken to be equally long.
 constexpr int kStartKv = 1024;
 constexpr int kMostWaves = 8;
 
@@ -108,7 +108,8 @@ inline int wanted_ctas_of(int64_t units, int parts, int part_kv, int ctas_at_onc
 inline int64_t max_runs_of(const DecodeParams& p) {
   const CallPlan& plan = p.plan;
   if (plan.row_runs > 0) return static_cast<int64_t>(p.batch) * plan.row_runs;
-  return std::min<int64_t>(plan.wanted_ctas / p.num_units() + 1, static_cast<int64_t>(p.batch) * plan.max_parts) + p.batch;
+  return std::min<int64_t>(plan.wanted_ctas / p.num_units() + 1, static_cast<int64_t>(p.batch) * plan.max_parts) +
+         p.batch;
 }
 
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
@@ -128,9 +129,8 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
   const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
   plan.ctas_at_once = 2 * device.num_sms;
-  plan.wanted_ctas = forced.wanted_ctas > 0
-                         ? forced.wanted_ctas
-                         : wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once);
+  plan.wanted_ctas =
+      forced.wanted_ctas > 0 ? forced.wanted_ctas : wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once);
   const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
   const bool lengths_known = !plan.exact;
   plan.row_runs = lengths_known ? ceil_div_int(parts, run_parts) : 0;

@@ -30,7 +30,8 @@ struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   static constexpr int kSlotKeys = slot_keys(HEAD_DIM);
   static constexpr int kSlotBytes = kSlotKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
-  static constexpr int kOnceBytes = 0, kPilotSlotBytes = kPilotWarpKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
+  static constexpr int kOnceBytes = 0,
+                       kPilotSlotBytes = kPilotWarpKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
 
   const DecodeParams& p;
   KvRows<K> keys;
@@ -106,9 +107,8 @@ struct KeyScorer {
     __syncwarp();
 #pragma unroll 1
     for (int slot = 0; slot < kPilotWarpKeys / kSlotKeys; ++slot) {
-      score(area + slot * kSlotBytes, 0, lane, [&](int key, const float (&logits)[4]) {
-        put((first + slot * kSlotKeys + key) / 16, logits);
-      });
+      score(area + slot * kSlotBytes, 0, lane,
+            [&](int key, const float (&logits)[4]) { put((first + slot * kSlotKeys + key) / 16, logits); });
     }
   }
 };
@@ -210,12 +210,13 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
-  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, pitch), chunk_bytes = chunk_bytes_of(pitch);
+  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, pitch),
+            chunk_bytes = chunk_bytes_of(pitch);
   unsigned char* const sums = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
   unsigned char* const areas = sums + sum_bytes_of(p);
   const auto queue_of = [&](int w) {
-    return DrawQueue{shared.full[w], shared.empty[w],
-                     areas + (w + 1) * area_bytes - kQueueChunks * chunk_bytes, chunk_bytes};
+    return DrawQueue{shared.full[w], shared.empty[w], areas + (w + 1) * area_bytes - kQueueChunks * chunk_bytes,
+                     chunk_bytes};
   };
   const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;

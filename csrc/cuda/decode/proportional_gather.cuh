@@ -154,17 +154,45 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const float* tile_max = p.tile_max + stats;
   const float* row_lse = p.row_lse + group * group_size;
 
-  // Level 2 of the CDF: every key's share of the tile.
+  // Level 2 of the CDF: every key's share of the tile. Four heads with one read where all of a key's are wanted and lie
+  // on 16 bytes.
   float share_sum = 0.0f, shares[kKeysPerLane] = {};
-  for (int h = first_head; h < last_head; ++h) {
-    const float factor = tile_factor(tile_max[h], row_lse[h]);
-    if (!(factor > 0.0f)) continue;
-    share_sum += factor * p.tile_sum[stats + h];
-    const float max = tile_max[h];
+  const bool by_four = grouped && p.group_pitch % 4 == 0;
+#pragma unroll 1
+  for (int first = first_head; first < last_head; first += by_four ? 4 : 1) {
+    float factor[4], max[4];
 #pragma unroll
-    for (int i = 0; i < kKeysPerLane; ++i) {
-      const int key = i * 32 + lane;
-      if (key < num_keys) shares[i] += factor * exp2f(scores[key * p.group_pitch + h] - max);
+    for (int j = 0; j < 4; ++j) {
+      const int h = first + j;
+      const bool wanted = h < last_head && (j == 0 || by_four);
+      const float head_factor = wanted ? tile_factor(tile_max[h], row_lse[h]) : 0.0f;
+      factor[j] = head_factor > 0.0f ? head_factor : 0.0f;
+      max[j] = wanted ? tile_max[h] : 0.0f;
+      if (factor[j] > 0.0f) share_sum += factor[j] * p.tile_sum[stats + h];
+    }
+    const auto add = [&](float& share, int j, float score) {
+      if (factor[j] > 0.0f) share += factor[j] * exp2f(score - max[j]);
+    };
+    // Past the end, the last key's are read again, for nothing: no branch keeps the loads from being in flight
+    // together.
+    constexpr int kTogether = 4;
+    const auto own = [&](int i) { return scores + min(i * 32 + lane, num_keys - 1) * p.group_pitch + first; };
+#pragma unroll
+    for (int begin = 0; begin < kKeysPerLane; begin += kTogether) {
+      if (begin >= num_steps) break;
+      float4 read[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        read[i].x = by_four ? 0.0f : *own(begin + i);
+        if (by_four) read[i] = *reinterpret_cast<const float4*>(own(begin + i));
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        float& share = shares[begin + i];
+        if ((begin + i) * 32 + lane >= num_keys) continue;
+        add(share, 0, read[i].x);
+        if (by_four) add(share, 1, read[i].y), add(share, 2, read[i].z), add(share, 3, read[i].w);
+      }
     }
   }
   uint32_t weights[kKeysPerLane];

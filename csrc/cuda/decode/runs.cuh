@@ -1,6 +1,6 @@
-// How the parts of rows are dealt out to CTAs: in runs of neighbouring parts, of about as many keys in all rows, so that
-// all CTAs end together, whatever mix of lengths there is. Lengths may be on the device alone; then every warp works the
-// cut out for itself. No bit of a result depends on it.
+// How the parts of rows are dealt out to CTAs: in runs of neighbouring parts, of about as many keys in all rows, so
+// that all CTAs end together, whatever mix of lengths there is. Lengths may be on the device alone; then every warp
+// works the cut out for itself. No bit of a result depends on it.
 #pragma once
 
 #include "core/tiling.h"

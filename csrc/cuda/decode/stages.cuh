@@ -10,8 +10,8 @@
 
 namespace santa::cuda {
 
-// Exact and proportional rows. Lengths that only the device knows may leave most of the tiles out: then there are no more
-// CTAs than live at once, and each looks for tiles of its row.
+// Exact and proportional rows. Lengths that only the device knows may leave most of the tiles out: then there are no
+// more CTAs than live at once, and each looks for tiles of its row.
 template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   const bool few_are_there = p.plan.exact && p.plan.one_pass;
