@@ -34,7 +34,8 @@ struct CallPlan {
   int num_warps;     // that score, per CTA
   int num_slots;     // of a warp's ring
   int ctas_at_once;  // that live on the device
-  int wanted_ctas;   // that rows are cut for
+  int wanted_ctas;   // that rows are cut for,
+  int most_waves;    // or this many times as many, if decode/runs.cuh finds that better
   int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
   int run_parts;     // of these runs
 };

@@ -107,8 +107,12 @@ SANTA_HD uint32_t draws_between(uint32_t below, uint32_t units, uint32_t offset,
 SANTA_HD uint32_t tile_offset(Budget budget, RandomStream stream, int64_t first_key, int tile_kv, int kv_len,
                               int64_t num_draws, int unit_bits) {
   const bool streaming = budget == Budget::kStreaming;
-  uint32_t bits = static_cast<uint32_t>(
-      stream.bits(streaming ? static_cast<uint32_t>(first_key) / static_cast<uint32_t>(tile_kv) : 0u, 0) >> 32);
+#if defined(__CUDA_ARCH__)
+  const uint32_t tile = static_cast<uint32_t>(first_key) >> (__ffs(tile_kv) - 1);  // a power of two
+#else
+  const uint32_t tile = static_cast<uint32_t>(first_key) / static_cast<uint32_t>(tile_kv);
+#endif
+  uint32_t bits = static_cast<uint32_t>(stream.bits(streaming ? tile : 0u, 0) >> 32);
   if (!streaming) {
     const uint64_t before = static_cast<uint64_t>(num_draws) * static_cast<uint64_t>(first_key) % kv_len;
     bits += static_cast<uint32_t>((before << 32) / static_cast<uint64_t>(kv_len));

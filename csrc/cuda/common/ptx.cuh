@@ -17,9 +17,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 template <typename Value>
 __device__ __forceinline__ Value opaque(Value value) {
   if constexpr (sizeof(Value) == 8) {
-    asm("" : "+l"(value));
+    asm volatile("" : "+l"(value));
   } else {
-    asm("" : "+r"(value));
+    asm volatile("" : "+r"(value));
   }
   return value;
 }

@@ -40,13 +40,13 @@ static_assert(sizeof(DrawChunk) == kChunkHeadBytes, "heuristics.h has to know of
 // Chunks of one score warp on their way to the gather warp: written in turn, read in turn. Whoever has written or read
 // arrives, every lane: racecheck follows no chains.
 struct DrawQueue {
-  uint64_t* full;   // [kQueueChunks]
-  uint64_t* empty;  // [kQueueChunks]
-  unsigned char* chunks;
+  uint32_t full, empty, chunks;  // addresses in shared memory: barriers [kQueueChunks] of 8 bytes, and the chunks
   int chunk_bytes;
 
+  __device__ __forceinline__ uint32_t full_barrier(int buffer) const { return full + buffer * 8; }
+  __device__ __forceinline__ uint32_t empty_barrier(int buffer) const { return empty + buffer * 8; }
   __device__ __forceinline__ DrawChunk& chunk(int buffer) const {
-    return *reinterpret_cast<DrawChunk*>(chunks + buffer * chunk_bytes);
+    return *static_cast<DrawChunk*>(__cvta_shared_to_generic(chunks + buffer * chunk_bytes));
   }
 
   // Of chunk n: the buffer it takes, and the parity of this use of the buffer, by which barriers are waited for.
@@ -252,7 +252,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     const int buffer = DrawQueue::buffer(produced), listed = min(count - first, kChunkDraws);
     DrawChunk& chunk = queue.chunk(buffer);
     float* const weights = chunk.weights();
-    mbarrier_wait(&queue.empty[buffer], DrawQueue::parity(produced) ^ 1);
+    mbarrier_wait(queue.empty_barrier(buffer), DrawQueue::parity(produced) ^ 1);
     if (lane < kHeadBlock) {
       chunk.tile[lane] = state;
       chunk.reference[lane] = reference;
@@ -286,7 +286,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
                                                 e.z * f.z * inclusion_inverse, e.w * f.w * inclusion_inverse};
       }
     }
-    mbarrier_arrive(&queue.full[buffer]);
+    mbarrier_arrive(queue.full_barrier(buffer));
   }
 }
 

@@ -180,7 +180,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
 #pragma unroll
         for (int i = 0; i < kChunksInSight; ++i) {
           const uint32_t nth = __shfl_sync(0xffffffffu, consumed, warp), parity = DrawQueue::parity(nth);
-          const uint32_t barrier = shared_address(&queue_of(warp).full[DrawQueue::buffer(nth)]);
+          const uint32_t barrier = queue_of(warp).full_barrier(DrawQueue::buffer(nth));
           if (i == 0 && under_way.count == 0) mbarrier_wait(barrier, parity);
           const bool there = i < min(num_warps, tiles_left) && __all_sync(0xffffffffu, mbarrier_test(barrier, parity));
           if (i == own_chunk) full = there, n = nth, own_warp = warp;
@@ -235,7 +235,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           rows_read += num_draws;
           list_key = first_key;
           chunk_address = shared_address(&chunk);
-          held = taken ? shared_address(&queue.empty[DrawQueue::buffer(n)]) : 0;
+          held = taken ? queue.empty_barrier(DrawQueue::buffer(n)) : 0;
 
           int position = lane - owner;  // of this lane's warp among the chunks
           if (position < 0) position += num_warps;

@@ -83,6 +83,7 @@ inline ForcedPlan& forced_plan() {
 // run and a start, which takes as long as some keys. Rows are taken to be equally long.
 constexpr int kStartKv = 1024;
 constexpr int kMostWaves = 8;
+constexpr int kMostUnknownWaves = 2;  // that the device chooses from: CTAs that turn out to have no run cost time too
 
 SANTA_HD int run_parts_of(int64_t run_kv, int part_kv) { return static_cast<int>(ceil_div(run_kv, part_kv)); }
 
@@ -108,7 +109,8 @@ inline int wanted_ctas_of(int64_t units, int parts, int part_kv, int ctas_at_onc
 inline int64_t max_runs_of(const DecodeParams& p) {
   const CallPlan& plan = p.plan;
   if (plan.row_runs > 0) return static_cast<int64_t>(p.batch) * plan.row_runs;
-  return std::min<int64_t>(plan.wanted_ctas / p.num_units() + 1, static_cast<int64_t>(p.batch) * plan.max_parts) +
+  return std::min<int64_t>(static_cast<int64_t>(plan.wanted_ctas) * plan.most_waves / p.num_units() + 1,
+                           static_cast<int64_t>(p.batch) * plan.max_parts) +
          p.batch;
 }
 
@@ -129,10 +131,12 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
   const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
   plan.ctas_at_once = 2 * device.num_sms;
-  plan.wanted_ctas =
-      forced.wanted_ctas > 0 ? forced.wanted_ctas : wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once);
-  const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
   const bool lengths_known = !plan.exact;
+  plan.wanted_ctas = forced.wanted_ctas > 0 ? forced.wanted_ctas
+                     : lengths_known        ? wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once)
+                                            : plan.ctas_at_once;
+  plan.most_waves = forced.wanted_ctas > 0 || lengths_known || p.batch == 1 ? 1 : kMostUnknownWaves;
+  const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
   plan.row_runs = lengths_known ? ceil_div_int(parts, run_parts) : 0;
   plan.run_parts = run_parts;
   const bool alone = max_runs_of(p) * p.num_units() <= device.num_sms;

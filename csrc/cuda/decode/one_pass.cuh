@@ -179,7 +179,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
       has_level = true;
     }
     scorer.finish(scores, lane);
-    const uint32_t offset = tile_offset(p.budget, stream, first_key + tile, draw_kv, kv_len,
+    const uint32_t offset = tile_offset(p.budget, stream, first_key + tile, opaque(draw_kv), kv_len,
                                         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
                                         unit_bits_of(p.sampler, p.num_samples));
     draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
@@ -215,8 +215,8 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   unsigned char* const sums = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
   unsigned char* const areas = sums + sum_bytes_of(p);
   const auto queue_of = [&](int w) {
-    return DrawQueue{shared.full[w], shared.empty[w], areas + (w + 1) * area_bytes - kQueueChunks * chunk_bytes,
-                     chunk_bytes};
+    return DrawQueue{shared_address(shared.full[w]), shared_address(shared.empty[w]),
+                     shared_address(areas + (w + 1) * area_bytes - kQueueChunks * chunk_bytes), chunk_bytes};
   };
   const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;

@@ -34,7 +34,27 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
     keys += kv_len;
   }
   for (int offset = 16; offset > 0; offset >>= 1) keys += __shfl_xor_sync(0xffffffffu, keys, offset);
-  const int64_t run_kv = max(ceil_div(keys * p.num_units(), plan.wanted_ctas), int64_t{1});
+  // One wave of CTAs if they all live at once, two of half the length if that takes less time: heuristics.h.
+  int64_t run_kv = 1, best_cost = INT64_MAX;
+  for (int waves = 1; waves <= plan.most_waves; ++waves) {
+    const int64_t wave_kv =
+        max(ceil_div(keys * p.num_units(), static_cast<int64_t>(plan.wanted_ctas) * waves), int64_t{1});
+    int runs = 0, longest = 0;
+    for (int first = 0; plan.most_waves > 1 && first < p.batch; first += 32) {
+      int kv_len, part_kv;
+      shape_of(first + lane, kv_len, part_kv);
+      const int parts = run_parts_of(wave_kv, part_kv);
+      runs += ceil_div_int(ceil_div_int(kv_len, part_kv), parts);
+      longest =
+          max(longest, static_cast<int>(min(static_cast<int64_t>(parts) * part_kv, static_cast<int64_t>(kv_len))));
+    }
+    for (int offset = 16; offset > 0; offset >>= 1) {
+      runs += __shfl_xor_sync(0xffffffffu, runs, offset);
+      longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, offset));
+    }
+    const int64_t rounds = ceil_div_int(runs * p.num_units(), plan.ctas_at_once), cost = rounds * (longest + kStartKv);
+    if (cost < best_cost) run_kv = wave_kv, best_cost = cost;
+  }
   int before = 0;  // runs of the rows before `first`
   for (int first = 0; first < p.batch; first += 32) {
     int kv_len, part_kv;
