@@ -38,7 +38,7 @@ template <typename T, int HEAD_DIM>
 struct FeatureScorer {
   static constexpr bool kFloat8 = false;
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
-  static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotSlotBytes = 0;
+  static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotBytes = 0;
   static constexpr int kSlotKeys = kDrawTileKv;
 
   const BernoulliParams& p;
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_bernoulli_kernel(const
   launch_dependents();
   const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
-  unsigned char* const list = one_pass_bytes + kPilotBytes;
+  unsigned char* const list = one_pass_bytes + kPilotHeadBytes;
   Scorer::fetch_list(p, unit, list);
   __syncthreads();
   Scorer scorer(p, unit, list);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__((kFeatureScoreWarps + kGatherWarps) * 32, 2)
 template <typename T, int HEAD_DIM>
 void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
   launch_one_pass_kernels(pilot_bernoulli_kernel<T, HEAD_DIM>, one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode,
-                          feature_score_needs(p.decode), false, stream);
+                          feature_score_needs(p.decode), stream);
 }
 
 }  // namespace santa::cuda

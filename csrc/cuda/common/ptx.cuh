@@ -30,13 +30,6 @@ __device__ __forceinline__ Value opaque(Value value) {
 __device__ __forceinline__ uint64_t evict_first_policy() { return 0x12F0000000000000ull; }
 __device__ __forceinline__ uint64_t evict_normal_policy() { return 0x16F0000000000000ull; }
 
-// The larger one; NaN if either is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float max;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
-  return max;
-}
-
 // 16 bytes from global to shared memory, asynchronously. With `valid` false nothing is read and zeros are written.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
@@ -187,7 +180,6 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
 // Whether the phase of this parity has ended; the first phase has parity 0, the one before it has ended.
 __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
@@ -212,9 +204,6 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
                  : "r"(barrier), "r"(parity)
                  : "memory");
   } while (done == 0);
-}
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  mbarrier_wait(shared_address(barrier), parity);
 }
 
 // A barrier of the last two warps of a CTA alone.

@@ -1,4 +1,4 @@
-// One pass, by a score warp: from the scores of its tile to the draws, which it hands to the CTA's gather warp.
+// One pass, by a score warp: from the scores of its tile to the draws, which it hands to the CTA's gather warps.
 #pragma once
 
 #include "core/draw.h"
@@ -37,7 +37,7 @@ struct alignas(16) DrawChunk {
 };
 static_assert(sizeof(DrawChunk) == kChunkHeadBytes, "heuristics.h has to know of it");
 
-// Chunks of one score warp on their way to the gather warp: written in turn, read in turn. Whoever has written or read
+// Chunks of one score warp on their way to the gather warps: written in turn, read in turn. Whoever has written or read
 // arrives, every lane: racecheck follows no chains.
 struct DrawQueue {
   uint32_t full, empty, chunks;  // addresses in shared memory: barriers [kQueueChunks] of 8 bytes, and the chunks

@@ -253,8 +253,8 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
       Batch batch;
       batch.count = next < num_draws ? min(ceil_div_int(num_draws - next, kGatherWarps), kInFlight) : 0;
       if (batch.count > 0) {
-        // Lane i finds draw next + 2 i.
-        const int draw = min(next + kGatherWarps * lane, num_draws - 1);
+        // Lane i finds draw next + 2 i; those that have none, the last of this warp's.
+        const int draw = next + kGatherWarps * min(lane, batch.count - 1);
         int of = 0, before = 0;
 #pragma unroll
         for (int i = 0; i + 1 < kChunksInSight; ++i) {

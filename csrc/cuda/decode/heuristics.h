@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/draw.h"
 #include "params.h"
 
 namespace santa::cuda {
@@ -16,10 +17,8 @@ constexpr int kQueueChunks = 2;       // of a score warp: full, or being read
 constexpr int kChunkHeadBytes = 224;  // of a DrawChunk, weights apart; draw.cuh checks it
 constexpr int kSharedBytes = 512;     // of OnePassShared; one_pass.cuh checks it
 
-constexpr int kPilotWarpKeys = 32;  // of a warp of the pilot
-
-// What scores of one kind need: bytes of shared memory for the slot of a ring, for the keys of a warp of the pilot, and
-// once per CTA; slots of a ring; warps, at most.
+// What scores of one kind need: bytes of shared memory for the slot of a ring, for a warp of the pilot, and once per
+// CTA; slots of a ring; warps, at most.
 struct ScoreNeeds {
   int slot, pilot, once;
   int num_slots, max_warps;
@@ -40,11 +39,14 @@ constexpr int slot_keys(int head_dim) { return head_dim <= 192 ? 32 : 16; }
 
 // A ring has 64 keys: what is on its way on a multiprocessor then covers the latency of memory; more makes the rows of
 // V wait longer behind the keys. Rows of 1 byte an element lie in their slots without gaps.
+constexpr int key_slot_bytes(bool float8, int head_dim) {
+  return slot_keys(head_dim) * (float8 ? head_dim : slot_row_pitch(head_dim) * 2);
+}
+
 inline ScoreNeeds key_score_needs(const DecodeParams& p) {
   const bool float8 = p.k_dtype == Dtype::kFloat8E4M3;
-  const int row_bytes = float8 ? p.head_dim : slot_row_pitch(p.head_dim) * 2;
-  return {slot_keys(p.head_dim) * row_bytes, kPilotWarpKeys * row_bytes, 0, 64 / slot_keys(p.head_dim),
-          max_key_warps(float8, p.head_dim)};
+  const int slot = key_slot_bytes(float8, p.head_dim);
+  return {slot, slot, 0, 64 / slot_keys(p.head_dim), max_key_warps(float8, p.head_dim)};
 }
 
 // Floats from the scores of a key to those of the next.
@@ -80,7 +82,8 @@ inline ForcedPlan& forced_plan() {
 
 // How many CTAs to cut rows for. One wave of long runs has the fewest starts and ends, but with few more units than
 // CTAs live at once a second one would be nearly empty: what counts is the time of all waves, each of them as long as a
-// run and a start, which takes as long as some keys. Rows are taken to be equally long.
+// run and a start, which takes as long as some keys. The host decides for rows that it knows to be equally long, the
+// device (runs.cuh) for others.
 constexpr int kStartKv = 1024;
 constexpr int kMostWaves = 8;
 constexpr int kMostUnknownWaves = 2;  // that the device chooses from: CTAs that turn out to have no run cost time too
@@ -104,14 +107,23 @@ inline int wanted_ctas_of(int64_t units, int parts, int part_kv, int ctas_at_onc
   return best;
 }
 
-// Bound of the runs of all rows, per KV head and head block: without known lengths, as many as are wanted, and one more
-// for each row.
+// Bound of the runs of all rows, per KV head and head block: without known lengths, as many as are wanted in
+// most_waves, and one more for each row.
 inline int64_t max_runs_of(const DecodeParams& p) {
   const CallPlan& plan = p.plan;
   if (plan.row_runs > 0) return static_cast<int64_t>(p.batch) * plan.row_runs;
   return std::min<int64_t>(static_cast<int64_t>(plan.wanted_ctas) * plan.most_waves / p.num_units() + 1,
                            static_cast<int64_t>(p.batch) * plan.max_parts) +
          p.batch;
+}
+
+constexpr int kPilotWarpKeys = 32;
+constexpr int kPilotWarps = kPilotKeys / kPilotWarpKeys;
+constexpr int kPilotHeadBytes =
+    1024;  // of PilotShared; what the warps and the Scorer need follows; pilot.cuh checks it
+
+inline int pilot_shared_bytes(const ScoreNeeds& needs) {
+  return kPilotHeadBytes + kPilotWarps * needs.pilot + needs.once;
 }
 
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {

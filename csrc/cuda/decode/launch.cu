@@ -17,8 +17,8 @@ void launch_value_stages_of(const DecodeParams& p, cudaStream_t stream) {
 template <typename T, typename K>
 void launch_decode_of(const DecodeParams& p, cudaStream_t stream) {
   with_head_dim(p.head_dim, [&](auto head_dim) {
-    if (p.plan.exact || p.plan.proportional) launch_tiles<T, K, head_dim()>(p, stream);
     if (p.plan.one_pass) launch_one_pass<T, K, head_dim()>(p, stream);
+    if (p.plan.exact || p.plan.proportional) launch_tiles<T, K, head_dim()>(p, stream);
   });
   if (p.plan.proportional) launch_value_stages(p, stream);
   launch_combine(p, stream);

@@ -29,9 +29,7 @@ template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   static constexpr int kSlotKeys = slot_keys(HEAD_DIM);
-  static constexpr int kSlotBytes = kSlotKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
-  static constexpr int kOnceBytes = 0,
-                       kPilotSlotBytes = kPilotWarpKeys * (kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2);
+  static constexpr int kSlotBytes = key_slot_bytes(kFloat8, HEAD_DIM), kPilotBytes = kSlotBytes, kOnceBytes = 0;
 
   const DecodeParams& p;
   KvRows<K> keys;
@@ -83,32 +81,27 @@ struct KeyScorer {
 
   __device__ __forceinline__ void finish(TileScores&, int) const {}
 
-  // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits). `area`: shared
-  // memory for them.
+  // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits). `slot`: shared
+  // memory for as many of them as a slot has.
   template <typename Put>
-  __device__ __forceinline__ void score_pilot(uint32_t area, int part, const RowUnit& unit, int lane, const Put& put) {
-    const int first = part * kPilotWarpKeys, kv_len = unit.row.kv_len;
-    const int own_position = pilot_position(min(first + lane, pilot_size(kv_len) - 1), kv_len, 1);
-#pragma unroll
-    for (int slot = 0; slot < kPilotWarpKeys / kSlotKeys; ++slot) {
+  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
+    const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
+    const int own_position = pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1);
+#pragma unroll 1
+    for (int turn = 0; turn < kPilotWarpKeys / kSlotKeys; ++turn) {
+      const int first = part * kPilotWarpKeys + turn * kSlotKeys;
       // All lanes ask at once where rows are aligned; elsewhere each works it out.
       const auto row_of = [&](int row) {
-        const int key = slot * kSlotKeys + row;
-        return keys.row(p.aligned ? __shfl_sync(0xffffffffu, own_position, key)
-                                  : pilot_position(first + key, kv_len, 1));
+        return keys.row(p.aligned ? __shfl_sync(0xffffffffu, own_position, turn * kSlotKeys + row)
+                                  : pilot_position(first + row, kv_len, 1));
       };
-      load_some_rows<K, HEAD_DIM, kSlotKeys>(area + slot * kSlotBytes, row_of,
-                                             pilot_size(kv_len) - first - slot * kSlotKeys, p.aligned,
-                                             evict_normal_policy(), lane);
-    }
-    cp_async_commit();
-    load_query(unit, lane);
-    cp_async_wait<0>();
-    __syncwarp();
-#pragma unroll 1
-    for (int slot = 0; slot < kPilotWarpKeys / kSlotKeys; ++slot) {
-      score(area + slot * kSlotBytes, 0, lane,
-            [&](int key, const float (&logits)[4]) { put((first + slot * kSlotKeys + key) / 16, logits); });
+      load_some_rows<K, HEAD_DIM, kSlotKeys>(slot, row_of, size - first, p.aligned, evict_normal_policy(), lane);
+      cp_async_commit();
+      if (turn == 0) load_query(unit, lane);
+      cp_async_wait<0>();
+      __syncwarp();
+      score(slot, 0, lane, [&](int key, const float (&logits)[4]) { put((first + key) / 16, logits); });
+      __syncwarp();  // the other lanes are done with the slot
     }
   }
 };
@@ -246,11 +239,9 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_co
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   launch_dependents();
   const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
-  if (unit.row.one_pass()) {
-    KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
-    find_level(p, unit, scorer, one_pass_bytes);
-  }
-  wait_for_previous();  // exact rows beside these
+  if (!unit.row.one_pass()) return;
+  KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
+  find_level(p, unit, scorer, one_pass_bytes);
 }
 
 template <typename T, typename K, int HEAD_DIM>
@@ -260,7 +251,7 @@ __global__ void __launch_bounds__((max_key_warps(std::is_same_v<K, Float8>, HEAD
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
   const Work work(p);
-  if (!work.exists()) return wait_for_previous();  // as do those that have something to do
+  if (!work.exists()) return;
   Scorer scorer(p, work.unit, nullptr);
   one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, work);
 }

@@ -10,13 +10,10 @@
 
 namespace santa::cuda {
 
-constexpr int kPilotWarps = kPilotKeys / kPilotWarpKeys;
-
 struct PilotShared {
   SoftmaxState states[kPilotKeys / 16][kHeadBlock];
 };
-constexpr int kPilotBytes = 1024;  // of PilotShared; the keys of the warps follow, then what the Scorer keeps
-static_assert(sizeof(PilotShared) <= kPilotBytes);
+static_assert(sizeof(PilotShared) <= kPilotHeadBytes);
 
 // The states of 16 pilot keys. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the order of
 // score_slot.
@@ -35,7 +32,7 @@ __device__ __forceinline__ void put_pilot(PilotShared& shared, int group, const 
   }
 }
 
-// By all warps of the CTA. `bytes`: PilotShared and the keys of the warps.
+// By all warps of the CTA. `bytes`: PilotShared and what the warps need.
 template <typename Scorer>
 __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit& unit, Scorer& scorer,
                                            unsigned char* bytes) {
@@ -43,7 +40,7 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   if (warp * kPilotWarpKeys < size) {
     scorer.score_pilot(
-        shared_address(bytes) + kPilotBytes + warp * Scorer::kPilotSlotBytes, warp, unit, lane,
+        shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
         [&](int group, const float (&logits)[4]) { put_pilot(shared, group, logits, unit.row.kv_len, lane); });
   }
   __syncthreads();

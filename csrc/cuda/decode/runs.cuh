@@ -22,7 +22,7 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
   }
   const int lane = threadIdx.x & 31;
   const auto shape_of = [&](int row, int& kv_len, int& part_kv) {  // of a row that is not there: 0 keys
-    kv_len = 0, part_kv = 1;
+    kv_len = 0, part_kv = kMinPartKv;
     if (row >= p.batch) return;
     const RowShape shape = row_shape_of(p, row);
     if (shape.one_pass()) kv_len = shape.kv_len, part_kv = shape.tile_kv;

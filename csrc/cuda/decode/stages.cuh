@@ -10,36 +10,35 @@
 
 namespace santa::cuda {
 
-// Exact and proportional rows. Lengths that only the device knows may leave most of the tiles out: then there are no
-// more CTAs than live at once, and each looks for tiles of its row.
+// Exact and proportional rows. Beside rows in one pass, most tiles may not be there: then there are no more CTAs than
+// live at once, which look for tiles, and need not wait for the one-pass kernel but to end (tile.cuh).
 template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
-  const bool few_are_there = p.plan.exact && p.plan.one_pass;
-  const int tiles = std::max(few_are_there ? max_exact_tiles(p.plan.longest_exact) : p.max_tiles, 1);
-  const int items = tiles * p.num_units();
-  const int ctas = few_are_there ? std::min(items, std::max(p.plan.ctas_at_once / std::max(p.batch, 1), 1)) : items;
-  constexpr int kTileBytes = sizeof(TileShared<HEAD_DIM>);
-  allow_shared_memory(tile_kernel<T, K, HEAD_DIM>, kTileBytes);
-  tile_kernel<T, K, HEAD_DIM><<<dim3(ctas, p.batch), TileShared<HEAD_DIM>::kThreads, kTileBytes, stream>>>(p, items);
-  check_launch("tile_kernel");
+  auto* const kernel = tile_kernel<T, K, HEAD_DIM>;
+  constexpr int kTileBytes = sizeof(TileShared<HEAD_DIM>), kThreads = TileShared<HEAD_DIM>::kThreads;
+  if (p.plan.one_pass) {
+    const int64_t items = static_cast<int64_t>(std::max(max_exact_tiles(p.plan.longest_exact), 1)) * p.num_units();
+    const int64_t ctas = std::min<int64_t>(items * p.batch, p.plan.ctas_at_once);
+    share_multiprocessor(kernel, kTileBytes);
+    launch_after(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, kTileBytes, stream, "tile_kernel", p);
+  } else {
+    const unsigned items = static_cast<unsigned>(std::max(p.max_tiles, 1)) * p.num_units();
+    allow_shared_memory(kernel, kTileBytes);
+    kernel<<<dim3(items, p.batch), kThreads, kTileBytes, stream>>>(p);
+    check_launch("tile_kernel");
+  }
 }
 
-// The pilot and the one-pass kernel, with their parameters, which contain p. `beside`: a kernel for other rows has just
-// been launched, which the pilot need not wait for to begin, only to end: the chain to `combine` has to hold.
+// The pilot and the one-pass kernel, with their parameters, which contain p.
 template <typename Params>
 void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
-                             const DecodeParams& p, const ScoreNeeds& needs, bool beside, cudaStream_t stream) {
+                             const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream) {
   const bool streaming = p.budget == Budget::kStreaming;
   if (streaming) {
-    const int pilot_bytes = kPilotBytes + kPilotWarps * needs.pilot + needs.once;
+    const int pilot_bytes = pilot_shared_bytes(needs);
     share_multiprocessor(pilot, pilot_bytes);
-    const dim3 grid(p.num_units(), p.batch);
-    if (beside) {
-      launch_after(pilot, grid, kPilotWarps * 32, pilot_bytes, stream, "pilot_kernel", argument);
-    } else {
-      pilot<<<grid, kPilotWarps * 32, pilot_bytes, stream>>>(argument);
-      check_launch("pilot_kernel");
-    }
+    pilot<<<dim3(p.num_units(), p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
+    check_launch("pilot_kernel");
   }
   const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   share_multiprocessor(one_pass, shared_bytes);
@@ -55,7 +54,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
   launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p, key_score_needs(p),
-                          p.plan.exact, stream);
+                          stream);
 }
 
 template <typename V, int HEAD_DIM>

@@ -40,8 +40,7 @@ struct TileShared {
 // What a CTA works on.
 template <typename K>
 struct TileWork {
-  int64_t group;  // batch row x KV head
-  int tile;
+  int64_t group;      // batch row x KV head
   int first_head;     // within the group
   int num_heads;      // of this CTA, up to 8
   int64_t first_key;  // of the tile
@@ -279,7 +278,6 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
-  work.tile = tile;
   work.first_head = head_block * kHeadBlock;
   work.num_heads = min(kHeadBlock, p.gqa_group_size - work.first_head);
   work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
@@ -332,24 +330,37 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   }
 }
 
-// Beside rows in one pass this kernel comes first, and theirs need not wait for it (stages.cuh).
+// All tiles of all rows that are not in one pass, each CTA in steps of the grid, which has a line for every row or one
+// for all. Beside rows in one pass it starts before their kernel has ended, and ends after it: who waits for this
+// kernel has waited for both.
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
-    tile_kernel(const __grid_constant__ DecodeParams p, int items_per_row) {
+    tile_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
   launch_dependents();
-  const int batch_index = blockIdx.y, head_blocks = p.num_head_blocks();
-  const RowShape row = row_shape_of(p, batch_index);
-  if (row.one_pass()) return;
-  const int num_items = min(items_per_row, max(row.num_tiles, 1) * p.num_kv_heads * head_blocks);
-  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-    if (item != blockIdx.x) __syncthreads();  // all have read what the item before left in shared memory
-    // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
-    const int unit = item / head_blocks;
-    do_tile<T, K, HEAD_DIM>(p, row, batch_index, unit / p.num_kv_heads, unit % p.num_kv_heads,
-                            item - unit * head_blocks, shared);
+  const int lane = threadIdx.x & 31, head_blocks = p.num_head_blocks(), num_units = p.num_units();
+  int item = blockIdx.x;
+  bool again = false;
+  for (int first = blockIdx.y; first < p.batch; first += 32 * gridDim.y) {
+    const int own = first + lane * gridDim.y;
+    uint32_t rows = __ballot_sync(0xffffffffu, own < p.batch && !row_shape_of(p, min(own, p.batch - 1)).one_pass());
+    for (; rows != 0; rows &= rows - 1) {
+      const int batch_index = first + (__ffs(rows) - 1) * gridDim.y;
+      const RowShape row = row_shape_of(p, batch_index);
+      const int num_items = max(row.num_tiles, 1) * num_units;
+      for (; item < num_items; item += gridDim.x) {
+        if (again) __syncthreads();  // all have read what the tile before left in shared memory
+        again = true;
+        // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
+        const int unit = item / head_blocks;
+        do_tile<T, K, HEAD_DIM>(p, row, batch_index, unit / p.num_kv_heads, unit % p.num_kv_heads,
+                                item - unit * head_blocks, shared);
+      }
+      item -= num_items;  // the next row goes on where this one ends
+    }
   }
+  wait_for_previous();
 }
 
 }  // namespace santa::cuda

@@ -1,0 +1,99 @@
+// cuda/decode/heuristics.h: whatever the GPU and the shape, kernels get the shared memory that they ask for. Needs no
+// GPU. Exits with 0 if every check holds.
+#include "cuda/bernoulli/heuristics.h"
+#include "cuda/decode/heuristics.h"
+
+#include <cstdint>
+
+#include "check.h"
+
+using namespace santa;
+using namespace santa::cuda;
+
+namespace {
+
+struct Gpu {
+  const char* name;
+  DeviceLimits limits;
+};
+
+constexpr int kKb = 1024, kReserved = 1024;  // of every CTA
+const Gpu kGpus[] = {
+    {"sm_80", {108, 164 * kKb, 163 * kKb}}, {"sm_86", {84, 100 * kKb, 99 * kKb}},
+    {"sm_89", {142, 100 * kKb, 99 * kKb}},  {"sm_90", {132, 228 * kKb, 227 * kKb}},
+    {"sm_120", {170, 100 * kKb, 99 * kKb}},
+};
+
+DecodeParams params_of(int batch, int64_t kv_len, int group, int head_dim, Dtype k_dtype, bool lengths_known) {
+  DecodeParams p{};
+  static const int32_t some_lens[1] = {};
+  p.batch = batch, p.max_kv_len = kv_len, p.num_kv_heads = 8, p.num_qo_heads = 8 * group, p.gqa_group_size = group;
+  p.head_dim = head_dim, p.dtype = Dtype::kBFloat16, p.k_dtype = p.v_dtype = k_dtype;
+  p.num_samples = 128, p.min_sampled_len = 0, p.sampler = Sampler::kGrouped, p.budget = Budget::kStreaming;
+  p.kv_lens = lengths_known ? nullptr : some_lens;
+  p.plan = plan_call(p);
+  return p;
+}
+
+void check_plan(const Gpu& gpu, DecodeParams& p, const ScoreNeeds& needs, const char* kind) {
+  plan_one_pass(p, gpu.limits, needs);
+  const int bytes = one_pass_shared_bytes(p, needs), pilot = pilot_shared_bytes(needs);
+  const auto where = [&](const char* what) {
+    check(false, gpu.name, ", ", kind, ", group ", p.gqa_group_size, ", head_dim ", p.head_dim, ", batch ", p.batch,
+          ": ", what, " (", bytes, " bytes, pilot ", pilot, ")");
+  };
+  if (bytes > gpu.limits.cta_bytes) where("the one-pass kernel asks for more than a CTA can have");
+  if (pilot > gpu.limits.cta_bytes) where("the pilot asks for more than a CTA can have");
+  const bool many = max_runs_of(p) * p.num_units() > gpu.limits.num_sms;
+  if (many && 2 * (bytes + kReserved) > gpu.limits.sm_bytes) where("two CTAs do not fit a multiprocessor");
+  if (p.plan.num_slots < 2 || p.plan.num_slots > kMaxSlots) where("a ring of too few or too many slots");
+  if (p.plan.num_warps < 1 || p.plan.num_warps > needs.max_warps) where("too few or too many score warps");
+}
+
+void test_shared_memory() {
+  for (const Gpu& gpu : kGpus) {
+    for (const int head_dim : {64, 96, 128, 192, 256}) {
+      for (const int group : {1, 4, 5, 8, 9, 16}) {
+        for (const int batch : {1, 16, 300}) {
+          for (const bool known : {true, false}) {
+            for (const Dtype k_dtype : {Dtype::kBFloat16, Dtype::kFloat8E4M3}) {
+              DecodeParams p = params_of(batch, 32768, group, head_dim, k_dtype, known);
+              check_plan(gpu, p, key_score_needs(p), k_dtype == Dtype::kBFloat16 ? "bfloat16" : "float8");
+            }
+            DecodeParams p = params_of(batch, 32768, group, head_dim, Dtype::kBFloat16, known);
+            p.by_features = true;
+            check_plan(gpu, p, feature_score_needs(p), "features");
+          }
+        }
+      }
+    }
+  }
+}
+
+// Equal rows: every part in one run, no more CTAs than asked for but one a row, and no second wave that is nearly
+// empty.
+void test_equal_rows() {
+  const DeviceLimits h100 = kGpus[3].limits;
+  const int at_once = 2 * h100.num_sms;
+  for (const int batch : {1, 2, 4, 16, 33, 37, 64, 100}) {
+    for (const int64_t kv_len : {8192, 32768, 131072}) {
+      DecodeParams p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, true);
+      plan_one_pass(p, h100, key_score_needs(p));
+      const int64_t parts = ceil_div(kv_len, part_kv_of(kv_len, p.num_units()));
+      check(static_cast<int64_t>(p.plan.row_runs) * p.plan.run_parts >= parts, "a part belongs to no run");
+      check(static_cast<int64_t>(p.plan.row_runs - 1) * p.plan.run_parts < parts, "a run has no part");
+      const int64_t ctas = max_runs_of(p) * p.num_units(), rounds = ceil_div(ctas, at_once);
+      const double mean = static_cast<double>(batch) * p.num_units() * parts / at_once;
+      check(rounds * p.plan.run_parts <= 1.35 * mean + 1, batch, " x ", kv_len, ": ", rounds, " rounds of ",
+            p.plan.run_parts, " parts where ", mean, " are the least");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_shared_memory();
+  test_equal_rows();
+  return exit_code();
+}
