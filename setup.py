@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "santa"
 TORCH_TARGET = (2, 10)  # oldest torch the libraries run on
-DEFAULT_CUDA_ARCHS = "80;86;89;90;100;120;compute_120"
+DEFAULT_CUDA_ARCHS = "80;89;90;100;120;compute_120"  # sm_86 and sm_87 run the code of sm_80
 
 COMMON_FLAGS = [
     "-O3",
