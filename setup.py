@@ -3,7 +3,8 @@
 Environment variables:
   SANTA_CUDA        1 builds the CUDA library or fails, 0 leaves it out; unset: built if nvcc is found.
   SANTA_CUDA_ARCHS  what to compile for, e.g. "89;90". "compute_89" is PTX alone, which later GPUs compile; "native" is
-                    the GPUs that are there, and the default if there is none.
+                    the GPUs that are there. If there is none, the CUDA library is left out, or built for the default
+                    with SANTA_CUDA=1.
   MAX_JOBS          number of parallel compilations (torch.utils.cpp_extension).
 """
 
@@ -61,11 +62,15 @@ def find_cuda_home() -> Path | None:
     return Path(here.group(1).strip() if here else Path(nvcc).parent).resolve().parent
 
 
+def wants_native_archs() -> bool:
+    return os.environ.get("SANTA_CUDA_ARCHS", "").strip("; ") == "native"
+
+
 def cuda_home_to_use() -> Path | None:
     choice = os.environ.get("SANTA_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"SANTA_CUDA is {choice!r}; it must be 0, 1 or unset")
-    if choice == "0":
+    if choice == "0" or (choice == "" and wants_native_archs() and not native_archs()):
         return None
     home = find_cuda_home()
     if home is None and choice == "1":
@@ -91,7 +96,7 @@ def native_archs() -> str:
 def cuda_archs(cuda_home: Path) -> list[str]:
     """Code names as nvcc has them: sm_90 is machine code, compute_90 is PTX."""
     chosen = os.environ.get("SANTA_CUDA_ARCHS", "").strip("; ")
-    if chosen == "native":
+    if wants_native_archs():
         chosen = native_archs()
     names = re.split(r"[;,\s]+", chosen or DEFAULT_CUDA_ARCHS)
     for name in names:

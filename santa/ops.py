@@ -202,7 +202,8 @@ def decode(
         TypeError: an argument is of the wrong Python type.
         RuntimeError: a derivative of out or lse is computed. Inputs that require gradients are no error, backward() is;
             forward derivatives (torch.autograd.forward_ad) and the transforms of torch.func, vmap among them, raise in
-            the call itself.
+            the call itself. torch.compile traces the backward beside the forward, so there the call raises as well: use
+            torch.no_grad().
 
     Other head_dims, and k and v of different ones, run padded with zeros to `padded_head_dim`; the result is the same.
     Where k or v has to be padded, all of it is copied in every call, which costs more than attention; a

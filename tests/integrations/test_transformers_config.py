@@ -155,6 +155,22 @@ def test_attach_errors() -> None:
         assert refused.config._attn_implementation != "santa"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_float32_model_decodes_under_autocast(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dtype that counts is the one that attention is cast to."""
+    module = sys.modules["santa.integrations.transformers.attention"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_DTYPES", {device: (torch.bfloat16, torch.float16)})
+    model, prompt = make_model().to(device), make_prompt()["input_ids"].to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        expected = model(prompt).logits
+        integration.attach(model, santa.SantaConfig(num_samples=0))
+        cache = model(prompt[:, :-1]).past_key_values
+        logits = model(prompt[:, -1:], past_key_values=cache).logits
+    assert (logits[:, -1] - expected[:, -1]).abs().max() < 0.05 * expected.std()
+    with torch.no_grad(), pytest.raises(TypeError, match=f"runs in float32 on {device}; it needs to be bfloat16"):
+        model(prompt[:, -1:], past_key_values=cache)
+
+
 @pytest.mark.gpu
 def test_float32_on_cuda_is_refused() -> None:
     model = integration.attach(make_model().cuda(), santa.SantaConfig())

@@ -106,6 +106,31 @@ def test_a_users_integer_mask_is_added_as_eager_attention_adds_it(kv_len: int) -
     torch.testing.assert_close(integration.attention(module, query, key, value, mask)[0], expected)
 
 
+@pytest.mark.parametrize("lowest", ["min", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_users_float_mask_of_another_dtype_is_added_too(dtype: torch.dtype, lowest: str) -> None:
+    """Keys that are masked by the lowest number of the mask's dtype, or by -inf, are not attended to."""
+    query, key, value = layer_qkv(kv_len=24)
+    mask = torch.zeros(1, 1, 1, 24, dtype=dtype)
+    mask[..., :7] = torch.finfo(dtype).min if lowest == "min" else -torch.inf
+    mask[..., 9] = 1.5
+    scores = (query @ key.repeat_interleave(4, 1).transpose(-1, -2) / 8 + mask.float())[..., 7:]
+    expected = (scores.softmax(-1) @ value[:, :, 7:].repeat_interleave(4, 1)).transpose(1, 2)
+    module = FakeAttention()
+    set_settings(module, LayerSettings(EXACT))
+    torch.testing.assert_close(integration.attention(module, query, key, value, mask)[0], expected)
+
+
+def test_a_row_that_a_wider_mask_hides_entirely_is_a_mean() -> None:
+    """As in eager attention: the lowest float64 is no infinity in float32."""
+    query, key, value = layer_qkv(kv_len=24)
+    mask = torch.full((1, 1, 1, 24), torch.finfo(torch.float64).min, dtype=torch.float64)
+    module = FakeAttention()
+    set_settings(module, LayerSettings(EXACT))
+    out = integration.attention(module, query, key, value, mask)[0]
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).repeat_interleave(4, 1).transpose(1, 2))
+
+
 def test_a_users_integer_mask_in_a_model() -> None:
     model = make_model()
 

@@ -158,23 +158,37 @@ def test_bad_build_options_are_named():
         assert "SANTA_CUDA_ARCHS has '9.0'" in run_setup(SANTA_CUDA="1", SANTA_CUDA_ARCHS="89;9.0").stderr
 
 
+DEFAULT_OF_THE_NVCC = ["sm_80", "sm_90"]
+
+
 @pytest.mark.parametrize(
-    ("answer", "archs"),
+    ("answer", "santa_cuda", "archs"),
     [
-        ("9.0\n8.9\n9.0\n", ["sm_89", "sm_90"]),
-        ("12.0\n", ["sm_120"]),
-        ("No devices were found\n", []),
+        ("9.0\n8.9\n9.0\n", "", ["sm_89", "sm_90"]),
+        ("12.0\n", "1", ["sm_120"]),
+        ("9.0\n", "0", None),
+        ("No devices were found\n", "", None),
+        ("No devices were found\n", "1", DEFAULT_OF_THE_NVCC),
     ],
 )
-def test_native_means_the_gpus_that_are_there(tmp_path, answer, archs):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\ncat <<END\n{answer}END\n")
-    smi.chmod(0o755)
+def test_native_means_the_gpus_that_are_there(tmp_path, answer, santa_cuda, archs):
+    """None: the CUDA library is left out."""
+    (tmp_path / "bin").mkdir()
+    known = "\n".join(code.replace("sm_", "compute_") for code in DEFAULT_OF_THE_NVCC)
+    for name, output in (("nvidia-smi", answer.rstrip()), ("nvcc", known)):
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!/bin/sh\ncat <<END\n{output}\nEND\n")
+        script.chmod(0o755)
     code = (
         "import runpy, sys; sys.argv[1:] = ['--version']; build = runpy.run_path('setup.py');"
-        "print(build['cuda_archs'](None) if build['native_archs']() else [])"
+        "print(build['ARCHS'] if build['CUDA_HOME'] else None)"
     )
-    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SANTA_CUDA": "0", "SANTA_CUDA_ARCHS": "native"}
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_HOME": str(tmp_path),
+        "SANTA_CUDA": santa_cuda,
+        "SANTA_CUDA_ARCHS": "native",
+    }
     result = run(sys.executable, "-c", code, cwd=ROOT, env={**os.environ, **variables})
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(archs)

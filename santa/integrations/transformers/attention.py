@@ -87,9 +87,8 @@ def attention(
         ranges = None  # a mask of other keys than these: SDPA says so
     if is_causal_mask(attention_mask):
         attention_mask, is_causal = None, True
-    if attention_mask is not None and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-        # As eager attention has it: a mask that is not bool is added to the logits.
-        attention_mask = attention_mask.to(query.dtype)
+    if attention_mask is not None and attention_mask.dtype not in (torch.bool, query.dtype):
+        attention_mask = _as_addend(attention_mask, query.dtype)
     selection = _selection(module, kv_len, indices, block_indices)
     if selection is not None:
         attention_mask = as_mask(attention_mask, query, key, is_causal is not False)
@@ -145,13 +144,28 @@ def _selection(
     return None
 
 
+def _as_addend(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask that is not bool, as eager attention has it: added to the logits, which are of `dtype`.
+
+    What is finite stays finite, so that a row without keys is a mean and not NaN.
+    """
+    addend = mask.to(dtype)
+    if not mask.is_floating_point():
+        return addend
+    lowest = torch.finfo(dtype).min
+    return torch.where(torch.isneginf(mask), addend, addend.clamp(min=lowest))
+
+
 def _check_supported(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if not supports_head_dims(head_dim, value_dim):
         raise ValueError(head_dim_error(type(module).__name__, head_dim, value_dim))
     supported = _DTYPES.get(query.device.type)
-    if supported is not None and query.dtype not in supported:
-        got, *needed = (str(dtype).removeprefix("torch.") for dtype in (query.dtype, *supported))
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)  # santa.decode casts as SDPA does
+    if supported is not None and dtype not in supported:
+        got, *needed = (str(dtype).removeprefix("torch.") for dtype in (dtype, *supported))
         raise TypeError(
             f"santa: {type(module).__name__} runs in {got} on {query.device.type}; it needs to be "
             f"{' or '.join(needed)} there: load the model with dtype=torch.bfloat16"

@@ -15,14 +15,12 @@ from transformers import PreTrainedModel
 
 import santa
 from santa.config import SantaConfig
+from santa.shapes import DECODE_HEAD_DIMS
 
 NAME = "santa"
 
 # A plain attribute of an attention module: it is in no state_dict, and torch.compile guards on it.
 _SETTINGS_ATTRIBUTE = "_santa_settings"
-
-# The head dimensions that `santa.decode` is built for.
-_HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,23 @@ def set_settings(module: torch.nn.Module, settings: LayerSettings) -> None:
 
 
 def supports_head_dims(head_dim: int, value_dim: int) -> bool:
-    """Whether `santa.decode` takes keys of head_dim and values of value_dim: all that this package knows of it."""
-    return head_dim in _HEAD_DIMS and value_dim == head_dim
+    """Whether `santa.decode` takes keys of head_dim and values of value_dim as they lie in the cache.
+
+    Others it pads: a copy of the cache in every step, which costs more than attention itself (docs/shapes.md).
+    """
+    return head_dim in DECODE_HEAD_DIMS and value_dim == head_dim
 
 
 def head_dim_error(module_class: str, head_dim: int, value_dim: int) -> str:
     return (
-        f"santa: {module_class} has {_describe_head_dims(head_dim, value_dim)}, which santa.decode has no kernels for: "
-        'use attn_implementation="sdpa" for this model'
+        f"santa: {module_class} has {_describe_head_dims(head_dim, value_dim)}. For others santa.decode would have to copy "
+        'the cache in every step, at more cost than attention: use attn_implementation="sdpa" for this model'
     )
 
 
 def _describe_head_dims(head_dim: int, value_dim: int) -> str:
     got = f"head_dim {head_dim}" if value_dim == head_dim else f"head_dim {head_dim} with values of {value_dim}"
-    return f"{got}; it needs one of {_HEAD_DIMS}, for queries, keys and values alike"
+    return f"{got}; it needs one of {DECODE_HEAD_DIMS}, for queries, keys and values alike"
 
 
 def head_dims_of(module: torch.nn.Module) -> tuple[int, int] | None:
