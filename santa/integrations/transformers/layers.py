@@ -61,7 +61,7 @@ def supports_head_dims(head_dim: int, value_dim: int) -> bool:
 
 def head_dim_error(module_class: str, head_dim: int, value_dim: int) -> str:
     return (
-        f"santa: {module_class} has {_describe_head_dims(head_dim, value_dim)}. For others santa.decode would have to copy "
+        f"santa: {module_class} has {_describe_head_dims(head_dim, value_dim)}. For others santa.decode would copy "
         'the cache in every step, at more cost than attention: use attn_implementation="sdpa" for this model'
     )
 
