@@ -12,6 +12,7 @@ from santa import integrations  # noqa: E402
 from santa.bernoulli import append_k_features, append_k_features_paged  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
 from santa.float8 import quantize_kv  # noqa: E402
+from santa.merge import merge_state, merge_states  # noqa: E402
 from santa.ops import Budget, KvLayout, Sampler, ScoreSampler, decode, default_min_sampled_len  # noqa: E402
 from santa.prefill import PrefillStats, prefill  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
@@ -33,6 +34,8 @@ __all__ = [
     "decode",
     "default_min_sampled_len",
     "integrations",
+    "merge_state",
+    "merge_states",
     "padded_head_dim",
     "prefill",
     "quantize_kv",
