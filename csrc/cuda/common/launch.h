@@ -38,8 +38,7 @@ void share_multiprocessor(Kernel* kernel, int bytes) {
 }
 
 // Launches a kernel that calls wait_for_previous() (ptx.cuh) before it needs the one before it, which may still be
-// running when it starts. Only
-// code for sm_90 and later waits; what was compiled for less must not be launched early.
+// running when it starts. Only code for sm_90 and later waits; what was compiled for less must not be launched early.
 template <typename... Parameters, typename... Arguments>
 void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                   const char* name, const Arguments&... arguments) {

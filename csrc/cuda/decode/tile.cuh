@@ -1,5 +1,5 @@
-// Rows that are not sampled in one pass: one CTA per tile of keys and KV head (and block of 8 query heads, for larger
-// groups).
+// Rows that are not sampled in one pass, by tiles: a CTA does one tile of keys for one KV head (and block of 8 query
+// heads, for larger groups) at a time; beside rows in one pass, where most tiles may not be there, one after the other.
 //
 // Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
 // Proportional rows, stage 1: scores of the tile to the workspace, and the softmax state of every head. V is not
@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, 
   }
 }
 
-// Sampled rows. Lane state: the softmax of its own keys for its two heads.
+// Proportional rows. Lane state: the softmax of its own keys for its two heads.
 template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork<K>& work, int tile_kv,
                                            const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
@@ -141,7 +141,7 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
 // Exact rows. Slots alternate between K and V of the same 16 keys. o[m] holds dimensions 16 m + g and + 8 of heads 2 t
 // and 2 t + 1, relative to the running maximum of each head, which all lanes agree on.
 template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<K>& work, int tile_kv,
+__device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<K>& work,
                                             const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                             uint64_t policy) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -299,7 +299,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   if (row.sampled()) {
     score_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
   } else {
-    attend_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
+    attend_tile<T, K, HEAD_DIM>(p, work, query, shared, policy);
   }
   __syncthreads();
 
