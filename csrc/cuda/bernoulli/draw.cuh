@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   __shared__ uint32_t read[kMaxHeadDim];
   __shared__ uint8_t listed[kMaxHeadDim];
   __shared__ int num_listed;
+  launch_dependents();
   const DecodeParams& d = p.decode;
   const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const RowShape row = row_shape_of(d, batch_index);

@@ -146,43 +146,55 @@ struct FeatureScorer {
   }
 
   // Hands the logits of the pilot keys [32 part, 32 part + 32), in runs of neighbours, to put(group of 16, logits).
-  // They come straight from memory; those that are not finite count as zeros here, where nothing hangs on them.
+  // They come straight from memory, many at a time; those that are not finite count as zeros here, where nothing hangs
+  // on them.
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t, int part, const RowUnit& unit, int lane, const Put& put) const {
+    constexpr int kGroups = kPilotWarpKeys / 16, kTogether = 4;  // slots of features
+    const int g = lane >> 2, t = lane & 3, kv_len = unit.row.kv_len, size = pilot_size(kv_len);
+    int positions[kGroups][2];
+#pragma unroll
+    for (int i = 0; i < kGroups * 2; ++i) {
+      const int key = part * kPilotWarpKeys + i * 8 + g;
+      positions[i / 2][i % 2] = pilot_position(min(key, size - 1), kv_len, kFeaturePilotRun);
+    }
+    // Past the end, the last feature is read again, for nothing: no branch keeps the loads from being in flight together.
+    const auto element = [&](int position, int item) -> uint32_t {
+      const int feature = list.features[min(item, list.num_features - 1)];
+      const uint16_t bits =
+          __ldg(reinterpret_cast<const uint16_t*>(keys) + position + feature * p.stride_k_feature);
+      return item < list.num_features && is_finite_element<T>(bits) ? bits : 0;
+    };
+    float products[kGroups][4] = {};
 #pragma unroll 1
-    for (int group = 2 * part; group < 2 * part + 2; ++group) score_pilot_group(group, unit.row.kv_len, lane, put);
+    for (int first = 0; first < list.num_features; first += kTogether * kSlotFeatures) {
+      uint32_t a[kTogether][kGroups][4];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+        for (int i = 0; i < kGroups * 4; ++i) {  // low or high, features or features + 8
+          const int position = positions[i / 4][i % 2], item = first + u * kSlotFeatures + 2 * t + i % 4 / 2 * 8;
+          a[u][i / 4][i % 4] = element(position, item) | element(position, item + 1) << 16;
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const int slot = first + u * kSlotFeatures;
+        if (slot >= list.num_features) break;
+        const auto* b = reinterpret_cast<const uint32_t*>(counts() + g * count_pitch(HEAD_DIM) + slot + 2 * t);
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) Float16Traits<T>::mma(products[i], a[u][i], b[0], b[4]);
+      }
+    }
+    const float first_scale = list.scales[2 * t], second_scale = list.scales[2 * t + 1];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      put(part * kGroups + i, {logit_of(products[i][0], first_scale), logit_of(products[i][1], second_scale),
+                               logit_of(products[i][2], first_scale), logit_of(products[i][3], second_scale)});
+    }
   }
 
  private:
-  template <typename Put>
-  __device__ __forceinline__ void score_pilot_group(int group, int kv_len, int lane, const Put& put) const {
-    const int g = lane >> 2, t = lane & 3, size = pilot_size(kv_len);
-    const int low = pilot_position(min(group * 16 + g, size - 1), kv_len, kFeaturePilotRun);
-    const int high = pilot_position(min(group * 16 + g + 8, size - 1), kv_len, kFeaturePilotRun);
-    float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    const auto element = [&](int position, int item) -> uint32_t {
-      if (item >= list.num_features) return 0;
-      const uint16_t bits =
-          reinterpret_cast<const uint16_t*>(keys)[position + list.features[item] * p.stride_k_feature];
-      return is_finite_element<T>(bits) ? bits : 0;
-    };
-#pragma unroll 2
-    for (int item = 2 * t; item < list.num_features + 2 * t; item += kSlotFeatures) {
-      uint32_t a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // low or high, features or features + 8
-        const int position = i % 2 == 0 ? low : high, at = item + i / 2 * 8;
-        a[i] = element(position, at) | element(position, at + 1) << 16;
-      }
-      const auto* b = reinterpret_cast<const uint32_t*>(counts() + g * count_pitch(HEAD_DIM) + item);
-      Float16Traits<T>::mma(products, a, b[0], b[4]);
-    }
-    const float first_scale = list.scales[2 * t], second_scale = list.scales[2 * t + 1];
-    const float logits[4] = {logit_of(products[0], first_scale), logit_of(products[1], second_scale),
-                             logit_of(products[2], first_scale), logit_of(products[3], second_scale)};
-    put(group, logits);
-  }
-
   // The sums of the tile once more, from memory, with zeros in place of keys that are not finite; then those keys, one
   // by one, for the heads that drew their features. Rare, so short rather than fast.
   __device__ __forceinline__ void take_apart(int lane) {
@@ -234,6 +246,7 @@ template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = FeatureScorer<T, HEAD_DIM>;
+  wait_for_previous();  // what was drawn; the next kernel, which needs it too, starts later
   launch_dependents();
   const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
@@ -261,7 +274,7 @@ __global__ void __launch_bounds__((kFeatureScoreWarps + kGatherWarps) * 32, 2)
 template <typename T, int HEAD_DIM>
 void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
   launch_one_pass_kernels(pilot_bernoulli_kernel<T, HEAD_DIM>, one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode,
-                          feature_score_needs(p.decode), stream);
+                          feature_score_needs(p.decode), stream, /*is_first=*/false);
 }
 
 }  // namespace santa::cuda

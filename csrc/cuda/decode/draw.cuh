@@ -29,7 +29,8 @@ struct alignas(16) DrawChunk {
   float reference[kHeadBlock];                 // what weights are relative to
   float factor[1 + kGatherWarps][kHeadBlock];  // of the weights: the score warp's own, those of the gather warps
   SoftmaxState tile[kHeadBlock];
-  uint8_t key[kChunkDraws];  // within the tile, ascending
+  uint64_t row[kChunkDraws];  // of V: its address. Keys ascend
+  uint8_t key[kChunkDraws];   // within the tile
   uint16_t count;
   uint16_t is_last;  // of the tile
 
@@ -116,8 +117,8 @@ __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t
   }
 }
 
-// Starts a row of V on its way to the L2, where the gather warps find it.
-__device__ __forceinline__ void prefetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
+// The address of a row of V, which is started on its way to the L2: gather warps find it there.
+__device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
   const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
   const auto rows =
       make_kv_rows<char>(p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
@@ -127,6 +128,7 @@ __device__ __forceinline__ void prefetch_value(const DecodeParams& p, const RowU
   for (int byte = 0; byte < p.head_dim * element_bytes; byte += 128) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + byte));
   }
+  return reinterpret_cast<uint64_t>(row);
 }
 
 // Draws from the tile whose scores are in shared memory. Lane l owns keys 4 l to 4 l + 3; what belongs to head h alone
@@ -274,7 +276,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     __syncwarp();
     // The weights: a lane a draw.
     if (lane < listed) {
-      prefetch_value(p, unit, first_key + chunk.key[lane]);
+      chunk.row[lane] = fetch_value(p, unit, first_key + chunk.key[lane]);
       float* const own = weights + lane * scores.pitch;
       const float inclusion_inverse = own[0];
       const float* key_scores = scores.scores + score_place(chunk.key[lane]) * scores.pitch;

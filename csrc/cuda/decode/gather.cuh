@@ -16,8 +16,10 @@ template <int HEAD_DIM>
 struct ValueLanes {
   static constexpr int kElements = HEAD_DIM <= 64 ? 2 : HEAD_DIM <= 128 ? 4 : 8;  // of a lane
   static constexpr int kLanes = HEAD_DIM / kElements;                             // 32, or 24
-  static constexpr int kInFlight = kElements <= 4 ? 4 : 2;                        // rows of a batch, as registers allow
 };
+
+// Rows of a batch, as registers allow: fewer beside more score warps.
+constexpr int batch_rows(int head_dim, bool float8_keys) { return head_dim > 128 ? 2 : float8_keys ? 4 : 8; }
 
 // The elements of a row that a lane reads.
 template <typename V, int ELEMENTS>
@@ -138,18 +140,17 @@ __device__ __forceinline__ void hand_back(uint32_t held) {
 // Rows take their time to arrive: a batch of them is added up when the next one is on its way, if there are draws for
 // one. Chunks are taken in the order of their tiles, up to four at once, and go back to their score warps when the last
 // of their rows has been added up.
-template <typename V, int HEAD_DIM, typename QueueOf>
+template <typename V, int HEAD_DIM, int ROWS, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
                                              const QueueOf& queue_of, float* neighbour, int gather_warp, int lane) {
   using Lanes = ValueLanes<HEAD_DIM>;
-  constexpr int kElements = Lanes::kElements, kInFlight = Lanes::kInFlight;
-  using Batch = RowBatch<V, kElements, kInFlight>;
+  constexpr int kElements = Lanes::kElements;
+  using Batch = RowBatch<V, kElements, ROWS>;
   const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv,
             draw_kv = unit.row.draw_kv;
   const int own_head = lane & 7, own_chunk = lane >> 3;
   const int weight_bytes = score_pitch_of(num_heads) * 4;  // of a draw
   const bool wide = num_heads > 4, has_head = own_head < num_heads;
-  const auto values = value_rows<V>(p, unit.batch_index, unit.kv_head, unit.row.kv_start);
   const int lane_element = min(lane, Lanes::kLanes - 1) * kElements;
 
   uint32_t consumed = 0;  // chunks of score warp `lane`
@@ -158,12 +159,11 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     float acc[kHeadBlock][kElements] = {};
     float reference = -INFINITY, sum = 0.0f;  // of head lane % 8
     int rows_read = 0;
-    int first_key = part * part_kv;
-    int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - first_key), draw_kv);
+    int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - part * part_kv), draw_kv);
 
     // The chunks that were taken last. Their draws are one list, those of chunk i end at ends_at[i]; this warp's that
     // are not on their way yet are `next`, next + 2, ...
-    int ends_at[kChunksInSight] = {}, num_draws = 0, next = 0, list_key = 0;
+    int ends_at[kChunksInSight] = {}, num_draws = 0, next = 0;
     uint32_t chunk_address = 0, held = 0;  // of chunk own_chunk; its barrier
     bool scaled = false;                   // its weights are to be multiplied with its factors
 
@@ -233,7 +233,6 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           }
           next = (rows_read ^ gather_warp) & 1;
           rows_read += num_draws;
-          list_key = first_key;
           chunk_address = shared_address(&chunk);
           held = taken ? queue.empty_barrier(DrawQueue::buffer(n)) : 0;
 
@@ -244,14 +243,13 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           const int finished = goes_on ? num_chunks - 1 : num_chunks;
           owner += finished;
           while (owner >= num_warps) owner -= num_warps;
-          first_key += finished * draw_kv;
           tiles_left -= finished;
           if (next >= num_draws) hand_back(held);
         }
       }
 
       Batch batch;
-      batch.count = next < num_draws ? min(ceil_div_int(num_draws - next, kGatherWarps), kInFlight) : 0;
+      batch.count = next < num_draws ? min(ceil_div_int(num_draws - next, kGatherWarps), ROWS) : 0;
       if (batch.count > 0) {
         // Lane i finds draw next + 2 i; those that have none, the last of this warp's.
         const int draw = next + kGatherWarps * min(lane, batch.count - 1);
@@ -262,18 +260,18 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         }
         const uint32_t address = __shfl_sync(0xffffffffu, chunk_address, of * 8);
         batch.weights = address + kChunkHeadBytes + (draw - before) * weight_bytes;
-        const int key = list_key + of * draw_kv + load_shared_1(address + offsetof(DrawChunk, key) + draw - before);
-        const auto row_address = reinterpret_cast<uint64_t>(values.row(key));
+        const uint2 own_row = load_shared_8(address + offsetof(DrawChunk, row) + (draw - before) * 8);
+        const uint64_t row_address = static_cast<uint64_t>(own_row.y) << 32 | own_row.x;
         __syncwarp();  // the factors are there
         if (scaled && lane < batch.count) {
           scale_weights(batch.weights, address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
         }
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
+        for (int i = 0; i < ROWS; ++i) {
           const auto row = reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i));
           batch.rows[i].load(row + lane_element, i < batch.count, p.aligned);
         }
-        next += kGatherWarps * kInFlight;
+        next += kGatherWarps * ROWS;
         batch.held = next < num_draws ? 0 : held;
         __syncwarp();  // the weights are there
       }

@@ -14,7 +14,7 @@ constexpr int kMaxSlots = 8;       // of a score warp's ring
 constexpr int kGatherWarps = 2;
 constexpr int kChunkDraws = 16;       // draws that a score warp hands on at a time
 constexpr int kQueueChunks = 2;       // of a score warp: full, or being read
-constexpr int kChunkHeadBytes = 224;  // of a DrawChunk, weights apart; draw.cuh checks it
+constexpr int kChunkHeadBytes = 352;  // of a DrawChunk, weights apart; draw.cuh checks it
 constexpr int kSharedBytes = 512;     // of OnePassShared; one_pass.cuh checks it
 
 // What scores of one kind need: bytes of shared memory for the slot of a ring, for a warp of the pilot, and once per

@@ -227,10 +227,11 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   }
   cta_barrier();
   auto* const neighbour = reinterpret_cast<float*>(sums);
+  constexpr int kRows = batch_rows(HEAD_DIM, Scorer::kFloat8);
   if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
-    gather_parts<Float8, HEAD_DIM>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
+    gather_parts<Float8, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
   } else {
-    gather_parts<T, HEAD_DIM>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
+    gather_parts<T, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
   }
 }
 

@@ -29,16 +29,23 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   }
 }
 
-// The pilot and the one-pass kernel, with their parameters, which contain p.
+// The pilot and the one-pass kernel, with their parameters, which contain p. A pilot that is not the first kernel waits
+// for the one before it.
 template <typename Params>
 void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
-                             const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream) {
+                             const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream,
+                             bool is_first = true) {
   const bool streaming = p.budget == Budget::kStreaming;
   if (streaming) {
     const int pilot_bytes = pilot_shared_bytes(needs);
     share_multiprocessor(pilot, pilot_bytes);
-    pilot<<<dim3(p.num_units(), p.batch), kPilotWarps * 32, pilot_bytes, stream>>>(argument);
-    check_launch("pilot_kernel");
+    const dim3 pilot_grid(p.num_units(), p.batch);
+    if (is_first) {
+      pilot<<<pilot_grid, kPilotWarps * 32, pilot_bytes, stream>>>(argument);
+      check_launch("pilot_kernel");
+    } else {
+      launch_after(pilot, pilot_grid, kPilotWarps * 32, pilot_bytes, stream, "pilot_kernel", argument);
+    }
   }
   const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   share_multiprocessor(one_pass, shared_bytes);
