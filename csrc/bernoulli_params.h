@@ -16,8 +16,8 @@ constexpr int kMaxHeadDim = 256;  // features are listed by bytes
 constexpr int kFeaturePilotRun = 8;
 
 // Query heads that a CUDA thread scores at a time: the weights of a feature are stored in blocks of as many.
-SANTA_HD int score_heads_of(int gqa_group_size) {
-  return gqa_group_size <= 1 ? 1 : gqa_group_size <= 2 ? 2 : gqa_group_size <= 4 ? 4 : 8;
+SANTA_HD int score_heads_of(int group_size) {
+  return group_size <= 1 ? 1 : group_size <= 2 ? 2 : group_size <= 4 ? 4 : 8;
 }
 
 struct BernoulliParams {
@@ -31,19 +31,19 @@ struct BernoulliParams {
   int32_t* features_read;  // [batch, num_kv_heads], an output: features in the list below
 
   // Workspace: what was drawn, per (batch row, KV head).
-  int16_t* counts;    // [gqa_group_size, head_dim], in [-B, B]
-  float* scales;      // [gqa_group_size]: scale_log2 max|q| / B
+  int16_t* counts;    // [group_size, head_dim], in [-B, B]
+  float* scales;      // [group_size]: scale_log2 max|q| / B
   uint8_t* features;  // [head_dim]: those that any head of the group reads, ascending
   // The counts of the listed features once more, in the order in which the CUDA kernels of a row's kind multiply with
   // them; null if the call has no such rows.
-  int num_blocks;          // of score_heads_of(gqa_group_size) heads
+  int num_blocks;          // of score_heads_of(group_size) heads
   float* weights;          // exact and proportional: [num_blocks, head_dim, score_heads]
   uint16_t* half_weights;  // one pass: [head blocks, kHeadBlock, head_dim] in q's dtype; 0 after the listed features
                            // and for heads that there are not
 
-  SANTA_HD int64_t counts_offset(int64_t group) const { return group * decode.gqa_group_size * decode.head_dim; }
+  SANTA_HD int64_t counts_offset(int64_t group) const { return group * decode.group_size * decode.head_dim; }
   SANTA_HD int64_t weights_offset(int64_t group, int block) const {
-    return (group * num_blocks + block) * decode.head_dim * score_heads_of(decode.gqa_group_size);
+    return (group * num_blocks + block) * decode.head_dim * score_heads_of(decode.group_size);
   }
   SANTA_HD int64_t half_weights_offset(int64_t group, int head_block) const {
     return (group * decode.num_head_blocks() + head_block) * kHeadBlock * decode.head_dim;
@@ -54,12 +54,12 @@ struct BernoulliParams {
 inline int64_t place_bernoulli_workspace(BernoulliParams& p, void* base) {
   DecodeParams& d = p.decode;
   const int64_t groups = static_cast<int64_t>(d.batch) * d.num_kv_heads;
-  const int score_heads = score_heads_of(d.gqa_group_size);
-  p.num_blocks = static_cast<int>(ceil_div(d.gqa_group_size, score_heads));
+  const int score_heads = score_heads_of(d.group_size);
+  p.num_blocks = static_cast<int>(ceil_div(d.group_size, score_heads));
   const int64_t stages = place_workspace(d, base);
   Workspace workspace(base == nullptr ? nullptr : static_cast<char*>(base) + stages);
-  workspace.take(p.counts, groups * d.gqa_group_size * d.head_dim);
-  workspace.take(p.scales, groups * d.gqa_group_size);
+  workspace.take(p.counts, groups * d.group_size * d.head_dim);
+  workspace.take(p.scales, groups * d.group_size);
   workspace.take(p.features, groups * d.head_dim);
   if (d.plan.exact || d.plan.proportional) {
     workspace.take(p.weights, groups * p.num_blocks * d.head_dim * score_heads);

@@ -2,13 +2,27 @@
 // santa/bernoulli.py and santa/select.py.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(santa, m) {
-  // rows_read: int32 [batch, num_kv_heads], written in place if given.
-  m.def(
-      "decode(Tensor q, Tensor k, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, SymInt num_samples=256, "
-      "int sampler=3, int? budget=None, int kv_layout=0, float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, "
-      "Tensor? positions=None, SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None, "
-      "Tensor(a!)? rows_read=None) -> (Tensor out, Tensor lse)");
+  // Options that the decode operators have in common. rows_read: int32 [batch, num_kv_heads], written in place if
+  // given. window_left -1 and logits_soft_cap 0: none. whole_lens, shard_starts and levels: rows that are parts of
+  // longer ones (santa/distributed.py).
+  const std::string options =
+      "Tensor? kv_starts=None, SymInt num_samples=256, int sampler=3, int? budget=None, int kv_layout=0, "
+      "float? sm_scale=None, SymInt seed=0, Tensor? row_seeds=None, Tensor? positions=None, "
+      "SymInt? min_sampled_len=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor(c!)? rows_read=None, "
+      "SymInt window_left=-1, float logits_soft_cap=0.0, Tensor? sinks=None, SymInt first_kv_head=0, "
+      "Tensor? whole_lens=None, Tensor? shard_starts=None, Tensor? levels=None";
+  const std::string rows = "Tensor q, Tensor k, Tensor v, *, Tensor? kv_lens=None, " + options;
+  const std::string pages =
+      "Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor? page_table=None, Tensor? kv_lens=None, "
+      "Tensor? kv_indptr=None, Tensor? kv_indices=None, Tensor? kv_last_page_len=None, SymInt? max_kv_len=None, " +
+      options;
+  m.def(("decode(" + rows + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(("decode_paged(" + pages + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(("decode_out(Tensor(a!) out, Tensor(b!) lse, " + rows + ") -> ()").c_str());
+  m.def(("decode_paged_out(Tensor(a!) out, Tensor(b!) lse, " + pages + ") -> ()").c_str());
   m.def(
       "decode_bernoulli(Tensor q, Tensor k_features, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, "
       "SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, int? budget=None, "

@@ -44,23 +44,37 @@ constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile
 
 struct DecodeParams {
   // Inputs.
-  const void* q;             // [batch, num_qo_heads, head_dim], last dimension contiguous
-  const void* k;             // [batch, max_kv_len, num_kv_heads, head_dim] through the strides below
+  const void* q;             // [batch, q_len, num_qo_heads, head_dim], last dimension contiguous
+  const void* k;             // [batch, cache_kv_len, num_kv_heads, head_dim] through the strides below, or pages of it
   const void* v;             // the same shape, its own strides
-  const int32_t* kv_lens;    // [batch], or null: every row has max_kv_len keys
+  const int32_t* kv_lens;    // [batch], or null: every row has cache_kv_len keys
   const int32_t* kv_starts;  // [batch], or null: every row starts at position 0
   const int64_t* row_seeds;  // [batch], or null: 0 for every row
   const int32_t* positions;  // [batch], or null: kv_len. Part of the identity of a row's random stream
   const float* k_scale;      // [num_kv_heads] through its stride, or null: 1. Float8 K alone: key = k * k_scale
   const float* v_scale;      // the same for V
+  const float* sinks;        // [num_qo_heads], or null: a logit without a value beside those of the keys
+
+  // Of a paged cache; null otherwise. Row b has the pages page_table[b stride_page_table], ... or, with kv_indptr,
+  // page_table[kv_indptr[b]] to page_table[kv_indptr[b + 1] - 1].
+  const int32_t* page_table;
+  const int32_t* kv_indptr;          // [batch + 1]
+  const int32_t* kv_last_page_lens;  // [batch], beside kv_indptr: keys of the last page
+  int64_t stride_page_table;
+  int page_shift;     // log2 of the keys of a page
+  int64_t num_pages;  // of the cache; only the CPU looks whether a row's pages are among them
+
+  // Rows that are part of longer ones, as context parallelism has them; null otherwise.
+  const int32_t* whole_lens;    // [batch]: keys of the whole row
+  const int32_t* shard_starts;  // [batch]: position in it of the first key that is here
 
   // Outputs.
-  void* out;           // [batch, num_qo_heads, head_dim], contiguous, q's dtype
-  float* lse;          // [batch, num_qo_heads], natural logarithm
+  void* out;           // [batch, q_len, num_qo_heads, head_dim], contiguous, q's dtype
+  float* lse;          // [batch, q_len, num_qo_heads], natural logarithm
   int32_t* rows_read;  // [batch, num_kv_heads], or null: not asked for
 
-  int64_t stride_q_batch, stride_q_head;
-  int64_t stride_k_batch, stride_k_token, stride_k_head;
+  int64_t stride_q_batch, stride_q_token, stride_q_head;
+  int64_t stride_k_batch, stride_k_token, stride_k_head;  // batch: of a page, where there are pages
   int64_t stride_v_batch, stride_v_token, stride_v_head;
   int stride_k_scale, stride_v_scale;  // 0: one scale for the tensor, 1: one per KV head
 
@@ -69,13 +83,20 @@ struct DecodeParams {
   int batch;
   int num_qo_heads;
   int num_kv_heads;
-  int gqa_group_size;
+  int first_kv_head;  // of those of the whole model: part of the identity of random streams
+  int q_len;          // new tokens of a row, the last of its keys; each sees those up to its own
+  int head_group;     // query heads that share a KV head
+  int group_size;     // q_len head_group: query vectors that share a KV head, token by token. To all that follows they
+                      // are heads
   int head_dim;
-  int max_kv_len;
+  int cache_kv_len;  // keys that a row can have
+  int max_kv_len;    // of which it attends to so many at most
   bool aligned;      // q, k and v rows all start on 16-byte boundaries
   bool by_features;  // k is feature-major: Bernoulli scores
 
   float scale_log2;  // sm_scale * log2(e): scores are kept in base 2
+  float soft_cap;    // of logits, base 2; 0: none
+  int window_left;   // keys that a token sees beside its own, the latest; -1: all
   Sampler sampler;
   Budget budget;
   int num_samples;  // S per query head; 0 = exact
@@ -84,20 +105,24 @@ struct DecodeParams {
   CallPlan plan;
 
   // Workspace, per (batch row, KV head). `tiles` is max_tiles, an upper bound of the row's tiles, or parts in one pass;
-  // `streams` is 1 for the grouped sampler and gqa_group_size for the others.
+  // `streams` is 1 for the grouped sampler and group_size for the others.
   int max_tiles;
-  float* o_accum;      // [tiles, gqa_group_size, head_dim]; proportional: undefined where the stream's tile_rows is 0
-  float* tile_max;     // [tiles, gqa_group_size], base 2: what o_accum and tile_sum are relative to
-  float* tile_sum;     // [tiles, gqa_group_size]: sum of exp2(score - tile_max)
+  float* o_accum;      // [tiles, group_size, head_dim]; proportional: undefined where the stream's tile_rows is 0
+  float* tile_max;     // [tiles, group_size], base 2: what o_accum and tile_sum are relative to
+  float* tile_sum;     // [tiles, group_size]: sum of exp2(score - tile_max)
   int32_t* tile_rows;  // one pass: [head blocks, tiles]; proportional: [streams, tiles]: V rows drawn in the tile
 
-  float* level;  // [gqa_group_size], base 2: streaming rows' pilot, an estimate of their log-sum-exp
+  // Streaming rows' pilot, an estimate of their log-sum-exp: [batch, q_len, num_qo_heads], an input or in the
+  // workspace, times level_scale in base 2.
+  float* level;
+  float level_scale;
+  bool has_levels;  // it is an input
 
   // Of proportional rows, and the scores of exact rows with Bernoulli scores.
   int64_t scores_per_row;  // elements of `scores` per (batch, KV head)
-  int group_pitch;         // gqa_group_size, rounded up to even when above 1: a key's scores stay float2-aligned
+  int group_pitch;         // group_size, rounded up to even when above 1: a key's scores stay float2-aligned
   float* scores;           // [max_tiles * tile, group_pitch], base 2
-  float* row_lse;          // [gqa_group_size], base 2
+  float* row_lse;          // [group_size], base 2
   uint32_t* tile_start;    // [streams, tiles]: level 1 of the CDF
   uint32_t* tile_mass;     // [streams, tiles]
   uint32_t* tile_draw;     // [streams, tiles]: first draw of a sorted sampler that can fall into the tile
@@ -112,17 +137,29 @@ struct DecodeParams {
     return v_scale == nullptr ? 1.0f : v_scale[kv_head * stride_v_scale];
   }
 
+  // Element offset of a query vector of a KV head in q, and its index in out, lse and level.
+  SANTA_HD int64_t query_offset(int batch_index, int kv_head, int query) const {
+    const int token = q_len == 1 ? 0 : query / head_group;
+    return batch_index * stride_q_batch + token * stride_q_token +
+           (static_cast<int64_t>(kv_head) * head_group + query - token * head_group) * stride_q_head;
+  }
+  SANTA_HD int64_t output_index(int batch_index, int kv_head, int query) const {
+    const int token = q_len == 1 ? 0 : query / head_group;
+    return (static_cast<int64_t>(batch_index) * q_len + token) * num_qo_heads + kv_head * head_group + query -
+           token * head_group;
+  }
+
   SANTA_HD int64_t group_index(int batch_index, int kv_head) const {
     return static_cast<int64_t>(batch_index) * num_kv_heads + kv_head;
   }
-  SANTA_HD int num_streams() const { return sampler == Sampler::kGrouped ? 1 : gqa_group_size; }
-  SANTA_HD int64_t stats_offset(int64_t group) const { return group * max_tiles * gqa_group_size; }
+  SANTA_HD int num_streams() const { return sampler == Sampler::kGrouped ? 1 : group_size; }
+  SANTA_HD int64_t stats_offset(int64_t group) const { return group * max_tiles * group_size; }
   SANTA_HD int64_t stream_offset(int64_t group, int stream) const {
     return (group * num_streams() + stream) * max_tiles;
   }
   SANTA_HD int64_t mask_offset(int64_t group) const { return group * max_tiles * kMaskWords; }
 
-  SANTA_HD int num_head_blocks() const { return num_head_blocks_of(gqa_group_size); }
+  SANTA_HD int num_head_blocks() const { return num_head_blocks_of(group_size); }
   // Work that can go on side by side in a row: what its cut into parts depends on.
   SANTA_HD int num_units() const { return num_kv_heads * num_head_blocks(); }
 };
@@ -133,17 +170,18 @@ struct HeadBlock {
 };
 
 SANTA_HD HeadBlock head_block_of(const DecodeParams& p, int index) {
-  const int size = ceil_div_int(p.gqa_group_size, p.num_head_blocks());
-  const int first = index * size, left = p.gqa_group_size - first;
+  const int size = ceil_div_int(p.group_size, p.num_head_blocks());
+  const int first = index * size, left = p.group_size - first;
   return {first, left < size ? left : size};
 }
 
-// One batch row, as every stage sees it.
+// One batch row, as every stage sees it: the keys that any of its tokens attends to.
 struct RowShape {
   int64_t kv_start;
   int kv_len;
-  int position;  // of its random stream
-  bool valid;    // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
+  int span_len, span_first;  // keys of the whole row, of which these are [span_first, span_first + kv_len)
+  int position;              // of its random stream
+  bool valid;  // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
   RowKind kind;
   int tile_kv;    // in one pass: of a part
   int num_tiles;  // in one pass: parts
@@ -155,45 +193,101 @@ struct RowShape {
 };
 
 SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
-  const int64_t start = p.kv_starts != nullptr ? p.kv_starts[batch_index] : 0;
-  int64_t length = p.kv_lens != nullptr ? p.kv_lens[batch_index] : p.max_kv_len - start;
-  const bool valid = start >= 0 && length >= 0 && start + length <= p.max_kv_len;
-  if (!valid) length = 0;
-  const int kv_len = static_cast<int>(length);
-  const bool sampled = p.num_samples > 0 && kv_len > 0 && kv_len >= p.min_sampled_len;
+  int64_t start = p.kv_starts != nullptr ? p.kv_starts[batch_index] : 0;
+  int64_t length = p.kv_lens != nullptr ? p.kv_lens[batch_index] : p.cache_kv_len - start;
+  bool valid = start >= 0 && length >= 0 && start + length <= p.cache_kv_len;
+  if (p.kv_indptr != nullptr) {
+    const int64_t pages = static_cast<int64_t>(p.kv_indptr[batch_index + 1]) - p.kv_indptr[batch_index];
+    const int64_t page_size = int64_t{1} << p.page_shift, last = p.kv_last_page_lens[batch_index];
+    length = pages == 0 ? 0 : (pages - 1) * page_size + last;
+    valid = pages >= 0 && (pages == 0 || (last >= 1 && last <= page_size)) && length <= p.cache_kv_len;
+  }
+  int64_t whole = length, first = 0;
+  if (p.whole_lens != nullptr) {
+    whole = p.whole_lens[batch_index], first = p.shard_starts[batch_index];
+    // Tiles must not straddle shards.
+    valid = valid && first >= 0 && first % kDrawTileKv == 0 && first + length <= whole;
+  }
+  if (!valid) length = whole = first = 0;
+  const int64_t position = p.positions != nullptr ? p.positions[batch_index] : whole;
+  // The window of the first new token begins where no other does before it.
+  const int64_t unseen = p.window_left < 0 ? 0 : whole - p.q_len - p.window_left;
+  if (unseen > 0) {
+    int64_t skipped = unseen - first;
+    skipped = skipped < 0 ? 0 : skipped < length ? skipped : length;
+    start += skipped, length -= skipped;
+    first += skipped - unseen, whole -= unseen;
+  }
+  const int kv_len = static_cast<int>(length), span_len = static_cast<int>(whole);
+  const bool sampled = p.num_samples > 0 && kv_len > 0 && span_len >= p.min_sampled_len;
   const RowKind kind = !sampled                            ? RowKind::kExact
                        : p.budget == Budget::kProportional ? RowKind::kProportional
                                                            : RowKind::kOnePass;
   const int tile_kv = kind == RowKind::kExact     ? exact_tile_kv_of(kv_len)
                       : kind == RowKind::kOnePass ? part_kv_of(kv_len, p.num_units())
                                                   : tile_kv_of(kv_len);
-  const int position = p.positions != nullptr ? p.positions[batch_index] : kv_len;
   const int num_tiles = kind == RowKind::kOnePass ? num_parts_of(kv_len, tile_kv) : ceil_div_int(kv_len, tile_kv);
-  return {start, kv_len, position, valid, kind, tile_kv, num_tiles, draw_tile_kv_of(kv_len, p.by_features)};
+  return {start,
+          kv_len,
+          span_len,
+          static_cast<int>(first),
+          static_cast<int>(position),
+          valid,
+          kind,
+          tile_kv,
+          num_tiles,
+          draw_tile_kv_of(span_len, p.by_features)};
+}
+
+// Keys of the row that a query vector attends to. Without further tokens, all.
+struct KeyRange {
+  int first, end;
+};
+
+SANTA_HD KeyRange visible_keys(const DecodeParams& p, const RowShape& row, int query) {
+  if (p.q_len == 1) return {0, row.kv_len};
+  const int end = row.span_len - (p.q_len - 1 - query / p.head_group);  // in the whole row
+  const int first = p.window_left < 0 || end - 1 < p.window_left ? 0 : end - 1 - p.window_left;
+  return {first - row.span_first, end - row.span_first};
 }
 
 // ---- the identity of a random stream: each sampler's draws, for all stages and both backends
 
-// `head`: the query head; for grouped proportional draws the KV head, for grouped draws in one pass the head block.
-SANTA_HD RandomStream random_stream(const DecodeParams& p, int batch_index, const RowShape& row, int head) {
-  return RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0, row.position, head);
+// Streams of a KV head are numbered: its query vectors; for grouped proportional draws there is one, for grouped draws
+// in one pass one for each head block.
+SANTA_HD RandomStream random_stream(const DecodeParams& p, int batch_index, const RowShape& row, int kv_head, int index,
+                                    int streams) {
+  return RandomStream::make(p.seed, p.row_seeds != nullptr ? p.row_seeds[batch_index] : 0, row.position,
+                            (p.first_kv_head + kv_head) * streams + index);
 }
 
 // Draws of one stream of a proportional row.
 SANTA_HD uint32_t num_draws_of(const DecodeParams& p) {
-  return static_cast<uint32_t>(p.num_samples) * (p.sampler == Sampler::kGrouped ? p.gqa_group_size : 1);
+  return static_cast<uint32_t>(p.num_samples) * (p.sampler == Sampler::kGrouped ? p.group_size : 1);
 }
 
 // ---- rows of the cache
 
+// T: of the elements, or of bytes, with strides in bytes.
+template <typename T>
+SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int batch_index, int kv_head, int64_t kv_start,
+                                int64_t stride_batch, int64_t stride_token, int64_t stride_head) {
+  const T* base = static_cast<const T*>(data) + kv_head * stride_head;
+  if (p.page_table == nullptr) {
+    return {base + batch_index * stride_batch + kv_start * stride_token, stride_token, nullptr, 0, 0, 0};
+  }
+  const int64_t pages = p.kv_indptr != nullptr ? p.kv_indptr[batch_index] : batch_index * p.stride_page_table;
+  return {base, stride_token, p.page_table + pages, stride_batch, p.page_shift, static_cast<int>(kv_start)};
+}
+
 template <typename T>
 SANTA_HD KvRows<T> key_rows(const DecodeParams& p, int batch_index, int kv_head, int64_t kv_start) {
-  return make_kv_rows<T>(p.k, batch_index, kv_head, kv_start, p.stride_k_batch, p.stride_k_token, p.stride_k_head);
+  return make_kv_rows<T>(p, p.k, batch_index, kv_head, kv_start, p.stride_k_batch, p.stride_k_token, p.stride_k_head);
 }
 
 template <typename T>
 SANTA_HD KvRows<T> value_rows(const DecodeParams& p, int batch_index, int kv_head, int64_t kv_start) {
-  return make_kv_rows<T>(p.v, batch_index, kv_head, kv_start, p.stride_v_batch, p.stride_v_token, p.stride_v_head);
+  return make_kv_rows<T>(p, p.v, batch_index, kv_head, kv_start, p.stride_v_batch, p.stride_v_token, p.stride_v_head);
 }
 
 // ---- logits and outputs
@@ -201,20 +295,42 @@ SANTA_HD KvRows<T> value_rows(const DecodeParams& p, int batch_index, int kv_hea
 // From q k to the logit in base 2, wherever a logit is made. `scale`: DecodeParams::score_scale.
 SANTA_HD float logit_of(float product, float scale) { return product * scale; }
 
-// An element of the output. `sum`: of exp2(score - lse) v. Without keys: zero. Undefined, so NaN: a range outside the
-// cache, a NaN or an infinite score.
-SANTA_HD float output_of(const RowShape& row, float lse, float sum, float output_scale) {
-  if (row.valid && row.kv_len == 0) return 0.0f;
-  return row.valid && is_finite(lse) ? sum * output_scale : NAN;
+// Whether logits are not yet what is attended with: see attended_logit.
+SANTA_HD bool changes_logits(const DecodeParams& p) { return p.soft_cap > 0.0f || p.q_len > 1; }
+
+// The logit of key n of the row for a query vector, capped, or -inf where it does not see the key.
+SANTA_HD float attended_logit(const DecodeParams& p, KeyRange visible, int64_t n, float logit) {
+  if (p.soft_cap > 0.0f) logit = p.soft_cap * tanhf(logit / p.soft_cap);
+  return n >= visible.first && n < visible.end ? logit : -INFINITY;
 }
 
-// The public log-sum-exp, natural logarithm.
-SANTA_HD float lse_output_of(const RowShape& row, float lse) { return row.valid ? lse * kLn2 : NAN; }
+// What a query vector's sums, of exp2(score - lse) v, are multiplied with, and its public log-sum-exp, to the natural
+// base. Without keys the output is zero. Undefined, so NaN: a range outside the cache, a NaN or an infinite score.
+struct Epilogue {
+  float factor, lse;
+
+  SANTA_HD float output(float sum) const { return factor == 0.0f ? 0.0f : sum * factor; }
+};
+
+SANTA_HD Epilogue epilogue_of(const DecodeParams& p, const RowShape& row, int kv_head, int query, float lse) {
+  if (!row.valid) return {NAN, NAN};
+  const KeyRange visible = visible_keys(p, row, query);
+  const bool has_keys = visible.end > 0 && visible.first < visible.end && visible.first < row.kv_len;
+  float factor = !has_keys ? 0.0f : is_finite(lse) ? p.output_scale(kv_head) : NAN;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[kv_head * p.head_group + query % p.head_group] * kLog2E;
+    const float total = log2_sum(merge({lse, 1.0f}, {sink, 1.0f}));
+    if (has_keys) factor *= exp2_below(lse, total);
+    lse = total;
+  }
+  return {factor, lse * kLn2};
+}
 
 // Decides what a call has to expect; num_samples is 0 if no row can be long enough to be sampled.
 inline CallPlan plan_call(const DecodeParams& p) {
   CallPlan plan{};
-  const bool lengths_known = p.kv_lens == nullptr && p.kv_starts == nullptr;
+  const bool lengths_known =
+      p.kv_lens == nullptr && p.kv_starts == nullptr && p.kv_indptr == nullptr && p.whole_lens == nullptr;
   const bool sampled = p.num_samples > 0 && p.max_kv_len > 0;
   plan.one_pass = sampled && p.budget != Budget::kProportional;
   plan.proportional = sampled && p.budget == Budget::kProportional;

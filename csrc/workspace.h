@@ -33,21 +33,21 @@ inline int64_t place_workspace(DecodeParams& p, void* base) {
   if (plan.one_pass) p.max_tiles = plan.max_parts;
   if (plan.proportional) p.max_tiles = std::max(p.max_tiles, max_num_tiles(p.max_kv_len));
   if (plan.exact) p.max_tiles = std::max(p.max_tiles, max_exact_tiles(plan.longest_exact));
-  p.group_pitch = p.gqa_group_size == 1 ? 1 : (p.gqa_group_size + 1) / 2 * 2;
+  p.group_pitch = p.group_size == 1 ? 1 : (p.group_size + 1) / 2 * 2;
   p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;
 
   Workspace workspace(base);
   const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
-  const int64_t tiles = groups * p.max_tiles, stats = tiles * p.gqa_group_size;
+  const int64_t tiles = groups * p.max_tiles, stats = tiles * p.group_size;
   workspace.take(p.o_accum, stats * p.head_dim);
   workspace.take(p.tile_max, stats);
   workspace.take(p.tile_sum, stats);
-  if (plan.one_pass && p.budget == Budget::kStreaming) workspace.take(p.level, groups * p.gqa_group_size);
+  if (plan.one_pass && p.budget == Budget::kStreaming && !p.has_levels) workspace.take(p.level, groups * p.group_size);
   if (plan.one_pass && p.rows_read != nullptr) workspace.take(p.tile_rows, tiles * p.num_head_blocks());
   if (plan.proportional) {
     workspace.take(p.tile_rows, tiles * p.num_streams());
     workspace.take(p.scores, groups * p.scores_per_row);
-    workspace.take(p.row_lse, groups * p.gqa_group_size);
+    workspace.take(p.row_lse, groups * p.group_size);
     workspace.take(p.tile_start, tiles * p.num_streams());
     workspace.take(p.tile_mass, tiles * p.num_streams());
     workspace.take(p.tile_draw, tiles * p.num_streams());

@@ -13,7 +13,15 @@ from santa.bernoulli import append_k_features, append_k_features_paged  # noqa: 
 from santa.config import SantaConfig  # noqa: E402
 from santa.float8 import quantize_kv  # noqa: E402
 from santa.merge import merge_state, merge_states  # noqa: E402
-from santa.ops import Budget, KvLayout, Sampler, ScoreSampler, decode, default_min_sampled_len  # noqa: E402
+from santa.ops import (  # noqa: E402
+    Budget,
+    KvLayout,
+    Sampler,
+    ScoreSampler,
+    decode,
+    decode_paged,
+    default_min_sampled_len,
+)
 from santa.prefill import PrefillStats, prefill  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
 from santa.shapes import PaddingWarning, padded_head_dim  # noqa: E402
@@ -32,6 +40,7 @@ __all__ = [
     "append_k_features",
     "append_k_features_paged",
     "decode",
+    "decode_paged",
     "default_min_sampled_len",
     "integrations",
     "merge_state",

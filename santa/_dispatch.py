@@ -96,7 +96,7 @@ def _autograd_kernel(name: str, op: Any) -> Any:
 
     def run(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
         # Every tensor that could ask for a derivative; autograd sees those that are positional alone.
-        names = tuple(key for key in ("k_scale", "v_scale") if options.get(key) is not None)
+        names = tuple(key for key in ("k_scale", "v_scale", "sinks", "levels") if options.get(key) is not None)
         differentiable = (*(options[key] for key in names), *tensors)
         if not wants_derivative(differentiable):
             with torch._C._AutoDispatchBelowAutograd():
@@ -116,15 +116,17 @@ def _autograd_kernel(name: str, op: Any) -> Any:
     return kernel
 
 
-def _in_place_autograd_kernel(name: str, op: Any) -> Any:
-    """For an operator that writes its first argument and returns nothing: there is nothing that could raise later."""
+def _in_place_autograd_kernel(name: str, op: Any, written: int) -> Any:
+    """For an operator that writes its first arguments and returns nothing: there is nothing that could raise later."""
 
-    def kernel(written: Tensor, *tensors: Tensor) -> None:
-        if wants_derivative((written, *tensors)):
+    def kernel(*tensors: Tensor, **options: Any) -> None:
+        if wants_derivative((*tensors, *options.values())):
             raise no_derivative(name)
         with torch._C._AutoDispatchBelowAutograd():
-            op(written, *tensors)
-        torch.autograd.graph.increment_version(written)
+            call(op, *tensors, **options)
+        for tensor in (*tensors[:written], options.get("rows_read")):
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
 
     return kernel
 
@@ -172,15 +174,17 @@ def _autocast_kernel(op: Any, key: str) -> Any:
     return kernel
 
 
-def register(name: str, *, in_place: bool = False) -> None:
-    """What operator `name` does under autograd, vmap and, unless it writes a tensor of the caller's, autocast.
+def register(name: str, *, written: int = 0) -> None:
+    """What operator `name` does under autograd, vmap and, unless it writes tensors of the caller's, autocast.
+    `written`: how many, its first arguments.
 
     Not torch.library.register_autograd and register_autocast: the first takes no schemas with keyword-only tensors, the
     second casts every tensor, scales among them.
     """
     op = getattr(torch.ops.santa, name).default
-    _library.impl(name, (_in_place_autograd_kernel if in_place else _autograd_kernel)(name, op), "Autograd")
+    autograd = _in_place_autograd_kernel(name, op, written) if written > 0 else _autograd_kernel(name, op)
+    _library.impl(name, autograd, "Autograd")
     _library.impl(name, _vmap_kernel(name), "FuncTorchBatched")
-    if not in_place:
+    if written == 0:
         for key in ("AutocastCPU", "AutocastCUDA"):
             _library.impl(name, _autocast_kernel(op, key), key)

@@ -78,4 +78,4 @@ def _append_k_features_paged_fake(k_pages: Tensor, k_new: Tensor, positions: Ten
 
 register("decode_bernoulli")
 for _name in ("append_k_features", "append_k_features_paged"):
-    register(_name, in_place=True)
+    register(_name, written=1)

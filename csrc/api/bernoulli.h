@@ -29,7 +29,7 @@ inline void check_cuda_num_draws(const DecodeArguments& a, int64_t num_draws) {
 inline void check_decode_bernoulli(const DecodeArguments& a, int64_t num_draws, int64_t score_sampler) {
   check_range("kv_layout", a.kv_layout, 0, 1);
   const bool hnd = a.hnd();
-  check_query_rank(a.q);
+  check_query_rank(a.q, /*several_tokens=*/false);
   check_rank("k_features", a.k, 4, kFeatureShape);
   check_rank(
       "v", a.v, 4,
@@ -142,8 +142,9 @@ Tensor ternary_counts_op(Tensor q, Tensor kv_lens, Tensor row_seeds, int64_t num
   d.dtype = d.k_dtype = d.v_dtype = dtype_of(q);
   d.batch = static_cast<int>(batch), d.num_qo_heads = static_cast<int>(num_qo_heads);
   d.num_kv_heads = static_cast<int>(num_kv_heads);
-  d.gqa_group_size = static_cast<int>(num_qo_heads / num_kv_heads), d.head_dim = static_cast<int>(head_dim);
-  d.max_kv_len = static_cast<int>(kMaxKvLen);
+  d.group_size = static_cast<int>(num_qo_heads / num_kv_heads), d.head_dim = static_cast<int>(head_dim);
+  d.q_len = 1, d.head_group = d.group_size, d.window_left = -1;
+  d.cache_kv_len = d.max_kv_len = static_cast<int>(kMaxKvLen);
   d.seed = seed;
   p.num_draws = static_cast<int>(num_draws), p.score_sampler = static_cast<ScoreSampler>(score_sampler);
 

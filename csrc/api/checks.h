@@ -126,16 +126,17 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
 
 // k and v are in q's dtype, or in float8_e4m3fn: k alone, or both. Not v alone: all keys are read and few values, so
 // keys are what it pays to shrink first.
-inline void check_cache_dtypes(const Tensor& q, const Tensor& k, const Tensor& v) {
+inline void check_cache_dtypes(const Tensor& q, const char* k_name, const Tensor& k, const char* v_name,
+                               const Tensor& v) {
   const ScalarType dtype = q.scalar_type(), float8 = ScalarType::Float8_e4m3fn;
   const bool float8_keys = k.scalar_type() == float8;
-  if (!float8_keys) check_dtype("k", k, dtype, ", q's dtype, or float8_e4m3fn");
+  if (!float8_keys) check_dtype(k_name, k, dtype, ", q's dtype, or float8_e4m3fn");
   if (v.scalar_type() == dtype || (float8_keys && v.scalar_type() == float8)) return;
   if (v.scalar_type() == float8) {
-    fail("v is float8_e4m3fn while k is ", name_of(dtype), "; it needs to be ", name_of(dtype),
-         " too, or k to be float8_e4m3fn");
+    fail(v_name, " is float8_e4m3fn while ", k_name, " is ", name_of(dtype), "; it needs to be ", name_of(dtype),
+         " too, or ", k_name, " to be float8_e4m3fn");
   }
-  check_dtype("v", v, dtype, float8_keys ? ", q's dtype, or float8_e4m3fn" : ", q's dtype");
+  check_dtype(v_name, v, dtype, float8_keys ? ", q's dtype, or float8_e4m3fn" : ", q's dtype");
 }
 
 // Optional scales of a float8 cache: one number, or one per KV head.
@@ -157,6 +158,13 @@ inline void check_scale(const char* name, const Tensor& scale, const char* cache
   }
 }
 
+inline void check_contiguous(const char* name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return;
+  std::string strides;
+  for (int64_t i = 0; i < tensor.dim(); ++i) strides += (i > 0 ? ", " : "") + std::to_string(tensor.stride(i));
+  fail(name, " has strides [", strides, "]; it needs to be contiguous");
+}
+
 // Optional per-row tensors: [batch], contiguous, on q's device.
 inline void check_per_row(const char* name, const Tensor& tensor, const Tensor& q, ScalarType dtype) {
   check_integers(name, tensor, dtype);
@@ -175,9 +183,7 @@ inline void check_rows_read(const Tensor& rows_read, const Tensor& q, int64_t nu
   check_size("rows_read", rows_read, 0, q.size(0), "batch");
   check_size("rows_read", rows_read, 1, num_kv_heads, "num_kv_heads");
   check_same_device("rows_read", rows_read, q);
-  if (!rows_read.is_contiguous()) {
-    fail("rows_read has strides [", rows_read.stride(0), ", ", rows_read.stride(1), "]; it needs to be contiguous");
-  }
+  check_contiguous("rows_read", rows_read);
 }
 
 }  // namespace santa::api

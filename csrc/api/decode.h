@@ -1,7 +1,9 @@
-// santa::decode: checks, allocation and parameters, written once for both backends.
+// santa::decode and santa::decode_paged, and those that write into given tensors: checks, allocation and parameters,
+// written once for both backends.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -19,6 +21,8 @@ namespace santa::api {
 
 constexpr int64_t kMaxNumSamples = int64_t{1} << 20;
 constexpr int64_t kMaxGroupSize = 1024;  // with kMaxNumSamples: draws per stream stay below 2^31
+constexpr int64_t kMaxQueryLen = 8;
+constexpr int64_t kMaxPageSize = 256;
 constexpr int64_t kMaxBatch = 65535;
 constexpr double kMaxScale = 1e30;  // float32, with room for log2(e)
 constexpr int64_t kMaxKvLen = 2147483647;
@@ -40,29 +44,49 @@ Tensor empty(const std::array<int64_t, RANK>& sizes, ScalarType dtype, const Ten
   return Tensor(handle);
 }
 
-// The arguments that santa::decode and santa::decode_bernoulli share, and the scales of the first. Filled by name.
+// What the decode operators are called with. Filled by name; what an operator does not have stays as it is here.
 struct DecodeArguments {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const std::optional<Tensor>& kv_lens;
-  const std::optional<Tensor>& kv_starts;
+  Tensor q, k, v;
+  // decode_paged alone, whose k and v are pages.
+  bool paged = false;
+  std::optional<Tensor> page_table = {};
+  std::optional<Tensor> kv_lens;
+  std::optional<Tensor> kv_indptr = {};
+  std::optional<Tensor> kv_indices = {};
+  std::optional<Tensor> kv_last_page_len = {};
+  std::optional<int64_t> max_kv_len = {};
+
+  std::optional<Tensor> kv_starts;
   int64_t num_samples;
   int64_t sampler;
   std::optional<int64_t> budget;
   int64_t kv_layout;
   std::optional<double> sm_scale;
   int64_t seed;
-  const std::optional<Tensor>& row_seeds;
-  const std::optional<Tensor>& positions;
+  std::optional<Tensor> row_seeds;
+  std::optional<Tensor> positions;
   std::optional<int64_t> min_sampled_len;
-  std::optional<Tensor> k_scale;
-  std::optional<Tensor> v_scale;
-  const std::optional<Tensor>& rows_read;
+  std::optional<Tensor> k_scale = {};
+  std::optional<Tensor> v_scale = {};
+  std::optional<Tensor> rows_read;
+  int64_t window_left = -1;
+  double logits_soft_cap = 0.0;
+  std::optional<Tensor> sinks = {};
+  int64_t first_kv_head = 0;
+  std::optional<Tensor> whole_lens = {};
+  std::optional<Tensor> shard_starts = {};
+  std::optional<Tensor> levels = {};
 
   bool hnd() const { return kv_layout == static_cast<int64_t>(KvLayout::kHND); }
   int head_axis() const { return hnd() ? 1 : 2; }
   int token_axis() const { return hnd() ? 2 : 1; }
+  const char* k_name() const { return paged ? "k_cache" : "k"; }
+  const char* v_name() const { return paged ? "v_cache" : "v"; }
+
+  // Of a q that was checked: [batch, num_qo_heads, head_dim], or [batch, q_len, num_qo_heads, head_dim].
+  int64_t q_len() const { return q.dim() == 4 ? q.size(1) : 1; }
+  int64_t num_qo_heads() const { return q.size(q.dim() - 2); }
+  int64_t head_dim() const { return q.size(q.dim() - 1); }
 };
 
 inline const char* name_of(Sampler sampler) {
@@ -89,13 +113,25 @@ inline Budget budget_of(const DecodeArguments& a) {
   return can_draw_in_one_pass(static_cast<Sampler>(a.sampler)) ? Budget::kStreaming : Budget::kProportional;
 }
 
-// The query of one decode step has no dimension for its length; attention elsewhere in torch has.
-inline void check_query_rank(const Tensor& q) {
+// One new token has no dimension for their number; attention elsewhere in torch has, in another place.
+inline void check_query_rank(const Tensor& q, bool several_tokens) {
   const char* shape = "[batch, num_qo_heads, head_dim]";
-  if (q.dim() != 4) return check_rank("q", q, 3, shape);
-  const int axis = q.size(2) == 1 ? 2 : q.size(1) == 1 ? 1 : 0;
-  if (axis == 0) fail("q has shape ", shape_of(q), "; it needs 3 dimensions, ", shape, ": a decode step has one query");
-  fail("q has shape ", shape_of(q), "; it needs 3 dimensions, ", shape, ": pass q.squeeze(", axis, ")");
+  if (q.dim() != 4) {
+    if (q.dim() == 3) return;
+    const char* both = " dimensions, [batch, num_qo_heads, head_dim], or 4, [batch, q_len, num_qo_heads, head_dim]";
+    if (several_tokens) fail("q has shape ", shape_of(q), "; it needs 3", both);
+    return check_rank("q", q, 3, shape);
+  }
+  const int64_t q_len = q.size(1);
+  if (several_tokens && q_len >= 1 && q_len <= kMaxQueryLen) return;
+  const int axis = q.size(2) == 1 ? 2 : q_len == 1 ? 1 : 0;
+  const std::string cure = axis == 0 ? "" : ": pass q.squeeze(" + std::to_string(axis) + ")";
+  if (several_tokens) {
+    fail("q has shape ", shape_of(q), "; dimension 1 (q_len) is ", q_len, " and needs to be in [1, ", kMaxQueryLen, "]",
+         cure);
+  }
+  fail("q has shape ", shape_of(q), "; it needs 3 dimensions, ", shape,
+       cure.empty() ? ": a decode step has one query" : cure);
 }
 
 inline void check_query_dtype(const Tensor& q) {
@@ -107,7 +143,7 @@ inline void check_query_dtype(const Tensor& q) {
 }
 
 inline void check_head_dim(const Tensor& q) {
-  const int64_t head_dim = q.size(2);
+  const int64_t head_dim = q.size(q.dim() - 1);
   if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
     fail("q has head_dim ", head_dim,
          "; it needs to be one of 64, 96, 128, 192, 256 (santa.decode pads narrower ones)");
@@ -120,12 +156,16 @@ inline bool heads_fit(int64_t num_qo_heads, int64_t num_kv_heads) {
 
 // The batch and heads of q against the KV heads of `name`; `where` says where the latter were looked for.
 inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads, const std::string& where = "") {
-  const int64_t batch = q.size(0), num_qo_heads = q.size(1);
+  const int64_t batch = q.size(0), num_qo_heads = q.size(q.dim() - 2), q_len = q.dim() == 4 ? q.size(1) : 1;
   if (batch > kMaxBatch) fail("q has batch ", batch, "; it needs to be at most ", kMaxBatch);
   if (num_qo_heads < 1) fail("q has shape ", shape_of(q), "; it needs at least one head");
   if (!heads_fit(num_qo_heads, num_kv_heads)) {
     fail(name, " has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads,
          ") needs to be a multiple of it, at most ", kMaxGroupSize, " times", where);
+  }
+  if (q_len * (num_qo_heads / num_kv_heads) > kMaxGroupSize) {
+    fail("q has ", q_len, " tokens of ", num_qo_heads / num_kv_heads,
+         " heads per KV head; their product needs to be at most ", kMaxGroupSize);
   }
 }
 
@@ -133,9 +173,9 @@ inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads,
 inline std::string where_heads_are(const DecodeArguments& a) {
   const char* layout = a.hnd() ? "HND" : "NHD";
   const char* other = a.hnd() ? "NHD" : "HND";
-  std::string text = "; k has shape " + shape_of(a.k) + ", and kv_layout '" + layout + "' has its heads in dimension " +
-                     std::to_string(a.head_axis());
-  if (heads_fit(a.q.size(1), a.k.size(a.token_axis()))) {
+  std::string text = std::string("; ") + a.k_name() + " has shape " + shape_of(a.k) + ", and kv_layout '" + layout +
+                     "' has its heads in dimension " + std::to_string(a.head_axis());
+  if (heads_fit(a.num_qo_heads(), a.k.size(a.token_axis()))) {
     text += std::string(": pass kv_layout='") + other + "' if they are in dimension " + std::to_string(a.token_axis());
   }
   return text;
@@ -168,36 +208,125 @@ inline void check_options(const DecodeArguments& a, int64_t num_kv_heads) {
   if (a.min_sampled_len && *a.min_sampled_len < 0) {
     fail("min_sampled_len is ", *a.min_sampled_len, "; it needs to be at least 0");
   }
+  check_range("window_left", a.window_left, -1, kMaxKvLen);
+  if (!(a.logits_soft_cap >= 0.0 && a.logits_soft_cap <= kMaxScale)) {
+    fail("logits_soft_cap is ", a.logits_soft_cap, "; it needs to be in [0, ", kMaxScale, "], 0 for none");
+  }
+  if (a.sinks) {
+    check_dtype("sinks", *a.sinks, ScalarType::Float, "");
+    check_rank("sinks", *a.sinks, 1, "[num_qo_heads]");
+    check_size("sinks", *a.sinks, 0, a.num_qo_heads(), "num_qo_heads");
+    check_same_device("sinks", *a.sinks, a.q);
+    check_contiguous("sinks", *a.sinks);
+  }
+  check_range("first_kv_head", a.first_kv_head, 0, kMaxKvLen / kMaxGroupSize - num_kv_heads);
+}
+
+// A float32 tensor of one number for each query vector.
+inline void check_per_query(const char* name, const Tensor& tensor, const Tensor& q) {
+  check_dtype(name, tensor, ScalarType::Float, "");
+  check_rank(name, tensor, q.dim() - 1, q.dim() == 4 ? "[batch, q_len, num_qo_heads]" : "[batch, num_qo_heads]");
+  for (int64_t dim = 0; dim + 1 < q.dim(); ++dim) check_size(name, tensor, dim, q.size(dim), "as in q");
+  check_same_device(name, tensor, q);
+  check_contiguous(name, tensor);
+}
+
+// Rows that are parts of longer ones.
+inline void check_shards(const DecodeArguments& a) {
+  if (a.levels) check_per_query("levels", *a.levels, a.q);
+  if (a.whole_lens) check_per_row("whole_lens", *a.whole_lens, a.q, ScalarType::Int);
+  if (a.shard_starts) check_per_row("shard_starts", *a.shard_starts, a.q, ScalarType::Int);
+  if (a.whole_lens.has_value() != a.shard_starts.has_value()) {
+    fail(a.whole_lens ? "whole_lens is given without shard_starts" : "shard_starts is given without whole_lens",
+         "; they need each other");
+  }
+  if (!a.whole_lens) return;
+  if (a.window_left >= 0) fail("window_left is ", a.window_left, " while whole_lens is given; it needs to be -1 then");
+  if (a.num_samples == 0) return;
+  const Budget budget = budget_of(a);
+  if (budget == Budget::kProportional) {
+    fail("whole_lens is given with budget='proportional'; it needs budget='streaming' or 'uniform'");
+  }
+  if (budget == Budget::kStreaming && !a.levels) {
+    fail("whole_lens is given without levels, which budget='streaming' needs to be the same for all shards");
+  }
+}
+
+// How rows find their pages.
+inline void check_pages(const DecodeArguments& a) {
+  const int64_t page_size = a.k.size(a.token_axis());
+  if (page_size < 1 || page_size > kMaxPageSize || (page_size & (page_size - 1)) != 0) {
+    fail("k_cache has page_size ", page_size, " (shape ", shape_of(a.k), ", kv_layout '", a.hnd() ? "HND" : "NHD",
+         "'); it needs to be a power of two from 1 to ", kMaxPageSize);
+  }
+  const bool any_list = a.kv_indptr || a.kv_indices || a.kv_last_page_len;
+  if (a.page_table.has_value() == any_list) {
+    fail(any_list ? "page_table is given beside kv_indptr, kv_indices or kv_last_page_len"
+                  : "page_table is None, and so are kv_indptr, kv_indices and kv_last_page_len",
+         "; one of the two is needed: page_table with kv_lens, or those three");
+  }
+  if (a.max_kv_len) check_range("max_kv_len", *a.max_kv_len, 0, kMaxKvLen);
+  if (!any_list) {
+    check_integers("page_table", *a.page_table, ScalarType::Int);
+    check_rank("page_table", *a.page_table, 2, "[batch, max_pages]");
+    check_size("page_table", *a.page_table, 0, a.q.size(0), "batch");
+    check_same_device("page_table", *a.page_table, a.q);
+    check_last_dim_contiguous("page_table", *a.page_table);
+    if (!a.kv_lens) fail("kv_lens is None; page_table needs it");
+    return;
+  }
+  const auto check_list = [&](const char* name, const std::optional<Tensor>& list, const char* shape) {
+    if (!list) fail(name, " is None; kv_indptr, kv_indices and kv_last_page_len need each other");
+    check_integers(name, *list, ScalarType::Int);
+    check_rank(name, *list, 1, shape);
+    check_same_device(name, *list, a.q);
+    check_contiguous(name, *list);
+  };
+  check_list("kv_indptr", a.kv_indptr, "[batch + 1]");
+  check_size("kv_indptr", *a.kv_indptr, 0, a.q.size(0) + 1, "batch + 1");
+  check_list("kv_indices", a.kv_indices, "[number of pages of all rows]");
+  check_list("kv_last_page_len", a.kv_last_page_len, "[batch]");
+  check_size("kv_last_page_len", *a.kv_last_page_len, 0, a.q.size(0), "batch");
+  if (a.kv_lens) fail("kv_lens is given beside kv_indptr, which says what it would: pass None");
+  if (a.kv_starts) fail("kv_starts is given beside kv_indptr, which lists the pages of a row's keys: pass None");
 }
 
 inline void check_decode(const DecodeArguments& a) {
   check_range("kv_layout", a.kv_layout, 0, 1);
-  const char* kv_shape = a.hnd() ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)"
-                                 : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)";
-  check_query_rank(a.q);
-  check_rank("k", a.k, 4, kv_shape);
-  check_rank("v", a.v, 4, kv_shape);
+  const char* kv_shape = a.paged ? (a.hnd() ? "[num_pages, num_kv_heads, page_size, head_dim] (HND)"
+                                            : "[num_pages, page_size, num_kv_heads, head_dim] (NHD)")
+                                 : (a.hnd() ? "[batch, num_kv_heads, max_kv_len, head_dim] (HND)"
+                                            : "[batch, max_kv_len, num_kv_heads, head_dim] (NHD)");
+  const char *k_name = a.k_name(), *v_name = a.v_name();
+  check_query_rank(a.q, /*several_tokens=*/true);
+  check_rank(k_name, a.k, 4, kv_shape);
+  check_rank(v_name, a.v, 4, kv_shape);
 
   check_query_dtype(a.q);
-  check_cache_dtypes(a.q, a.k, a.v);
-  check_same_device("k", a.k, a.q);
-  check_same_device("v", a.v, a.q);
+  check_cache_dtypes(a.q, k_name, a.k, v_name, a.v);
+  check_same_device(k_name, a.k, a.q);
+  check_same_device(v_name, a.v, a.q);
 
   check_head_dim(a.q);
-  check_size("k", a.k, 0, a.q.size(0), "batch");
-  check_size("k", a.k, 3, a.q.size(2), "head_dim");
-  for (int dim = 0; dim < 4; ++dim) check_size("v", a.v, dim, a.k.size(dim), "as in k");
+  if (!a.paged) check_size("k", a.k, 0, a.q.size(0), "batch");
+  check_size(k_name, a.k, 3, a.head_dim(), "head_dim");
+  for (int dim = 0; dim < 4; ++dim) check_size(v_name, a.v, dim, a.k.size(dim), a.paged ? "as in k_cache" : "as in k");
   const int64_t num_kv_heads = a.k.size(a.head_axis());
-  check_heads(a.q, "k", num_kv_heads, where_heads_are(a));
-  if (a.k.size(a.token_axis()) > kMaxKvLen) {
+  check_heads(a.q, k_name, num_kv_heads, where_heads_are(a));
+  if (!a.paged && a.k.size(a.token_axis()) > kMaxKvLen) {
     fail("k has max_kv_len ", a.k.size(a.token_axis()), "; it needs to be at most ", kMaxKvLen);
   }
+  if (a.paged && a.k.size(0) > kMaxKvLen) {
+    fail("k_cache has ", a.k.size(0), " pages; it needs to have at most ", kMaxKvLen);
+  }
   check_last_dim_contiguous("q", a.q);
-  check_last_dim_contiguous("k", a.k);
-  check_last_dim_contiguous("v", a.v);
+  check_last_dim_contiguous(k_name, a.k);
+  check_last_dim_contiguous(v_name, a.v);
+  if (a.paged) check_pages(a);
   check_options(a, num_kv_heads);
-  if (a.k_scale) check_scale("k_scale", *a.k_scale, "k", a.k, a.q, num_kv_heads);
-  if (a.v_scale) check_scale("v_scale", *a.v_scale, "v", a.v, a.q, num_kv_heads);
+  check_shards(a);
+  if (a.k_scale) check_scale("k_scale", *a.k_scale, k_name, a.k, a.q, num_kv_heads);
+  if (a.v_scale) check_scale("v_scale", *a.v_scale, v_name, a.v, a.q, num_kv_heads);
 }
 
 // Of a dtype that the checks let through.
@@ -231,30 +360,55 @@ inline bool rows_are_aligned(const Tensor& tensor) {
 }
 
 inline DecodeOutputs empty_outputs(const DecodeArguments& a) {
-  const int64_t batch = a.q.size(0), num_qo_heads = a.q.size(1);
-  return {empty<3>({batch, num_qo_heads, a.q.size(2)}, a.q.scalar_type(), a.q),
-          empty<2>({batch, num_qo_heads}, ScalarType::Float, a.q)};
+  const int64_t batch = a.q.size(0), heads = a.num_qo_heads(), head_dim = a.head_dim();
+  const ScalarType dtype = a.q.scalar_type(), real = ScalarType::Float;
+  if (a.q.dim() == 3) return {empty<3>({batch, heads, head_dim}, dtype, a.q), empty<2>({batch, heads}, real, a.q)};
+  return {empty<4>({batch, a.q_len(), heads, head_dim}, dtype, a.q), empty<3>({batch, a.q_len(), heads}, real, a.q)};
+}
+
+// Outputs that the caller has made.
+inline void check_outputs(const DecodeArguments& a, const DecodeOutputs& outputs) {
+  check_dtype("out", outputs.out, a.q.scalar_type(), ", q's dtype");
+  check_rank("out", outputs.out, a.q.dim(),
+             a.q.dim() == 4 ? "[batch, q_len, num_qo_heads, head_dim]" : "[batch, num_qo_heads, head_dim]");
+  for (int64_t dim = 0; dim < a.q.dim(); ++dim) check_size("out", outputs.out, dim, a.q.size(dim), "as in q");
+  check_same_device("out", outputs.out, a.q);
+  check_contiguous("out", outputs.out);
+  check_per_query("lse", outputs.lse, a.q);
+}
+
+// Keys that a row of the cache can have.
+inline int64_t cache_kv_len_of(const DecodeArguments& a) {
+  const int64_t tokens = a.v.size(a.token_axis());
+  if (!a.paged) return tokens;
+  const int64_t pages = a.page_table ? a.page_table->size(1) : a.kv_indices->size(0);
+  const int64_t bound = pages > kMaxKvLen / tokens ? kMaxKvLen : pages * tokens;
+  return a.max_kv_len && *a.max_kv_len < bound ? *a.max_kv_len : bound;
 }
 
 // All but the keys and what depends on them: k, its strides, scales and alignment.
 inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOutputs& outputs) {
-  const int64_t num_qo_heads = a.q.size(1), head_dim = a.q.size(2);
-  const int64_t num_kv_heads = a.v.size(a.head_axis()), group_size = num_qo_heads / num_kv_heads;
+  const int64_t num_qo_heads = a.num_qo_heads(), head_dim = a.head_dim(), q_len = a.q_len();
+  const int64_t num_kv_heads = a.v.size(a.head_axis()), head_group = num_qo_heads / num_kv_heads;
+  const auto int32s = [](const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr<int32_t>() : nullptr;
+  };
 
   DecodeParams p{};
   p.q = a.q.const_data_ptr();
   p.v = a.v.const_data_ptr();
-  p.kv_lens = a.kv_lens ? a.kv_lens->const_data_ptr<int32_t>() : nullptr;
-  p.kv_starts = a.kv_starts ? a.kv_starts->const_data_ptr<int32_t>() : nullptr;
+  p.kv_lens = int32s(a.kv_lens), p.kv_starts = int32s(a.kv_starts);
   p.row_seeds = a.row_seeds ? a.row_seeds->const_data_ptr<int64_t>() : nullptr;
-  p.positions = a.positions ? a.positions->const_data_ptr<int32_t>() : nullptr;
+  p.positions = int32s(a.positions);
+  p.whole_lens = int32s(a.whole_lens), p.shard_starts = int32s(a.shard_starts);
+  p.sinks = a.sinks ? a.sinks->const_data_ptr<float>() : nullptr;
   p.v_scale = a.v_scale ? a.v_scale->const_data_ptr<float>() : nullptr;
   p.stride_v_scale = a.v_scale && a.v_scale->numel() > 1 ? 1 : 0;
   p.out = outputs.out.mutable_data_ptr();
   p.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
   p.rows_read = a.rows_read ? static_cast<int32_t*>(a.rows_read->mutable_data_ptr()) : nullptr;
 
-  p.stride_q_batch = a.q.stride(0), p.stride_q_head = a.q.stride(1);
+  p.stride_q_batch = a.q.stride(0), p.stride_q_token = a.q.stride(1), p.stride_q_head = a.q.stride(a.q.dim() - 2);
   p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(a.token_axis());
   p.stride_v_head = a.v.stride(a.head_axis());
 
@@ -262,20 +416,30 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   p.batch = static_cast<int>(a.q.size(0));
   p.num_qo_heads = static_cast<int>(num_qo_heads);
   p.num_kv_heads = static_cast<int>(num_kv_heads);
-  p.gqa_group_size = static_cast<int>(group_size);
+  p.first_kv_head = static_cast<int>(a.first_kv_head);
+  p.q_len = static_cast<int>(q_len);
+  p.head_group = static_cast<int>(head_group);
+  p.group_size = static_cast<int>(q_len * head_group);
   p.head_dim = static_cast<int>(head_dim);
-  p.max_kv_len = static_cast<int>(a.v.size(a.token_axis()));
+  const int64_t cache_kv_len = cache_kv_len_of(a);
+  p.cache_kv_len = static_cast<int>(cache_kv_len);
+  p.window_left = static_cast<int>(a.window_left);
+  p.max_kv_len = static_cast<int>(a.window_left < 0 ? cache_kv_len : std::min(cache_kv_len, a.window_left + q_len));
 
   const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));
+  p.soft_cap = static_cast<float>(a.logits_soft_cap * static_cast<double>(kLog2E));
   p.sampler = static_cast<Sampler>(a.sampler);
   p.budget = budget_of(a);
   p.num_samples = static_cast<int>(a.num_samples);
-  p.min_sampled_len = a.min_sampled_len ? *a.min_sampled_len : default_min_sampled_len(a.num_samples, group_size);
+  p.min_sampled_len = a.min_sampled_len ? *a.min_sampled_len : default_min_sampled_len(a.num_samples, p.group_size);
   p.seed = a.seed;
 
-  // Known on the host: no row can be long enough to be sampled.
-  if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
+  // Known on the host: no row can be long enough to be sampled. (A part of one may be short.)
+  if (p.min_sampled_len > p.max_kv_len && p.whole_lens == nullptr) p.num_samples = 0;
+  p.has_levels = a.levels && p.num_samples > 0 && p.budget == Budget::kStreaming;
+  p.level_scale = p.has_levels ? kLog2E : 1.0f;
+  if (p.has_levels) p.level = const_cast<float*>(a.levels->const_data_ptr<float>());
   p.plan = plan_call(p);
   return p;
 }
@@ -292,10 +456,12 @@ void run_backend(Params& p, const Tensor& like, const Place& place) {
   Backend::run(p, device_index);
 }
 
+// With outputs given, it is into those that it writes.
 template <typename Backend>
-DecodeOutputs decode(const DecodeArguments& a) {
+DecodeOutputs decode(const DecodeArguments& a, const DecodeOutputs* given) {
   check_decode(a);
-  DecodeOutputs outputs = empty_outputs(a);
+  if (given != nullptr) check_outputs(a, *given);
+  const DecodeOutputs outputs = given != nullptr ? *given : empty_outputs(a);
   if (a.q.size(0) == 0) return outputs;
 
   DecodeParams p = params_beside_keys(a, outputs);
@@ -306,35 +472,91 @@ DecodeOutputs decode(const DecodeArguments& a) {
   p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(a.token_axis());
   p.stride_k_head = a.k.stride(a.head_axis());
   p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
+  if (a.paged) {
+    p.page_table = (a.page_table ? *a.page_table : *a.kv_indices).template const_data_ptr<int32_t>();
+    if (p.page_table == nullptr) p.page_table = reinterpret_cast<const int32_t*>(p.q);  // none, so never read
+    p.stride_page_table = a.page_table ? a.page_table->stride(0) : 0;
+    p.kv_indptr = a.kv_indptr ? a.kv_indptr->template const_data_ptr<int32_t>() : nullptr;
+    p.kv_last_page_lens = a.kv_last_page_len ? a.kv_last_page_len->template const_data_ptr<int32_t>() : nullptr;
+    p.num_pages = a.k.size(0);
+    for (int64_t size = a.k.size(a.token_axis()); size > 1; size /= 2) ++p.page_shift;
+  }
   run_backend<Backend>(p, a.q, place_workspace);
   return outputs;
 }
 
-template <typename Backend>
-std::tuple<Tensor, Tensor> decode_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> kv_lens,
-                                     std::optional<Tensor> kv_starts, int64_t num_samples, int64_t sampler,
-                                     std::optional<int64_t> budget, int64_t kv_layout, std::optional<double> sm_scale,
-                                     int64_t seed, std::optional<Tensor> row_seeds, std::optional<Tensor> positions,
-                                     std::optional<int64_t> min_sampled_len, std::optional<Tensor> k_scale,
-                                     std::optional<Tensor> v_scale, std::optional<Tensor> rows_read) {
-  const DecodeOutputs outputs = decode<Backend>({.q = q,
-                                                 .k = k,
-                                                 .v = v,
-                                                 .kv_lens = kv_lens,
-                                                 .kv_starts = kv_starts,
-                                                 .num_samples = num_samples,
-                                                 .sampler = sampler,
-                                                 .budget = budget,
-                                                 .kv_layout = kv_layout,
-                                                 .sm_scale = sm_scale,
-                                                 .seed = seed,
-                                                 .row_seeds = row_seeds,
-                                                 .positions = positions,
-                                                 .min_sampled_len = min_sampled_len,
-                                                 .k_scale = k_scale,
-                                                 .v_scale = v_scale,
-                                                 .rows_read = rows_read});
-  return {outputs.out, outputs.lse};
+// Arguments on their way from an operator, in the order of its schema (ops.cpp).
+class ArgumentStack {
+ public:
+  explicit ArgumentStack(StableIValue* first) : next_(first) {}
+
+  template <typename T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  std::optional<Tensor> tensor() { return next<std::optional<Tensor>>(); }
+  std::optional<int64_t> integer() { return next<std::optional<int64_t>>(); }
+
+ private:
+  StableIValue* next_;
+};
+
+// Both schemas have these in common; members are initialised in their order.
+inline DecodeArguments next_decode_arguments(ArgumentStack& stack, bool paged) {
+  return {.q = stack.next<Tensor>(),
+          .k = stack.next<Tensor>(),
+          .v = stack.next<Tensor>(),
+          .paged = paged,
+          .page_table = paged ? stack.tensor() : std::nullopt,
+          .kv_lens = stack.tensor(),
+          .kv_indptr = paged ? stack.tensor() : std::nullopt,
+          .kv_indices = paged ? stack.tensor() : std::nullopt,
+          .kv_last_page_len = paged ? stack.tensor() : std::nullopt,
+          .max_kv_len = paged ? stack.integer() : std::nullopt,
+          .kv_starts = stack.tensor(),
+          .num_samples = stack.next<int64_t>(),
+          .sampler = stack.next<int64_t>(),
+          .budget = stack.integer(),
+          .kv_layout = stack.next<int64_t>(),
+          .sm_scale = stack.next<std::optional<double>>(),
+          .seed = stack.next<int64_t>(),
+          .row_seeds = stack.tensor(),
+          .positions = stack.tensor(),
+          .min_sampled_len = stack.integer(),
+          .k_scale = stack.tensor(),
+          .v_scale = stack.tensor(),
+          .rows_read = stack.tensor(),
+          .window_left = stack.next<int64_t>(),
+          .logits_soft_cap = stack.next<double>(),
+          .sinks = stack.tensor(),
+          .first_kv_head = stack.next<int64_t>(),
+          .whole_lens = stack.tensor(),
+          .shard_starts = stack.tensor(),
+          .levels = stack.tensor()};
+}
+
+// The four operators: contiguous or paged, with outputs of their own or given ones. The arguments would otherwise be
+// listed four times.
+template <typename Backend, bool PAGED, bool GIVEN>
+void boxed_decode(StableIValue* arguments, uint64_t, uint64_t) {
+  ArgumentStack stack(arguments);
+  if constexpr (GIVEN) {
+    const Tensor out = stack.next<Tensor>(), lse = stack.next<Tensor>();
+    const DecodeOutputs given{out, lse};
+    decode<Backend>(next_decode_arguments(stack, PAGED), &given);
+  } else {
+    const DecodeOutputs outputs = decode<Backend>(next_decode_arguments(stack, PAGED), nullptr);
+    arguments[0] = torch::stable::detail::from(outputs.out);
+    arguments[1] = torch::stable::detail::from(outputs.lse);
+  }
+}
+
+template <typename Backend, typename Library>
+void register_decode(Library& library) {
+  library.impl("decode", &boxed_decode<Backend, false, false>);
+  library.impl("decode_out", &boxed_decode<Backend, false, true>);
+  library.impl("decode_paged", &boxed_decode<Backend, true, false>);
+  library.impl("decode_paged_out", &boxed_decode<Backend, true, true>);
 }
 
 }  // namespace santa::api

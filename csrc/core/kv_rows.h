@@ -1,5 +1,5 @@
-// Where the key or value row of a position lies. Kernels see a cache through this alone, so another cache format
-// (paged, for one) is another way to address rows, not another kernel.
+// Where the key or value row of a position lies. Kernels see a cache through this alone: a paged cache is another way
+// to address rows, not another kernel.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +8,28 @@
 
 namespace santa {
 
-// Rows of one (batch row, KV head) at a constant distance. `row(0)` is the first valid key of the batch row.
+// Rows of one (batch row, KV head). `row(0)` is the first valid key of the batch row. Strides are in elements.
 template <typename T>
 struct KvRows {
-  const T* base;
-  int64_t stride_token;  // elements
+  const T* base;         // not paged: of row 0; paged: of the KV head in page 0
+  int64_t stride_token;  // from a key to the next, within a page
 
-  SANTA_HD const T* row(int64_t position) const { return base + position * stride_token; }
+  // Paged alone; null otherwise. Entry i is the page of the positions [i << page_shift, (i + 1) << page_shift).
+  const int32_t* pages;
+  int64_t stride_page;
+  int page_shift;
+  int first_position;  // of row 0
+
+  SANTA_HD bool paged() const { return pages != nullptr; }
+
+  SANTA_HD const T* row(int64_t n) const { return paged() ? row_in(page_of(n), n) : base + n * stride_token; }
+
+  // In two steps, so that the page can be looked up ahead.
+  SANTA_HD int32_t page_of(int64_t n) const { return pages[(first_position + n) >> page_shift]; }
+  SANTA_HD const T* row_in(int32_t page, int64_t n) const {
+    const int64_t within = (first_position + n) & ((int64_t{1} << page_shift) - 1);
+    return base + page * stride_page + within * stride_token;
+  }
 };
-
-template <typename T>
-SANTA_HD KvRows<T> make_kv_rows(const void* data, int64_t batch_index, int64_t kv_head, int64_t kv_start,
-                                int64_t stride_batch, int64_t stride_token, int64_t stride_head) {
-  const T* base = static_cast<const T*>(data) + batch_index * stride_batch + kv_head * stride_head;
-  return {base + kv_start * stride_token, stride_token};
-}
 
 }  // namespace santa

@@ -28,7 +28,7 @@ void draw_head(const BernoulliParams& p, int64_t group, int h, const RowShape& r
 
   const int64_t row_seed = d.row_seeds != nullptr ? d.row_seeds[at.batch_index] : 0;
   const bool shared = p.score_sampler == ScoreSampler::kShared;
-  const int head = shared ? at.kv_head : at.kv_head * d.gqa_group_size + h;
+  const int head = shared ? at.kv_head : at.kv_head * d.group_size + h;
   const auto stream = ScoreStream::make(d.seed, row_seed, row.position, head);
   const uint32_t offset = systematic_offset(stream);
   uint64_t sum = 0;
@@ -58,18 +58,18 @@ void score_by_features(const BernoulliParams& p, GroupIndex at, const RowShape& 
   const char* keys = static_cast<const char*>(d.k) +
                      (at.batch_index * d.stride_k_batch + at.kv_head * d.stride_k_head + row.kv_start + first) * size;
   const uint8_t* features = p.features + group * d.head_dim;
-  for (int h = 0; h < d.gqa_group_size; ++h) std::fill_n(scores + h * stride, count, 0.0f);
+  for (int h = 0; h < d.group_size; ++h) std::fill_n(scores + h * stride, count, 0.0f);
   std::vector<float> block(count);
   for (int item = 0; item < p.features_read[group]; ++item) {
     const int feature = features[item];
     widen(keys + feature * p.stride_k_feature * size, d.k_dtype, block.data(), count);
-    for (int h = 0; h < d.gqa_group_size; ++h) {
+    for (int h = 0; h < d.group_size; ++h) {
       const int times = p.counts[p.counts_offset(group) + static_cast<int64_t>(h) * d.head_dim + feature];
       if (times != 0) add_block(block.data(), times, count, scores + h * stride);
     }
   }
-  for (int h = 0; h < d.gqa_group_size; ++h) {
-    const float scale = p.scales[group * d.gqa_group_size + h];
+  for (int h = 0; h < d.group_size; ++h) {
+    const float scale = p.scales[group * d.group_size + h];
     for (int n = 0; n < count; ++n) scores[h * stride + n] = logit_of(scores[h * stride + n], scale);
   }
 }
@@ -80,14 +80,13 @@ void draw_features(const BernoulliParams& p) {
   const DecodeParams& d = p.decode;
   for_each_group(d, [&](int64_t group, const RowShape& row) {
     int16_t* counts = p.counts + p.counts_offset(group);
-    for (int h = 0; h < d.gqa_group_size; ++h) {
-      draw_head(p, group, h, row, counts + static_cast<int64_t>(h) * d.head_dim,
-                p.scales[group * d.gqa_group_size + h]);
+    for (int h = 0; h < d.group_size; ++h) {
+      draw_head(p, group, h, row, counts + static_cast<int64_t>(h) * d.head_dim, p.scales[group * d.group_size + h]);
     }
     int listed = 0;
     for (int feature = 0; row.kv_len > 0 && feature < d.head_dim; ++feature) {
       bool read = false;
-      for (int h = 0; h < d.gqa_group_size; ++h) read |= counts[static_cast<int64_t>(h) * d.head_dim + feature] != 0;
+      for (int h = 0; h < d.group_size; ++h) read |= counts[static_cast<int64_t>(h) * d.head_dim + feature] != 0;
       if (read) p.features[group * d.head_dim + listed++] = static_cast<uint8_t>(feature);
     }
     p.features_read[group] = listed;

@@ -18,11 +18,12 @@
 namespace santa::cpu {
 namespace {
 
-// All queries in float32, [batch, num_qo_heads, head_dim].
+// All queries in float32, [batch, num_kv_heads, group_size, head_dim].
 std::vector<float> widen_queries(const DecodeParams& p) {
-  std::vector<float> q(static_cast<size_t>(p.batch) * p.num_qo_heads * p.head_dim);
-  for (int64_t head = 0; head < static_cast<int64_t>(p.batch) * p.num_qo_heads; ++head) {
-    widen_query(p, group_at(p, head / p.gqa_group_size), static_cast<int>(head % p.gqa_group_size),
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads * p.group_size;
+  std::vector<float> q(static_cast<size_t>(heads) * p.head_dim);
+  for (int64_t head = 0; head < heads; ++head) {
+    widen_query(p, group_at(p, head / p.group_size), static_cast<int>(head % p.group_size),
                 q.data() + head * p.head_dim);
   }
   return q;
@@ -35,13 +36,13 @@ void score_exactly(const DecodeParams& p, const float* q, GroupIndex at, const R
   for (int n = 0; n < count; n += kBlockKv) {
     const int block_keys = std::min(kBlockKv, count - n);
     widen_keys(p, at, row, first + n, block_keys, block);
-    score_block(q, p.gqa_group_size, block, block_keys, p.head_dim, p.score_scale(at.kv_head), scores + n, stride);
+    score_block(q, p.group_size, block, block_keys, p.head_dim, p.score_scale(at.kv_head), scores + n, stride);
   }
 }
 
 // One tile of an exact row: its softmax states and its weighted sum of V.
 void attend_tile(const DecodeParams& p, GroupIndex at, int tile, const RowShape& row, const ScoreKeys& score_keys) {
-  const int group_size = p.gqa_group_size, head_dim = p.head_dim, tile_kv = row.tile_kv;
+  const int group_size = p.group_size, head_dim = p.head_dim, tile_kv = row.tile_kv;
   const int64_t first = static_cast<int64_t>(tile) * tile_kv;
   const int count = static_cast<int>(std::min<int64_t>(tile_kv, row.kv_len - first));
   const int64_t stats =
@@ -95,9 +96,10 @@ int rows_read(const DecodeParams& p, int64_t group, const RowShape& row) {
 
 // One query head of one batch row, from the partial results of its tiles.
 void combine_head(const DecodeParams& p, int64_t group, int h, const RowShape& row) {
-  const int head_dim = p.head_dim, group_size = p.gqa_group_size;
-  const int64_t head = group * group_size + h;
-  const float lse = row.proportional() ? p.row_lse[head] : lse_of_tiles(p, group, h, row.num_tiles);
+  const int head_dim = p.head_dim, group_size = p.group_size;
+  const GroupIndex at = group_at(p, group);
+  const int64_t head = p.output_index(at.batch_index, at.kv_head, h);
+  const float lse = row.proportional() ? p.row_lse[group * group_size + h] : lse_of_tiles(p, group, h, row.num_tiles);
   std::vector<float> sum(head_dim, 0.0f);
   for (int tile = 0; tile < row.num_tiles; ++tile) {
     const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * group_size + h;
@@ -106,22 +108,59 @@ void combine_head(const DecodeParams& p, int64_t group, int h, const RowShape& r
     const float weight = row.proportional() ? 1.0f : exp2_below(p.tile_max[stats], lse);
     for (int d = 0; d < head_dim; ++d) sum[d] += weight * p.o_accum[stats * head_dim + d];
   }
-  const float scale = p.output_scale(static_cast<int>(group % p.num_kv_heads));
-  for (int d = 0; d < head_dim; ++d) store(p, head * head_dim + d, output_of(row, lse, sum[d], scale));
-  p.lse[head] = lse_output_of(row, lse);
+  const Epilogue epilogue = epilogue_of(p, row, at.kv_head, h, lse);
+  for (int d = 0; d < head_dim; ++d) store(p, head * head_dim + d, epilogue.output(sum[d]));
+  p.lse[head] = epilogue.lse;
+}
+
+}  // namespace
+
+namespace {
+
+// What row b says of its keys, for an error.
+std::string row_text(const DecodeParams& p, int b) {
+  std::string text = "santa: row " + std::to_string(b);
+  const char* link = " has ";
+  const auto add = [&](const char* name, const int32_t* values, int index) {
+    if (values != nullptr) text += link + (name + (" " + std::to_string(values[index]))), link = " and ";
+  };
+  add("kv_lens", p.kv_lens, b), add("kv_starts", p.kv_starts, b);
+  add("kv_indptr", p.kv_indptr, b), add("kv_indptr behind it", p.kv_indptr, b + 1);
+  add("kv_last_page_len", p.kv_last_page_lens, b);
+  add("whole_lens", p.whole_lens, b), add("shard_starts", p.shard_starts, b);
+  return text;
+}
+
+void check_pages(const DecodeParams& p, int b, const RowShape& row) {
+  const auto rows = key_rows<char>(p, b, 0, row.kv_start);
+  for (int64_t n = 0; n < row.kv_len;) {
+    const int64_t page = rows.page_of(n);
+    if (page < 0 || page >= p.num_pages) {
+      throw std::invalid_argument("santa: row " + std::to_string(b) + " has page " + std::to_string(page) +
+                                  " for the key at position " + std::to_string(row.kv_start + n) +
+                                  "; pages need to be in [0, " + std::to_string(p.num_pages) + ")");
+    }
+    n = (((row.kv_start + n) >> p.page_shift) + 1 << p.page_shift) - row.kv_start;  // the next page's first
+  }
 }
 
 }  // namespace
 
 void check_rows(const DecodeParams& p) {
   for (int b = 0; b < p.batch; ++b) {
-    if (row_shape_of(p, b).valid) continue;
-    std::string message = "santa: row " + std::to_string(b) + " has ";
-    if (p.kv_lens != nullptr) message += "kv_lens " + std::to_string(p.kv_lens[b]);
-    if (p.kv_lens != nullptr && p.kv_starts != nullptr) message += " and ";
-    if (p.kv_starts != nullptr) message += "kv_starts " + std::to_string(p.kv_starts[b]);
-    throw std::invalid_argument(message + "; kv_starts >= 0, kv_lens >= 0 and kv_starts + kv_lens <= max_kv_len (" +
-                                std::to_string(p.max_kv_len) + ") are needed");
+    const RowShape row = row_shape_of(p, b);
+    if (row.valid && p.page_table != nullptr) check_pages(p, b, row);
+    if (row.valid) continue;
+    const std::string bound = std::to_string(p.cache_kv_len) + ")";
+    const std::string ranges =
+        p.kv_indptr != nullptr
+            ? "; kv_indptr needs to ascend and kv_last_page_len to be in [1, page_size], for at most max_kv_len keys "
+              "(" +
+                  bound
+            : "; kv_starts >= 0, kv_lens >= 0 and kv_starts + kv_lens <= max_kv_len (" + bound + " are needed";
+    const char* shards =
+        p.whole_lens == nullptr ? "" : ", and shard_starts, a multiple of 128, up to whole_lens - kv_lens";
+    throw std::invalid_argument(row_text(p, b) + ranges + shards);
   }
 }
 
@@ -130,13 +169,23 @@ void decode(const DecodeParams& p) {
   const std::vector<float> queries = widen_queries(p);
   const auto score_keys = [&](GroupIndex at, const RowShape& row, int64_t first, int count, float* scores,
                               int64_t stride) {
-    const float* q = queries.data() + p.group_index(at.batch_index, at.kv_head) * p.gqa_group_size * p.head_dim;
+    const float* q = queries.data() + p.group_index(at.batch_index, at.kv_head) * p.group_size * p.head_dim;
     score_exactly(p, q, at, row, first, count, scores, stride);
   };
   decode_with(p, score_keys, /*pilot_run=*/1);
 }
 
-void decode_with(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_run) {
+void decode_with(const DecodeParams& p, const ScoreKeys& raw_scores, int pilot_run) {
+  const auto score_keys = [&](GroupIndex at, const RowShape& row, int64_t first, int count, float* scores,
+                              int64_t stride) {
+    raw_scores(at, row, first, count, scores, stride);
+    for (int h = 0; changes_logits(p) && h < p.group_size; ++h) {
+      const KeyRange visible = visible_keys(p, row, h);
+      for (int n = 0; n < count; ++n) {
+        scores[h * stride + n] = attended_logit(p, visible, first + n, scores[h * stride + n]);
+      }
+    }
+  };
   if (p.plan.exact) {
     for_each_tile(p, RowKind::kExact,
                   [&](GroupIndex at, int tile, const RowShape& row) { attend_tile(p, at, tile, row, score_keys); });
@@ -144,7 +193,7 @@ void decode_with(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_r
   if (p.plan.one_pass) decode_one_pass(p, score_keys, pilot_run);
   if (p.plan.proportional) decode_proportional(p, score_keys);
   for_each_group(p, [&](int64_t group, const RowShape& row) {
-    for (int h = 0; h < p.gqa_group_size; ++h) combine_head(p, group, h, row);
+    for (int h = 0; h < p.group_size; ++h) combine_head(p, group, h, row);
     if (p.rows_read != nullptr) p.rows_read[group] = rows_read(p, group, row);
   });
 }

@@ -12,14 +12,14 @@ namespace {
 void pilot_levels(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoreKeys& score_keys, int run,
                   float* levels) {
   const int size = pilot_size(row.kv_len);
-  std::vector<float> scores(static_cast<size_t>(p.gqa_group_size) * kPilotKeys);
+  std::vector<float> scores(static_cast<size_t>(p.group_size) * kPilotKeys);
   for (int i = 0, count; i < size; i += count) {  // neighbours are scored together
     const int first = pilot_position(i, row.kv_len, run);
     for (count = 1; i + count < size && pilot_position(i + count, row.kv_len, run) == first + count;) ++count;
     score_keys(at, row, first, count, scores.data() + i, kPilotKeys);
   }
   float exponentials[kPilotKeys];
-  for (int h = 0; h < p.gqa_group_size; ++h) {
+  for (int h = 0; h < p.group_size; ++h) {
     float* weighted = scores.data() + h * kPilotKeys;
     for (int i = 0; i < size; ++i) weighted[i] += pilot_log2_weight(i, row.kv_len);
     const float max = max_block(weighted, size);
@@ -30,12 +30,12 @@ void pilot_levels(const DecodeParams& p, GroupIndex at, const RowShape& row, con
 // The running sums of one part: for each head N = sum of exp2(score - reference) v, estimated, and Z = sum of
 // exp2(score - reference), exact. They lie where those of an exact tile do, and `combine_head` sees no difference.
 struct PartSums {
-  float* n;          // [gqa_group_size, head_dim]
-  float* reference;  // [gqa_group_size]
-  float* z;          // [gqa_group_size]
+  float* n;          // [group_size, head_dim]
+  float* reference;  // [group_size]
+  float* z;          // [group_size]
   int group_size, head_dim;
 
-  PartSums(const DecodeParams& p, int64_t group, int part) : group_size(p.gqa_group_size), head_dim(p.head_dim) {
+  PartSums(const DecodeParams& p, int64_t group, int part) : group_size(p.group_size), head_dim(p.head_dim) {
     const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(part) * group_size;
     n = p.o_accum + stats * head_dim, reference = p.tile_max + stats, z = p.tile_sum + stats;
     std::fill_n(n, static_cast<int64_t>(group_size) * head_dim, 0.0f);
@@ -58,7 +58,7 @@ struct PartSums {
   }
 };
 
-// A tile that was scored. Arrays are [gqa_group_size], those of keys [gqa_group_size, kDrawTileKv].
+// A tile that was scored. Arrays are [group_size], those of keys [group_size, kDrawTileKv].
 struct ScoredTile {
   int64_t first;
   int count;
@@ -79,10 +79,9 @@ struct ScoredTile {
   float exponential(int h, int n) const { return exponentials[h * kDrawTileKv + n]; }
 };
 
-uint32_t offset_of(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile, int head,
+uint32_t offset_of(const DecodeParams& p, const RowShape& row, const ScoredTile& tile, RandomStream stream,
                    int64_t num_draws, int unit_bits) {
-  const RandomStream stream = random_stream(p, at.batch_index, row, head);
-  return tile_offset(p.budget, stream, tile.first, row.draw_kv, row.kv_len, num_draws, unit_bits);
+  return tile_offset(p.budget, stream, row.span_first + tile.first, row.draw_kv, row.span_len, num_draws, unit_bits);
 }
 
 // One set of rows for all heads of a block. Returns how many.
@@ -100,9 +99,9 @@ int gather_grouped(const DecodeParams& p, GroupIndex at, const RowShape& row, co
   }
   int32_t counts[kDrawTileKv];
   const int64_t num_draws = static_cast<int64_t>(p.num_samples) * block.count;
-  const int stream_head = at.kv_head * p.num_head_blocks() + block_index;
-  draw_counts(units, tile.count, offset_of(p, at, row, tile, stream_head, num_draws, kGroupedUnitBits),
-              kGroupedUnitBits, counts);
+  const RandomStream stream = stream_of(p, at, row, block_index, p.num_head_blocks());
+  draw_counts(units, tile.count, offset_of(p, row, tile, stream, num_draws, kGroupedUnitBits), kGroupedUnitBits,
+              counts);
 
   int rows = 0;
   float value[kLargestHeadDim], weights[kHeadBlock];
@@ -134,8 +133,8 @@ int gather_systematic(const DecodeParams& p, GroupIndex at, const RowShape& row,
       units[n] = draw_units(tile.rates[h] * tile.exponential(h, n), static_cast<float>(p.num_samples), unit_bits);
       tile_units += units[n];
     }
-    const int head = at.kv_head * p.gqa_group_size + h;
-    draw_counts(units, tile.count, offset_of(p, at, row, tile, head, p.num_samples, unit_bits), unit_bits, counts[j]);
+    const RandomStream stream = stream_of(p, at, row, h, p.group_size);
+    draw_counts(units, tile.count, offset_of(p, row, tile, stream, p.num_samples, unit_bits), unit_bits, counts[j]);
     scales[j] = draw_scale(tile.states[h], tile.references[h], tile_units, unit_bits) * tile.factors[h];
   }
 
@@ -167,17 +166,17 @@ void sample_part(const DecodeParams& p, GroupIndex at, int part, const RowShape&
   const int64_t end = std::min<int64_t>(begin + row.tile_kv, row.kv_len);
   std::vector<int32_t> rows(p.num_head_blocks(), 0);
   PartSums sums(p, group, part);
-  ScoredTile tile(p.gqa_group_size);
+  ScoredTile tile(p.group_size);
   for (tile.first = begin; tile.first < end; tile.first += row.draw_kv) {
     tile.count = static_cast<int>(std::min<int64_t>(row.draw_kv, end - tile.first));
     score_keys(at, row, tile.first, tile.count, tile.scores.data(), kDrawTileKv);
-    for (int h = 0; h < p.gqa_group_size; ++h) {
+    for (int h = 0; h < p.group_size; ++h) {
       const float* scores = tile.scores.data() + h * kDrawTileKv;
       const float max = max_block(scores, tile.count);
       tile.states[h] = {max, exp2_block(scores, max, tile.exponentials.data() + h * kDrawTileKv, tile.count)};
       const float share = p.budget == Budget::kStreaming
-                              ? streaming_share(log2_sum(tile.states[h]), levels[h], tile.count, row.kv_len)
-                              : uniform_share(tile.count, row.kv_len);
+                              ? streaming_share(log2_sum(tile.states[h]), levels[h], tile.count, row.span_len)
+                              : uniform_share(tile.count, row.span_len);
       tile.rates[h] = draw_rate(p.num_samples, share, tile.states[h]);
       tile.references[h] = tile_reference(p.budget, levels[h], max);
       tile.factors[h] = sums.add_tile(h, tile.states[h], tile.references[h]);
@@ -203,16 +202,23 @@ void draw_counts(const uint32_t* units, int count, uint32_t offset, int unit_bit
 }
 
 void decode_one_pass(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_run) {
-  std::vector<float> levels(static_cast<size_t>(p.batch) * p.num_qo_heads, 0.0f);
-  if (p.budget == Budget::kStreaming) {
+  std::vector<float> levels(static_cast<size_t>(p.batch) * p.num_kv_heads * p.group_size, 0.0f);
+  if (p.has_levels) {
+    for_each_group(p, [&](int64_t group, const RowShape&) {
+      const GroupIndex at = group_at(p, group);
+      for (int h = 0; h < p.group_size; ++h) {
+        levels[group * p.group_size + h] = p.level[p.output_index(at.batch_index, at.kv_head, h)] * p.level_scale;
+      }
+    });
+  } else if (p.budget == Budget::kStreaming) {
     for_each_group(p, [&](int64_t group, const RowShape& row) {
       if (!row.one_pass()) return;
-      pilot_levels(p, group_at(p, group), row, score_keys, pilot_run, levels.data() + group * p.gqa_group_size);
+      pilot_levels(p, group_at(p, group), row, score_keys, pilot_run, levels.data() + group * p.group_size);
     });
   }
   for_each_tile(p, RowKind::kOnePass, [&](GroupIndex at, int part, const RowShape& row) {
     const int64_t group = p.group_index(at.batch_index, at.kv_head);
-    sample_part(p, at, part, row, levels.data() + group * p.gqa_group_size, score_keys);
+    sample_part(p, at, part, row, levels.data() + group * p.group_size, score_keys);
   });
 }
 

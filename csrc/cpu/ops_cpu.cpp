@@ -81,7 +81,7 @@ struct BernoulliBackend {
 }  // namespace santa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CPU, m) {
-  m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cpu::DecodeBackend>));
+  santa::api::register_decode<santa::cpu::DecodeBackend>(m);
   m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cpu::BernoulliBackend>));
   m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cpu::BernoulliBackend>));
   m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cpu::BernoulliBackend>));

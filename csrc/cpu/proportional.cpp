@@ -17,7 +17,7 @@ struct Tile {
   int64_t first;  // key
   int count;      // of keys
   int64_t group, stats;
-  float* scores;  // [gqa_group_size, tile_kv]
+  float* scores;  // [group_size, tile_kv]
 
   Tile(const DecodeParams& p, GroupIndex at, int index, const RowShape& row)
       : at(at),
@@ -25,14 +25,14 @@ struct Tile {
         first(static_cast<int64_t>(index) * row.tile_kv),
         count(static_cast<int>(std::min<int64_t>(row.tile_kv, row.kv_len - first))),
         group(p.group_index(at.batch_index, at.kv_head)),
-        stats(p.stats_offset(group) + static_cast<int64_t>(index) * p.gqa_group_size),
-        scores(p.scores + group * p.scores_per_row + first * p.gqa_group_size) {}
+        stats(p.stats_offset(group) + static_cast<int64_t>(index) * p.group_size),
+        scores(p.scores + group * p.scores_per_row + first * p.group_size) {}
 };
 
 void score_tile(const DecodeParams& p, const Tile& tile, const RowShape& row, const ScoreKeys& score_keys) {
   score_keys(tile.at, row, tile.first, tile.count, tile.scores, row.tile_kv);
   std::vector<float> exponentials(row.tile_kv);
-  for (int h = 0; h < p.gqa_group_size; ++h) {
+  for (int h = 0; h < p.group_size; ++h) {
     const float* scores = tile.scores + h * row.tile_kv;
     const float max = max_block(scores, tile.count);
     p.tile_max[tile.stats + h] = max;
@@ -48,29 +48,28 @@ float share_of(const DecodeParams& p, int64_t stats, int stream, const float* ro
   };
   if (p.sampler != Sampler::kGrouped) return head_share(stream);
   float share = 0.0f;
-  for (int h = 0; h < p.gqa_group_size; ++h) share += head_share(h);
-  return share / static_cast<float>(p.gqa_group_size);
+  for (int h = 0; h < p.group_size; ++h) share += head_share(h);
+  return share / static_cast<float>(p.group_size);
 }
 
 // Level 1 of the CDF of every stream, and its draws.
 void plan_row(const DecodeParams& p, int64_t group, const RowShape& row) {
   const GroupIndex at = group_at(p, group);
   const bool grouped = p.sampler == Sampler::kGrouped;
-  float* row_lse = p.row_lse + group * p.gqa_group_size;
-  for (int h = 0; h < p.gqa_group_size; ++h) row_lse[h] = lse_of_tiles(p, group, h, row.num_tiles);
+  float* row_lse = p.row_lse + group * p.group_size;
+  for (int h = 0; h < p.group_size; ++h) row_lse[h] = lse_of_tiles(p, group, h, row.num_tiles);
 
   for (int stream = 0; stream < p.num_streams(); ++stream) {
     const int64_t offset = p.stream_offset(group, stream);
     uint32_t start = 0;
     for (int tile = 0; tile < row.num_tiles; ++tile) {
-      const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.gqa_group_size;
+      const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.group_size;
       p.tile_start[offset + tile] = start;
       p.tile_mass[offset + tile] = tile_mass_of(share_of(p, stats, stream, row_lse));
       start += p.tile_mass[offset + tile];
     }
-    const RandomStream random =
-        random_stream(p, at.batch_index, row, grouped ? at.kv_head : at.kv_head * p.gqa_group_size + stream);
-    const auto num_draws = static_cast<uint32_t>(p.num_samples * (grouped ? p.gqa_group_size : 1));
+    const RandomStream random = stream_of(p, at, row, stream, p.num_streams());
+    const auto num_draws = static_cast<uint32_t>(p.num_samples * (grouped ? p.group_size : 1));
     const Draws draws = Draws::make(p.sampler, random, /*segment=*/0, num_draws, start);
     p.draws[group * p.num_streams() + stream] = draws;
     for (int tile = 0; tile < row.num_tiles && draws.sorted(); ++tile) {
@@ -81,7 +80,7 @@ void plan_row(const DecodeParams& p, int64_t group, const RowShape& row) {
 
 // Draws the tile's rows, reads them from V, and leaves the tile's share of the estimate in o_accum.
 void gather_tile(const DecodeParams& p, const Tile& tile, const RowShape& row) {
-  const int group_size = p.gqa_group_size, head_dim = p.head_dim, tile_kv = row.tile_kv;
+  const int group_size = p.group_size, head_dim = p.head_dim, tile_kv = row.tile_kv;
   const bool grouped = p.sampler == Sampler::kGrouped;
   const int heads_per_stream = grouped ? group_size : 1;
   const float* row_lse = p.row_lse + tile.group * group_size;

@@ -28,8 +28,7 @@ void with_element(Dtype dtype, const Body& body) {
 int element_size(Dtype dtype) { return dtype == Dtype::kFloat8E4M3 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 void widen_query(const DecodeParams& p, GroupIndex at, int h, float* q) {
-  const int64_t head = static_cast<int64_t>(at.kv_head) * p.gqa_group_size + h;
-  const int64_t offset = at.batch_index * p.stride_q_batch + head * p.stride_q_head;
+  const int64_t offset = p.query_offset(at.batch_index, at.kv_head, h);
   widen(static_cast<const char*>(p.q) + offset * element_size(p.dtype), p.dtype, q, p.head_dim);
 }
 

@@ -18,7 +18,7 @@ inline GroupIndex group_at(const DecodeParams& p, int64_t group) {
   return {static_cast<int>(group / p.num_kv_heads), static_cast<int>(group % p.num_kv_heads)};
 }
 
-// The scores, base 2, of keys [first, first + count) of the row for every head of the group: [gqa_group_size, stride].
+// The scores, base 2, of keys [first, first + count) of the row for every head of the group: [group_size, stride].
 using ScoreKeys =
     std::function<void(GroupIndex at, const RowShape& row, int64_t first, int count, float* scores, int64_t stride)>;
 
@@ -48,10 +48,14 @@ void for_each_tile(const DecodeParams& p, RowKind kind, const Body& body) {
 inline float lse_of_tiles(const DecodeParams& p, int64_t group, int h, int num_tiles) {
   SoftmaxState state = empty_softmax_state();
   for (int tile = 0; tile < num_tiles; ++tile) {
-    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.gqa_group_size + h;
+    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.group_size + h;
     state = merge(state, {p.tile_max[stats], p.tile_sum[stats]});
   }
   return log2_sum(state);
+}
+
+inline RandomStream stream_of(const DecodeParams& p, GroupIndex at, const RowShape& row, int index, int streams) {
+  return random_stream(p, at.batch_index, row, at.kv_head, index, streams);
 }
 
 constexpr int kLargestHeadDim = 256;

@@ -117,7 +117,7 @@ void force_plan(int64_t num_warps, int64_t num_slots, int64_t wanted_ctas) {
 }  // namespace santa::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CUDA, m) {
-  m.impl("decode", TORCH_BOX(&santa::api::decode_op<santa::cuda::DecodeBackend>));
+  santa::api::register_decode<santa::cuda::DecodeBackend>(m);
   m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cuda::BernoulliBackend>));
   m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cuda::BernoulliBackend>));
   m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cuda::BernoulliBackend>));

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   if (row.sampled() || tile >= max(row.num_tiles, 1)) return;
 
   const int64_t group = d.group_index(batch_index, kv_head);
-  const int first_head = block * kAttendHeads, num_heads = min(kAttendHeads, d.gqa_group_size - first_head);
+  const int first_head = block * kAttendHeads, num_heads = min(kAttendHeads, d.group_size - first_head);
   const int64_t first_key = static_cast<int64_t>(tile) * row.tile_kv;
   const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
   const float* scores = d.scores + group * d.scores_per_row + first_key * d.group_pitch + first_head;
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     }
   }
 
-  const int64_t stats = d.stats_offset(group) + static_cast<int64_t>(tile) * d.gqa_group_size + first_head;
-  const int64_t out_head = static_cast<int64_t>(batch_index) * d.num_qo_heads + kv_head * d.gqa_group_size + first_head;
+  const int64_t stats = d.stats_offset(group) + static_cast<int64_t>(tile) * d.group_size + first_head;
+  const int64_t out_head = static_cast<int64_t>(batch_index) * d.num_qo_heads + kv_head * d.group_size + first_head;
   const bool only_tile = row.num_tiles <= 1;
 #pragma unroll
   for (int h = 0; h < kAttendHeads; ++h) {

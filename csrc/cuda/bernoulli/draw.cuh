@@ -27,7 +27,7 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
                                           int16_t* counts, uint32_t* read, int lane) {
   const DecodeParams& d = p.decode;
   const int64_t group = d.group_index(batch_index, kv_head);
-  const int qo_head = kv_head * d.gqa_group_size + h, num_chunks = d.head_dim / 4;
+  const int qo_head = kv_head * d.group_size + h, num_chunks = d.head_dim / 4;
   const T* q = static_cast<const T*>(d.q) + batch_index * d.stride_q_batch + qo_head * d.stride_q_head;
   constexpr int kSteps = kMaxHeadDim / 128;
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void draw_head(const BernoulliParams& p, int batch_in
   for (int offset = 16; offset > 0; offset >>= 1) {
     max = larger_magnitude(max, __shfl_xor_sync(0xffffffffu, max, offset));
   }
-  if (lane == 0) p.scales[group * d.gqa_group_size + h] = d.scale_log2 * draw_scale_of(max, p.num_draws);
+  if (lane == 0) p.scales[group * d.group_size + h] = d.scale_log2 * draw_scale_of(max, p.num_draws);
 
   const int64_t row_seed = d.row_seeds != nullptr ? d.row_seeds[batch_index] : 0;
   const auto stream =
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
 
   for (int i = threadIdx.x; i < kMaxHeadDim; i += kDrawThreads) read[i] = 0;
   __syncthreads();
-  for (int h = warp; h < d.gqa_group_size; h += kDrawWarps) {
+  for (int h = warp; h < d.group_size; h += kDrawWarps) {
     draw_head<T>(p, batch_index, kv_head, h, row.position, counts + h * d.head_dim, read, lane);
   }
   __syncthreads();
@@ -142,12 +142,12 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   }
 
   // Counts as the weights that stage 2 adds with: exact, since float32 has all integers of 24 bits.
-  const int score_heads = score_heads_of(d.gqa_group_size);
+  const int score_heads = score_heads_of(d.group_size);
   for (int block = 0; block < p.num_blocks; ++block) {
     float* weights = p.weights + p.weights_offset(group, block);
     for (int item = threadIdx.x; item < num_listed * score_heads; item += kDrawThreads) {
       const int h = block * score_heads + item % score_heads, feature = listed[item / score_heads];
-      weights[item] = h < d.gqa_group_size ? counts[static_cast<int64_t>(h) * d.head_dim + feature] : 0.0f;
+      weights[item] = h < d.group_size ? counts[static_cast<int64_t>(h) * d.head_dim + feature] : 0.0f;
     }
   }
 }

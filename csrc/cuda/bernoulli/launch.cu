@@ -25,7 +25,7 @@ void launch_stages(const BernoulliParams& p, cudaStream_t stream) {
   }
   if (d.plan.proportional || (d.plan.exact && d.plan.longest_exact > 0)) launch_score_features<T>(p, stream);
   if (d.plan.exact) {
-    const int head_blocks = (d.gqa_group_size + kAttendHeads - 1) / kAttendHeads;
+    const int head_blocks = (d.group_size + kAttendHeads - 1) / kAttendHeads;
     const int tiles =
         std::max(1, max_exact_tiles(d.plan.longest_exact));  // rows without keys have their output written too
     const dim3 grid(static_cast<unsigned>(tiles) * d.num_kv_heads * head_blocks, d.batch);

@@ -64,7 +64,7 @@ struct FeatureScorer {
     if (threadIdx.x < kHeadBlock) {
       const int head = unit.heads.first + threadIdx.x;
       list.scales[threadIdx.x] =
-          threadIdx.x < unit.heads.count ? p.scales[unit.group * p.decode.gqa_group_size + head] : 0.0f;
+          threadIdx.x < unit.heads.count ? p.scales[unit.group * p.decode.group_size + head] : 0.0f;
     }
     if (threadIdx.x == 0) list.num_features = p.features_read[unit.group];
   }
@@ -158,11 +158,11 @@ struct FeatureScorer {
       const int key = part * kPilotWarpKeys + i * 8 + g;
       positions[i / 2][i % 2] = pilot_position(min(key, size - 1), kv_len, kFeaturePilotRun);
     }
-    // Past the end, the last feature is read again, for nothing: no branch keeps the loads from being in flight together.
+    // Past the end, the last feature is read again, for nothing: no branch keeps the loads from being in flight
+    // together.
     const auto element = [&](int position, int item) -> uint32_t {
       const int feature = list.features[min(item, list.num_features - 1)];
-      const uint16_t bits =
-          __ldg(reinterpret_cast<const uint16_t*>(keys) + position + feature * p.stride_k_feature);
+      const uint16_t bits = __ldg(reinterpret_cast<const uint16_t*>(keys) + position + feature * p.stride_k_feature);
       return item < list.num_features && is_finite_element<T>(bits) ? bits : 0;
     };
     float products[kGroups][4] = {};

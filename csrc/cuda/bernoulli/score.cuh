@@ -84,7 +84,7 @@ __device__ __forceinline__ void reduce_tiles(const BernoulliParams& p, const Row
   if (whole) __syncthreads();
   const int64_t tile = first_key / row.tile_kv + threadIdx.x / tile_threads;
   if (threadIdx.x % tile_threads != 0 || tile >= row.num_tiles) return;
-  const int64_t stats = d.stats_offset(group) + tile * d.gqa_group_size + first_head;
+  const int64_t stats = d.stats_offset(group) + tile * d.group_size + first_head;
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
     const SoftmaxState state = whole ? merge(shared.states[0][h], shared.states[1][h]) : states[h];
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   if (row.one_pass() || first_key >= row.kv_len) return;
 
   const int64_t group = d.group_index(batch_index, kv_head);
-  const int first_head = block * HEADS, num_heads = min(HEADS, d.gqa_group_size - first_head);
+  const int first_head = block * HEADS, num_heads = min(HEADS, d.group_size - first_head);
   const int num_features = p.features_read[group];
   const int num_stages = (num_features + kScoreFeatures - 1) / kScoreFeatures;
   const float* weights = p.weights + p.weights_offset(group, block);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
 
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
-    const float scale = h < num_heads ? p.scales[group * d.gqa_group_size + first_head + h] : 0.0f;
+    const float scale = h < num_heads ? p.scales[group * d.group_size + first_head + h] : 0.0f;
 #pragma unroll
     for (int j = 0; j < kThreadKeys; ++j) acc[h][j] = j < num_keys ? acc[h][j] * scale : -INFINITY;
   }
@@ -222,7 +222,7 @@ void launch_score_heads(const BernoulliParams& p, cudaStream_t stream) {
 
 template <typename T>
 void launch_score_features(const BernoulliParams& p, cudaStream_t stream) {
-  switch (score_heads_of(p.decode.gqa_group_size)) {
+  switch (score_heads_of(p.decode.group_size)) {
     case 1:
       return launch_score_heads<T, 1>(p, stream);
     case 2:

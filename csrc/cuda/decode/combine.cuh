@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   __shared__ int shared_rows[kCombineThreads];
 
   const int qo_head = blockIdx.x, batch_index = blockIdx.y;
-  const int kv_head = qo_head / p.gqa_group_size, h = qo_head % p.gqa_group_size;
+  const int kv_head = qo_head / p.group_size, h = qo_head % p.group_size;
   const RowShape row = row_shape_of(p, batch_index);
   const int64_t group = p.group_index(batch_index, kv_head), stats = p.stats_offset(group) + h;
   const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;
@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int first = slot < slots ? slot : row.num_tiles;
   const auto value_of = [&](int tile) {
-    const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
+    const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
     return *reinterpret_cast<const float4*>(p.o_accum + index * p.head_dim + lane * 4);
   };
-  const auto max_of = [&](int tile) { return p.tile_max[stats + static_cast<int64_t>(tile) * p.gqa_group_size]; };
+  const auto max_of = [&](int tile) { return p.tile_max[stats + static_cast<int64_t>(tile) * p.group_size]; };
   wait_for_previous();
   if (!row.sampled() && row.num_tiles <= 1 && p.max_tiles > 0) return;  // the tile kernel wrote it
 
@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   // The row's log-sum-exp, by every warp for itself.
   float lse, own_max = -INFINITY;  // own_max: of tile threadIdx.x % 32
   if (row.proportional()) {
-    lse = p.row_lse[group * p.gqa_group_size + h];
+    lse = p.row_lse[group * p.group_size + h];
   } else {
     SoftmaxState state = empty_softmax_state();
     for (int tile = threadIdx.x & 31; tile < row.num_tiles; tile += 32) {
-      const int64_t index = stats + static_cast<int64_t>(tile) * p.gqa_group_size;
+      const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
       const float max = p.tile_max[index];
       state = merge(state, {max, p.tile_sum[index]});
       if (tile < 32) own_max = max;

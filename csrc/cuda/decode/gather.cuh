@@ -297,7 +297,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     }
     gather_warps_barrier();
     if (gather_warp == 1) continue;
-    const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.gqa_group_size + unit.heads.first;
+    const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.group_size + unit.heads.first;
     if (lane < num_heads) {
       p.tile_max[stats + lane] = reference;
       p.tile_sum[stats + lane] = sum;

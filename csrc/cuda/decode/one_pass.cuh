@@ -40,7 +40,7 @@ struct KeyScorer {
       : p(p), keys(key_rows<K>(p, unit.batch_index, unit.kv_head, unit.row.kv_start)) {}
 
   __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
-    const int64_t head = static_cast<int64_t>(unit.kv_head) * p.gqa_group_size + unit.heads.first;
+    const int64_t head = static_cast<int64_t>(unit.kv_head) * p.group_size + unit.heads.first;
     query.load(static_cast<const T*>(p.q) + unit.batch_index * p.stride_q_batch + head * p.stride_q_head,
                p.stride_q_head, unit.heads.count, p.aligned, lane);
     scale[0] = scale[1] = score_scale_of<K>(p, unit.kv_head);
@@ -161,13 +161,13 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
         scorer.load_query(unit, lane);
         stream = random_stream(p, unit.batch_index, unit.row,
                                grouped ? unit.kv_head * p.num_head_blocks() + unit.block
-                                       : unit.kv_head * p.gqa_group_size + unit.heads.first + (lane & 7));
+                                       : unit.kv_head * p.group_size + unit.heads.first + (lane & 7));
       }
     }
     if (tile_keys == 0) break;
     if (!has_level && p.budget == Budget::kStreaming) {
       wait_for_previous();  // the pilot
-      const float* levels = p.level + unit.group * p.gqa_group_size + unit.heads.first;
+      const float* levels = p.level + unit.group * p.group_size + unit.heads.first;
       level = __ldcg(levels + min(lane & 7, unit.heads.count - 1));
       has_level = true;
     }
@@ -229,9 +229,11 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   auto* const neighbour = reinterpret_cast<float*>(sums);
   constexpr int kRows = batch_rows(HEAD_DIM, Scorer::kFloat8);
   if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
-    gather_parts<Float8, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
+    gather_parts<Float8, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps,
+                                          lane);
   } else {
-    gather_parts<T, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps, lane);
+    gather_parts<T, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps,
+                                     lane);
   }
 }
 

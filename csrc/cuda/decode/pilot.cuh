@@ -53,7 +53,7 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
     state = merge(state,
                   {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
   }
-  if (lane < unit.heads.count) p.level[unit.group * p.gqa_group_size + unit.heads.first + lane] = log2_sum(state);
+  if (lane < unit.heads.count) p.level[unit.group * p.group_size + unit.heads.first + lane] = log2_sum(state);
 }
 
 }  // namespace santa::cuda

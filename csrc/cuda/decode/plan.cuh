@@ -17,7 +17,7 @@ constexpr int kPlanWarps = kPlanThreads / 32;
 __device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t group, int head, int num_tiles) {
   SoftmaxState state = empty_softmax_state();
   for (int tile = threadIdx.x & 31; tile < num_tiles; tile += 32) {
-    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.gqa_group_size + head;
+    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.group_size + head;
     state = merge(state, {p.tile_max[stats], p.tile_sum[stats]});
   }
   for (int offset = 16; offset > 0; offset >>= 1) {
@@ -30,9 +30,9 @@ __device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t gro
 // The tile's share of the row, for a stream.
 __device__ __forceinline__ float tile_share(const DecodeParams& p, int64_t group, int stream, int tile,
                                             const float* row_lse) {
-  const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.gqa_group_size;
+  const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.group_size;
   const bool grouped = p.sampler == Sampler::kGrouped;
-  const int first = grouped ? 0 : stream, last = grouped ? p.gqa_group_size : stream + 1;
+  const int first = grouped ? 0 : stream, last = grouped ? p.group_size : stream + 1;
   float share = 0.0f;
   for (int h = first; h < last; ++h) {
     const float factor = tile_factor(p.tile_max[stats + h], row_lse[h]);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   const RowShape row = row_shape_of(p, batch_index);
   if (!row.proportional()) return;
   const int64_t group = p.group_index(batch_index, kv_head);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group_size = p.gqa_group_size;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group_size = p.group_size;
   float* row_lse = p.row_lse + group * group_size;
 
   for (int h = warp; h < group_size; h += kPlanWarps) {

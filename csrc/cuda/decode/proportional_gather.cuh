@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   const RowShape row = row_shape_of(p, batch_index);
   if (!row.proportional() || tile >= row.num_tiles) return;
 
-  const int group_size = p.gqa_group_size;
+  const int group_size = p.group_size;
   const int64_t group = p.group_index(batch_index, kv_head);
   const int64_t offset = p.stream_offset(group, stream);
   const Draws& draws = p.draws[group * num_streams + stream];

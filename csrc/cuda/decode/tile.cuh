@@ -248,7 +248,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
                                            int batch_index, int kv_head, const TileShared<HEAD_DIM>& shared) {
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   const int64_t first_head =
-      static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * p.gqa_group_size + work.first_head;
+      static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * p.group_size + work.first_head;
   const float output_scale = p.output_scale(kv_head);
   T* const out = static_cast<T*>(p.out) + first_head * HEAD_DIM;
 #pragma unroll 1
@@ -279,7 +279,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
   work.first_head = head_block * kHeadBlock;
-  work.num_heads = min(kHeadBlock, p.gqa_group_size - work.first_head);
+  work.num_heads = min(kHeadBlock, p.group_size - work.first_head);
   work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
   work.limit = min(work.first_key + row.tile_kv, static_cast<int64_t>(row.kv_len));
   work.score_scale = score_scale_of<K>(p, kv_head);
@@ -293,7 +293,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
 
   QueryFragments<T, HEAD_DIM> query;
   query.load(static_cast<const T*>(p.q) + batch_index * p.stride_q_batch +
-                 (static_cast<int64_t>(kv_head) * p.gqa_group_size + work.first_head) * p.stride_q_head,
+                 (static_cast<int64_t>(kv_head) * p.group_size + work.first_head) * p.stride_q_head,
              p.stride_q_head, work.num_heads, p.aligned, threadIdx.x & 31);
 
   if (row.sampled()) {
@@ -309,7 +309,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   }
 
   // Merge the warps, in warp order.
-  const int64_t stats = p.stats_offset(work.group) + static_cast<int64_t>(tile) * p.gqa_group_size + work.first_head;
+  const int64_t stats = p.stats_offset(work.group) + static_cast<int64_t>(tile) * p.group_size + work.first_head;
   if (threadIdx.x < work.num_heads) {
     SoftmaxState state = empty_softmax_state();
     for (int w = 0; w < kWarps; ++w) state = merge(state, {shared.max[w][threadIdx.x], shared.sum[w][threadIdx.x]});

@@ -218,7 +218,7 @@ void test_tiles_and_parts() {
 void test_head_blocks() {
   for (int group = 1; group <= 1024; ++group) {
     DecodeParams p{};
-    p.gqa_group_size = group;
+    p.group_size = group;
     int heads = 0;
     for (int i = 0; i < p.num_head_blocks(); ++i) {
       const HeadBlock block = head_block_of(p, i);
@@ -276,8 +276,21 @@ void test_kv_rows() {
       for (int h = 0; h < 3; ++h) buffer[((b * 5 + n) * 3 + h) * 4] = 100 * b + 10 * n + h;
     }
   }
-  const auto rows = make_kv_rows<int>(buffer.data(), 1, 2, /*kv_start=*/1, 60, 12, 4);
+  DecodeParams p{};
+  p.k = buffer.data(), p.stride_k_batch = 60, p.stride_k_token = 12, p.stride_k_head = 4;
+  const auto rows = key_rows<int>(p, 1, 2, /*kv_start=*/1);
   for (int n = 0; n < 4; ++n) check(*rows.row(n) == 100 + 10 * (n + 1) + 2, "row(", n, ") is ", *rows.row(n));
+
+  // The same buffer as pages of 4 of the 5 tokens: page 1 then page 0, from their second key on.
+  const int32_t table[2][3] = {{7, 7, 7}, {1, 0, 7}}, list[5] = {7, 7, 7, 1, 0}, indptr[3] = {0, 3, 5};
+  p.page_table = table[0], p.stride_page_table = 3, p.page_shift = 2;
+  const auto of_table = key_rows<int>(p, 1, 2, /*kv_start=*/1);
+  p.page_table = list, p.kv_indptr = indptr;
+  const auto of_list = key_rows<int>(p, 1, 2, /*kv_start=*/1);
+  for (int n = 0; n < 7; ++n) {
+    const int expected = 100 * (n + 1 < 4 ? 1 : 0) + 10 * ((n + 1) % 4) + 2;
+    check(*of_table.row(n) == expected && *of_list.row(n) == expected, "paged row(", n, ") is ", *of_table.row(n));
+  }
 }
 
 }  // namespace

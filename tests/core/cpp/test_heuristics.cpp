@@ -27,8 +27,9 @@ const Gpu kGpus[] = {
 DecodeParams params_of(int batch, int64_t kv_len, int group, int head_dim, Dtype k_dtype, bool lengths_known) {
   DecodeParams p{};
   static const int32_t some_lens[1] = {};
-  p.batch = batch, p.max_kv_len = kv_len, p.num_kv_heads = 8, p.num_qo_heads = 8 * group, p.gqa_group_size = group;
+  p.batch = batch, p.max_kv_len = kv_len, p.num_kv_heads = 8, p.num_qo_heads = 8 * group, p.group_size = group;
   p.head_dim = head_dim, p.dtype = Dtype::kBFloat16, p.k_dtype = p.v_dtype = k_dtype;
+  p.q_len = 1, p.head_group = group, p.window_left = -1, p.cache_kv_len = p.max_kv_len;
   p.num_samples = 128, p.min_sampled_len = 0, p.sampler = Sampler::kGrouped, p.budget = Budget::kStreaming;
   p.kv_lens = lengths_known ? nullptr : some_lens;
   p.plan = plan_call(p);
@@ -39,8 +40,8 @@ void check_plan(const Gpu& gpu, DecodeParams& p, const ScoreNeeds& needs, const 
   plan_one_pass(p, gpu.limits, needs);
   const int bytes = one_pass_shared_bytes(p, needs), pilot = pilot_shared_bytes(needs);
   const auto where = [&](const char* what) {
-    check(false, gpu.name, ", ", kind, ", group ", p.gqa_group_size, ", head_dim ", p.head_dim, ", batch ", p.batch,
-          ": ", what, " (", bytes, " bytes, pilot ", pilot, ")");
+    check(false, gpu.name, ", ", kind, ", group ", p.group_size, ", head_dim ", p.head_dim, ", batch ", p.batch, ": ",
+          what, " (", bytes, " bytes, pilot ", pilot, ")");
   };
   if (bytes > gpu.limits.cta_bytes) where("the one-pass kernel asks for more than a CTA can have");
   if (pilot > gpu.limits.cta_bytes) where("the pilot asks for more than a CTA can have");
