@@ -22,13 +22,35 @@ enum class KvLayout : int { kNHD = 0, kHND = 1 };
 // drawn from and gathered in one go. proportional: score, plan, gather, in kernels of their own.
 enum class RowKind : int { kExact, kOnePass, kProportional };
 
+// One batch row, as every stage sees it: the keys that any of its tokens attends to.
+struct RowShape {
+  int kv_start;
+  int kv_len;
+  int span_len, span_first;  // keys of the whole row, of which these are [span_first, span_first + kv_len)
+  int position;              // of its random stream
+  bool valid;  // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
+  RowKind kind;
+  int tile_kv;    // in one pass: of a part
+  int num_tiles;  // in one pass: parts
+  int draw_kv;    // in one pass: of a tile
+
+  // Where the keys of the last token end. (Some may be elsewhere; then there is no window.)
+  SANTA_HD int end() const { return span_len - span_first; }
+
+  SANTA_HD bool one_pass() const { return kind == RowKind::kOnePass; }
+  SANTA_HD bool proportional() const { return kind == RowKind::kProportional; }
+  SANTA_HD bool sampled() const { return kind != RowKind::kExact; }
+};
+
 // Which kinds of row a call has to expect, and how its kernels are set up. Lengths are on the device: all that the host
 // knows is their bound and, if neither lengths nor starts are given, that every row has max_kv_len. Decided once, by
 // plan_call; nothing here changes a bit of the result.
 struct CallPlan {
   bool exact, one_pass, proportional;
   int longest_exact;  // bound of the length of exact rows
-  int max_parts;      // of a row in one pass
+  bool equal_rows;    // all rows are `row`, but for their positions, if those are given
+  RowShape row;
+  int max_parts;  // of a row in one pass
 
   // CUDA, one pass; cuda/decode/heuristics.h.
   int num_warps;     // that score, per CTA
@@ -39,6 +61,10 @@ struct CallPlan {
   int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
   int run_parts;     // of these runs
 };
+
+// Of a number from 1 to 1024: a query up to 1023 times it, shifted by kInverseBits, is their quotient.
+constexpr int kInverseBits = 20;
+inline uint32_t inverse_of(int divisor) { return static_cast<uint32_t>(ceil_div(1 << kInverseBits, divisor)); }
 
 constexpr int kMaskWords = kMaxTileKv / 32;  // one bit per key of a tile
 
@@ -83,20 +109,22 @@ struct DecodeParams {
   int batch;
   int num_qo_heads;
   int num_kv_heads;
-  int first_kv_head;  // of those of the whole model: part of the identity of random streams
-  int q_len;          // new tokens of a row, the last of its keys; each sees those up to its own
-  int head_group;     // query heads that share a KV head
-  int group_size;     // q_len head_group: query vectors that share a KV head, token by token. To all that follows they
-                      // are heads
+  int first_kv_head;            // of those of the whole model: part of the identity of random streams
+  int q_len;                    // new tokens of a row, the last of its keys; each sees those up to its own
+  int head_group;               // query heads that share a KV head
+  uint32_t head_group_inverse;  // inverse_of(head_group)
+  int group_size;  // q_len head_group: query vectors that share a KV head, token by token. To all that follows they
+                   // are heads
   int head_dim;
   int cache_kv_len;  // keys that a row can have
   int max_kv_len;    // of which it attends to so many at most
   bool aligned;      // q, k and v rows all start on 16-byte boundaries
   bool by_features;  // k is feature-major: Bernoulli scores
 
-  float scale_log2;  // sm_scale * log2(e): scores are kept in base 2
-  float soft_cap;    // of logits, base 2; 0: none
-  int window_left;   // keys that a token sees beside its own, the latest; -1: all
+  float scale_log2;     // sm_scale * log2(e): scores are kept in base 2
+  float soft_cap;       // of logits, base 2; 0: none
+  float soft_cap_rate;  // 2 log2(e) / soft_cap
+  int window_left;      // keys that a token sees beside its own, the latest; -1: all
   Sampler sampler;
   Budget budget;
   int num_samples;  // S per query head; 0 = exact
@@ -137,14 +165,19 @@ struct DecodeParams {
     return v_scale == nullptr ? 1.0f : v_scale[kv_head * stride_v_scale];
   }
 
+  // query / head_group, which a GPU has no instruction for.
+  SANTA_HD int token_of(int query) const {
+    return static_cast<int>(static_cast<uint32_t>(query) * head_group_inverse >> kInverseBits);
+  }
+
   // Element offset of a query vector of a KV head in q, and its index in out, lse and level.
   SANTA_HD int64_t query_offset(int batch_index, int kv_head, int query) const {
-    const int token = q_len == 1 ? 0 : query / head_group;
+    const int token = token_of(query);
     return batch_index * stride_q_batch + token * stride_q_token +
            (static_cast<int64_t>(kv_head) * head_group + query - token * head_group) * stride_q_head;
   }
   SANTA_HD int64_t output_index(int batch_index, int kv_head, int query) const {
-    const int token = q_len == 1 ? 0 : query / head_group;
+    const int token = token_of(query);
     return (static_cast<int64_t>(batch_index) * q_len + token) * num_qo_heads + kv_head * head_group + query -
            token * head_group;
   }
@@ -170,85 +203,88 @@ struct HeadBlock {
 };
 
 SANTA_HD HeadBlock head_block_of(const DecodeParams& p, int index) {
+  if (p.group_size <= kHeadBlock) return {0, p.group_size};
   const int size = ceil_div_int(p.group_size, p.num_head_blocks());
   const int first = index * size, left = p.group_size - first;
   return {first, left < size ? left : size};
 }
 
-// One batch row, as every stage sees it: the keys that any of its tokens attends to.
-struct RowShape {
-  int64_t kv_start;
-  int kv_len;
-  int span_len, span_first;  // keys of the whole row, of which these are [span_first, span_first + kv_len)
-  int position;              // of its random stream
-  bool valid;  // false: the range given is not inside the cache; nothing of it is read and the outputs are NaN
-  RowKind kind;
-  int tile_kv;    // in one pass: of a part
-  int num_tiles;  // in one pass: parts
-  int draw_kv;    // in one pass: of a tile
-
-  SANTA_HD bool one_pass() const { return kind == RowKind::kOnePass; }
-  SANTA_HD bool proportional() const { return kind == RowKind::kProportional; }
-  SANTA_HD bool sampled() const { return kind != RowKind::kExact; }
+// Keys of a batch row: [start, start + length) of the cache, [first, first + length) of the whole row.
+struct RowSpan {
+  int start, length, first, whole;
+  bool valid;
 };
 
-SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
-  int64_t start = p.kv_starts != nullptr ? p.kv_starts[batch_index] : 0;
-  int64_t length = p.kv_lens != nullptr ? p.kv_lens[batch_index] : p.cache_kv_len - start;
-  bool valid = start >= 0 && length >= 0 && start + length <= p.cache_kv_len;
+// Where a row's keys are listed page by page, where rows are parts of longer ones, and what a window leaves of them.
+SANTA_HD void look_closer(const DecodeParams& p, int batch_index, RowSpan& span) {
+  int64_t length = span.length;
   if (p.kv_indptr != nullptr) {
     const int64_t pages = static_cast<int64_t>(p.kv_indptr[batch_index + 1]) - p.kv_indptr[batch_index];
     const int64_t page_size = int64_t{1} << p.page_shift, last = p.kv_last_page_lens[batch_index];
     length = pages == 0 ? 0 : (pages - 1) * page_size + last;
-    valid = pages >= 0 && (pages == 0 || (last >= 1 && last <= page_size)) && length <= p.cache_kv_len;
+    span.valid = pages >= 0 && (pages == 0 || (last >= 1 && last <= page_size)) && length <= p.cache_kv_len;
   }
   int64_t whole = length, first = 0;
   if (p.whole_lens != nullptr) {
     whole = p.whole_lens[batch_index], first = p.shard_starts[batch_index];
     // Tiles must not straddle shards.
-    valid = valid && first >= 0 && first % kDrawTileKv == 0 && first + length <= whole;
+    span.valid = span.valid && first >= 0 && first % kDrawTileKv == 0 && first + length <= whole;
   }
-  if (!valid) length = whole = first = 0;
-  const int64_t position = p.positions != nullptr ? p.positions[batch_index] : whole;
-  // The window of the first new token begins where no other does before it.
-  const int64_t unseen = p.window_left < 0 ? 0 : whole - p.q_len - p.window_left;
-  if (unseen > 0) {
-    int64_t skipped = unseen - first;
-    skipped = skipped < 0 ? 0 : skipped < length ? skipped : length;
-    start += skipped, length -= skipped;
-    first += skipped - unseen, whole -= unseen;
+  if (!span.valid) length = whole = first = 0;
+  span.first = static_cast<int>(first), span.whole = static_cast<int>(whole), span.length = static_cast<int>(length);
+}
+
+SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
+  if (p.plan.equal_rows) {
+    RowShape row = p.plan.row;
+    if (p.positions != nullptr) row.position = p.positions[batch_index];
+    return row;
   }
-  const int kv_len = static_cast<int>(length), span_len = static_cast<int>(whole);
-  const bool sampled = p.num_samples > 0 && kv_len > 0 && span_len >= p.min_sampled_len;
+  RowSpan span{};
+  span.start = p.kv_starts != nullptr ? p.kv_starts[batch_index] : 0;
+  const uint32_t room = static_cast<uint32_t>(p.cache_kv_len) - static_cast<uint32_t>(span.start);
+  span.length = p.kv_lens != nullptr ? p.kv_lens[batch_index] : static_cast<int>(room);
+  span.valid = static_cast<uint32_t>(span.start) <= static_cast<uint32_t>(p.cache_kv_len) &&
+               static_cast<uint32_t>(span.length) <= room;
+  if (!span.valid) span.length = 0;
+  span.whole = span.length;
+  if (p.kv_indptr != nullptr || p.whole_lens != nullptr) look_closer(p, batch_index, span);
+  const int position = p.positions != nullptr ? p.positions[batch_index] : span.whole;
+  // The window of the first new token begins where no other does before it. Neither difference overflows: what is
+  // subtracted is at most 2^31 - 1 and the token's own.
+  if (p.window_left >= 0 && span.whole - p.window_left > p.q_len) {
+    const int unseen = span.whole - p.window_left - p.q_len, ahead = unseen - span.first;
+    const int skipped = ahead < 0 ? 0 : ahead < span.length ? ahead : span.length;
+    span.start += skipped, span.length -= skipped;
+    span.first += skipped - unseen, span.whole -= unseen;
+  }
+  const bool sampled = p.num_samples > 0 && span.length > 0 && span.whole >= p.min_sampled_len;
   const RowKind kind = !sampled                            ? RowKind::kExact
                        : p.budget == Budget::kProportional ? RowKind::kProportional
                                                            : RowKind::kOnePass;
-  const int tile_kv = kind == RowKind::kExact     ? exact_tile_kv_of(kv_len)
-                      : kind == RowKind::kOnePass ? part_kv_of(kv_len, p.num_units())
-                                                  : tile_kv_of(kv_len);
-  const int num_tiles = kind == RowKind::kOnePass ? num_parts_of(kv_len, tile_kv) : ceil_div_int(kv_len, tile_kv);
-  return {start,
-          kv_len,
-          span_len,
-          static_cast<int>(first),
-          static_cast<int>(position),
-          valid,
-          kind,
-          tile_kv,
-          num_tiles,
-          draw_tile_kv_of(span_len, p.by_features)};
+  const int tile_kv = kind == RowKind::kExact     ? exact_tile_kv_of(span.length)
+                      : kind == RowKind::kOnePass ? part_kv_of(span.length, p.num_units())
+                                                  : tile_kv_of(span.length);
+  return {.kv_start = span.start,
+          .kv_len = span.length,
+          .span_len = span.whole,
+          .span_first = span.first,
+          .position = position,
+          .valid = span.valid,
+          .kind = kind,
+          .tile_kv = tile_kv,
+          .num_tiles = num_parts_of(span.length, tile_kv),
+          .draw_kv = draw_tile_kv_of(span.whole, p.by_features)};
 }
 
-// Keys of the row that a query vector attends to. Without further tokens, all.
+// Keys of the row that a query vector attends to, for rows whose last token sees those up to `end`.
 struct KeyRange {
   int first, end;
 };
 
-SANTA_HD KeyRange visible_keys(const DecodeParams& p, const RowShape& row, int query) {
-  if (p.q_len == 1) return {0, row.kv_len};
-  const int end = row.span_len - (p.q_len - 1 - query / p.head_group);  // in the whole row
-  const int first = p.window_left < 0 || end - 1 < p.window_left ? 0 : end - 1 - p.window_left;
-  return {first - row.span_first, end - row.span_first};
+SANTA_HD KeyRange visible_keys(const DecodeParams& p, int end, int query) {
+  end -= p.q_len - 1 - p.token_of(query);
+  return {p.window_left < 0 || end - 1 < p.window_left ? 0 : end - 1 - p.window_left, end};
 }
 
 // ---- the identity of a random stream: each sampler's draws, for all stages and both backends
@@ -273,7 +309,7 @@ template <typename T>
 SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int batch_index, int kv_head, int64_t kv_start,
                                 int64_t stride_batch, int64_t stride_token, int64_t stride_head) {
   const T* base = static_cast<const T*>(data) + kv_head * stride_head;
-  if (p.page_table == nullptr) {
+  if (!unlikely(p.page_table != nullptr)) {
     return {base + batch_index * stride_batch + kv_start * stride_token, stride_token, nullptr, 0, 0, 0};
   }
   const int64_t pages = p.kv_indptr != nullptr ? p.kv_indptr[batch_index] : batch_index * p.stride_page_table;
@@ -296,11 +332,15 @@ SANTA_HD KvRows<T> value_rows(const DecodeParams& p, int batch_index, int kv_hea
 SANTA_HD float logit_of(float product, float scale) { return product * scale; }
 
 // Whether logits are not yet what is attended with: see attended_logit.
-SANTA_HD bool changes_logits(const DecodeParams& p) { return p.soft_cap > 0.0f || p.q_len > 1; }
+SANTA_HD bool changes_logits(const DecodeParams& p) { return unlikely(p.soft_cap > 0.0f || p.q_len > 1); }
 
 // The logit of key n of the row for a query vector, capped, or -inf where it does not see the key.
 SANTA_HD float attended_logit(const DecodeParams& p, KeyRange visible, int64_t n, float logit) {
-  if (p.soft_cap > 0.0f) logit = p.soft_cap * tanhf(logit / p.soft_cap);
+  // cap tanh(x / cap), as 1 - 2 / (1 + exp(2 x / cap)): what is lost near 0 is below a float32 ulp of the cap.
+  if (p.soft_cap > 0.0f) {
+    const float power = exp2f(logit * p.soft_cap_rate);
+    logit = p.soft_cap - approximate_quotient(2.0f * p.soft_cap, 1.0f + power);
+  }
   return n >= visible.first && n < visible.end ? logit : -INFINITY;
 }
 
@@ -314,11 +354,11 @@ struct Epilogue {
 
 SANTA_HD Epilogue epilogue_of(const DecodeParams& p, const RowShape& row, int kv_head, int query, float lse) {
   if (!row.valid) return {NAN, NAN};
-  const KeyRange visible = visible_keys(p, row, query);
+  const KeyRange visible = visible_keys(p, row.end(), query);
   const bool has_keys = visible.end > 0 && visible.first < visible.end && visible.first < row.kv_len;
   float factor = !has_keys ? 0.0f : is_finite(lse) ? p.output_scale(kv_head) : NAN;
   if (p.sinks != nullptr) {
-    const float sink = p.sinks[kv_head * p.head_group + query % p.head_group] * kLog2E;
+    const float sink = p.sinks[kv_head * p.head_group + query - p.token_of(query) * p.head_group] * kLog2E;
     const float total = log2_sum(merge({lse, 1.0f}, {sink, 1.0f}));
     if (has_keys) factor *= exp2_below(lse, total);
     lse = total;
@@ -337,6 +377,12 @@ inline CallPlan plan_call(const DecodeParams& p) {
   plan.exact = !sampled || !lengths_known;
   plan.longest_exact =
       sampled && p.min_sampled_len <= p.max_kv_len ? static_cast<int>(p.min_sampled_len) : p.max_kv_len;
+  plan.equal_rows = lengths_known;
+  if (lengths_known) {
+    DecodeParams host = p;  // without what lies on the device
+    host.plan.equal_rows = false, host.positions = nullptr;
+    plan.row = row_shape_of(host, 0);
+  }
   plan.max_parts = plan.one_pass ? max_num_parts(p.max_kv_len, p.num_units()) : 0;
   return plan;
 }

@@ -25,9 +25,11 @@ from santa.ops import (  # noqa: E402
 from santa.prefill import PrefillStats, prefill  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
 from santa.shapes import PaddingWarning, padded_head_dim  # noqa: E402
+from santa.wrapper import BatchDecodeWithPagedKVCacheWrapper  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
     "Budget",
     "Gqa",
     "KvLayout",

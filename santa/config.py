@@ -18,6 +18,7 @@ _MAX_SEED = (1 << 62) - 1
 _MAX_SAMPLES = 1 << 20
 _MAX_INT32 = (1 << 31) - 1
 _MAX_DRAWS = 4096
+_MAX_QUERY_LEN = 8
 _SCORES = ("exact", "bernoulli")
 _PREFILLS = ("dense", "sample")
 
@@ -48,6 +49,9 @@ class SantaConfig:
         prefill: "dense", or "sample": SampleAttention, `santa.prefill`.
         alpha: share of the attention mass that a sparse prefill keeps, 0 to 1: one number, or (columns, slashes).
         prefill_backend: what executes a sparse prefill, as in `santa.prefill`; "auto" is dense below 16,384 tokens.
+        max_sampled_q_len: most new tokens per row of a step that is sampled, 1 to 8. 1: decode steps alone. More:
+            verification of that many speculated tokens too, and with it chunks of prefill as short behind tokens that
+            the cache holds, which look the same.
 
     Raises:
         TypeError, ValueError: naming the field, what it got and what it needs.
@@ -65,6 +69,7 @@ class SantaConfig:
     prefill: str = "dense"
     alpha: float | tuple[float, float] = 0.95
     prefill_backend: str = "auto"
+    max_sampled_q_len: int = 1
 
     def __post_init__(self) -> None:
         # The class is frozen for its users; its own normalisation goes around that.
@@ -73,6 +78,7 @@ class SantaConfig:
             ("seed", _MAX_SEED, 0),
             ("min_sampled_len", _MAX_INT32, 0),
             ("num_draws", _MAX_DRAWS, 1),
+            ("max_sampled_q_len", _MAX_QUERY_LEN, 1),
         ):
             if field != "min_sampled_len" or self.min_sampled_len is not None:
                 object.__setattr__(self, field, _integer(field, getattr(self, field), maximum, minimum))
@@ -93,6 +99,11 @@ class SantaConfig:
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"santa: {field} is {getattr(self, field)!r}; it needs to be one of {list(known)}")
+        if self.score == "bernoulli" and self.max_sampled_q_len > 1:
+            raise ValueError(
+                f"santa: max_sampled_q_len is {self.max_sampled_q_len} while score is 'bernoulli', which takes one new "
+                "token per row; it needs to be 1"
+            )
         alphas = check_alpha(self.alpha)
         if not isinstance(self.alpha, (float, int)):
             object.__setattr__(self, "alpha", alphas)  # a list would make the settings mutable

@@ -574,7 +574,7 @@ def _decode_bernoulli(
     return_features_read: bool,
 ) -> tuple[Tensor, ...]:
     for name, value in features.items():
-        if value is not None and value != _NO_FEATURES.get(name, None):
+        if isinstance(value, Tensor) or (value is not None and value != _NO_FEATURES.get(name)):
             why = "takes no float8 cache" if name.endswith("_scale") else "does not have it"
             raise ValueError(f"santa: {name} is given with score='bernoulli', which {why}")
     num_draws = 4 if num_draws is None else int64("num_draws", num_draws)

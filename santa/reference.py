@@ -10,6 +10,7 @@ The streaming and the uniform budget draw from a row tile by tile: `tile_shares`
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,30 +23,27 @@ def exact(
     *,
     kv_lens: Tensor | None = None,
     kv_starts: Tensor | None = None,
-    kv_layout: str = "NHD",
-    sm_scale: float | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Exact decode attention. Shapes as in `santa.decode`; returns out [batch, num_qo_heads, head_dim] and lse
-    [batch, num_qo_heads], both float64. Only the valid range of each row is touched."""
+    """Exact decode attention. Shapes as in `santa.decode`, options as in `probabilities`; returns out [batch,
+    num_qo_heads, head_dim] and lse [batch, num_qo_heads], or both with [batch, q_len, ...] as q has them, float64. Only
+    the valid range of each row is touched."""
     outs, lses = [], []
-    for b in range(q.shape[0]):
+    for b, tokens in enumerate(q if q.dim() == 4 else q.unsqueeze(1)):
         start = 0 if kv_starts is None else int(kv_starts[b])
-        p, values, lse = probabilities(
-            q[b],
-            k[b],
-            v[b],
-            kv_start=start,
-            kv_len=None if kv_lens is None else int(kv_lens[b]),
-            kv_layout=kv_layout,
-            sm_scale=sm_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
-        outs.append(torch.einsum("gmn,gnd->gmd", p, values).flatten(0, 1))
-        lses.append(lse.flatten())
-    return torch.stack(outs), torch.stack(lses)
+        kv_len = _max_kv_len(k, options) - start if kv_lens is None else int(kv_lens[b])
+        for ahead, token in zip(reversed(range(len(tokens))), tokens, strict=True):
+            # The new tokens are the last keys of the row, and each sees those up to its own.
+            visible = max(0, kv_len - ahead)
+            p, values, lse = probabilities(token, k[b], v[b], kv_start=start, kv_len=visible, **options)
+            outs.append(torch.einsum("gmn,gnd->gmd", p, values).flatten(0, 1))
+            lses.append(lse.flatten())
+    out_shape = (*q.shape[:-1], v.shape[-1])
+    return torch.stack(outs).reshape(out_shape), torch.stack(lses).reshape(q.shape[:-1])
+
+
+def _max_kv_len(k: Tensor, options: dict[str, Any]) -> int:
+    return k.shape[1 if options.get("kv_layout", "NHD") == "NHD" else 2]
 
 
 def probabilities(
@@ -57,30 +55,39 @@ def probabilities(
     kv_len: int | None = None,
     kv_layout: str = "NHD",
     sm_scale: float | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of one batch row: q [num_qo_heads, head_dim], k and v without the batch dimension. k_scale and v_scale,
-    [], [1] or [num_kv_heads], multiply keys and values.
+    """Softmax of one token of one batch row: q [num_qo_heads, head_dim], k and v without the batch dimension. k_scale
+    and v_scale, a number, [], [1] or [num_kv_heads], multiply keys and values. With sinks [num_qo_heads], which take
+    part in the softmax without a value, p sums to less than 1.
 
-    Returns p [num_kv_heads, gqa_group_size, kv_len], values [num_kv_heads, kv_len, head_dim] and lse [num_kv_heads,
-    gqa_group_size], float64.
+    Returns p [num_kv_heads, gqa_group_size, n], values [num_kv_heads, n, head_dim] and lse [num_kv_heads,
+    gqa_group_size], float64; n is kv_len, or window_left + 1 if that is less.
     """
     if kv_layout == "NHD":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     stop = k.shape[1] if kv_len is None else kv_start + kv_len
-    keys, values = _scaled(k[:, kv_start:stop], k_scale), _scaled(v[:, kv_start:stop], v_scale)
+    first = kv_start if window_left < 0 else max(kv_start, stop - 1 - window_left)
+    keys, values = _scaled(k[:, first:stop], k_scale), _scaled(v[:, first:stop], v_scale)
     queries = q.double().unflatten(0, (keys.shape[0], -1))
     scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
     scores = torch.einsum("gmd,gnd->gmn", queries, keys) * scale
+    if logits_soft_cap:
+        scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
     lse = torch.logsumexp(scores, dim=-1)
-    # kv_len 0: no keys, lse -inf, p empty.
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double().view_as(lse))
+    # kv_len 0: no keys, lse -inf or the sinks, p empty.
     return torch.exp(scores - lse.unsqueeze(-1)), values, lse
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
     """x [num_kv_heads, kv_len, head_dim] times its scale, float64."""
-    return x.double() if scale is None else x.double() * scale.double().reshape(-1, 1, 1)
+    return x.double() if scale is None else x.double() * torch.as_tensor(scale).double().reshape(-1, 1, 1)
 
 
 def systematic_counts(p: Tensor, num_samples: int, u: float) -> Tensor:

@@ -77,6 +77,7 @@ BernoulliOutputs decode_bernoulli(const DecodeArguments& a, int64_t num_draws, i
   p.decode.k = a.k.const_data_ptr();
   p.decode.k_dtype = dtype_of(a.k);
   p.decode.by_features = true;
+  p.decode.plan = plan_call(p.decode);  // tiles are others then
   p.decode.stride_k_batch = a.k.stride(0), p.decode.stride_k_head = a.k.stride(1);
   p.decode.stride_k_token = 1;
   p.stride_k_feature = a.k.stride(2);
@@ -143,7 +144,7 @@ Tensor ternary_counts_op(Tensor q, Tensor kv_lens, Tensor row_seeds, int64_t num
   d.batch = static_cast<int>(batch), d.num_qo_heads = static_cast<int>(num_qo_heads);
   d.num_kv_heads = static_cast<int>(num_kv_heads);
   d.group_size = static_cast<int>(num_qo_heads / num_kv_heads), d.head_dim = static_cast<int>(head_dim);
-  d.q_len = 1, d.head_group = d.group_size, d.window_left = -1;
+  d.q_len = 1, d.head_group = d.group_size, d.head_group_inverse = inverse_of(d.head_group), d.window_left = -1;
   d.cache_kv_len = d.max_kv_len = static_cast<int>(kMaxKvLen);
   d.seed = seed;
   p.num_draws = static_cast<int>(num_draws), p.score_sampler = static_cast<ScoreSampler>(score_sampler);

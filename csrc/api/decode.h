@@ -412,6 +412,15 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   p.stride_v_batch = a.v.stride(0), p.stride_v_token = a.v.stride(a.token_axis());
   p.stride_v_head = a.v.stride(a.head_axis());
 
+  if (a.paged) {
+    p.page_table = (a.page_table ? *a.page_table : *a.kv_indices).const_data_ptr<int32_t>();
+    if (p.page_table == nullptr) p.page_table = reinterpret_cast<const int32_t*>(p.q);  // none, so never read
+    p.stride_page_table = a.page_table ? a.page_table->stride(0) : 0;
+    p.kv_indptr = int32s(a.kv_indptr), p.kv_last_page_lens = int32s(a.kv_last_page_len);
+    p.num_pages = a.v.size(0);
+    for (int64_t size = a.v.size(a.token_axis()); size > 1; size /= 2) ++p.page_shift;
+  }
+
   p.dtype = dtype_of(a.q), p.v_dtype = dtype_of(a.v);
   p.batch = static_cast<int>(a.q.size(0));
   p.num_qo_heads = static_cast<int>(num_qo_heads);
@@ -419,6 +428,7 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   p.first_kv_head = static_cast<int>(a.first_kv_head);
   p.q_len = static_cast<int>(q_len);
   p.head_group = static_cast<int>(head_group);
+  p.head_group_inverse = inverse_of(p.head_group);
   p.group_size = static_cast<int>(q_len * head_group);
   p.head_dim = static_cast<int>(head_dim);
   const int64_t cache_kv_len = cache_kv_len_of(a);
@@ -429,6 +439,7 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));
   p.soft_cap = static_cast<float>(a.logits_soft_cap * static_cast<double>(kLog2E));
+  p.soft_cap_rate = a.logits_soft_cap > 0.0 ? static_cast<float>(2.0 / a.logits_soft_cap) : 0.0f;
   p.sampler = static_cast<Sampler>(a.sampler);
   p.budget = budget_of(a);
   p.num_samples = static_cast<int>(a.num_samples);
@@ -472,15 +483,6 @@ DecodeOutputs decode(const DecodeArguments& a, const DecodeOutputs* given) {
   p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(a.token_axis());
   p.stride_k_head = a.k.stride(a.head_axis());
   p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
-  if (a.paged) {
-    p.page_table = (a.page_table ? *a.page_table : *a.kv_indices).template const_data_ptr<int32_t>();
-    if (p.page_table == nullptr) p.page_table = reinterpret_cast<const int32_t*>(p.q);  // none, so never read
-    p.stride_page_table = a.page_table ? a.page_table->stride(0) : 0;
-    p.kv_indptr = a.kv_indptr ? a.kv_indptr->template const_data_ptr<int32_t>() : nullptr;
-    p.kv_last_page_lens = a.kv_last_page_len ? a.kv_last_page_len->template const_data_ptr<int32_t>() : nullptr;
-    p.num_pages = a.k.size(0);
-    for (int64_t size = a.k.size(a.token_axis()); size > 1; size /= 2) ++p.page_shift;
-  }
   run_backend<Backend>(p, a.q, place_workspace);
   return outputs;
 }

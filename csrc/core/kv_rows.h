@@ -22,7 +22,7 @@ struct KvRows {
 
   SANTA_HD bool paged() const { return pages != nullptr; }
 
-  SANTA_HD const T* row(int64_t n) const { return paged() ? row_in(page_of(n), n) : base + n * stride_token; }
+  SANTA_HD const T* row(int64_t n) const { return unlikely(paged()) ? row_in(page_of(n), n) : base + n * stride_token; }
 
   // In two steps, so that the page can be looked up ahead.
   SANTA_HD int32_t page_of(int64_t n) const { return pages[(first_position + n) >> page_shift]; }

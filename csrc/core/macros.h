@@ -6,3 +6,10 @@
 #else
 #define SANTA_HD inline
 #endif
+
+namespace santa {
+
+// A condition that hardly ever holds: what depends on it is kept out of the way of the rest.
+SANTA_HD bool unlikely(bool condition) { return __builtin_expect(condition, 0); }
+
+}  // namespace santa

@@ -71,13 +71,19 @@ constexpr int kMinPartKv = 256;
 constexpr int kMaxPartKv = 4096;
 constexpr int kPartsWanted = 256;
 
+// The smallest power of two with which kPartsWanted parts are enough, within those limits.
 SANTA_HD int part_kv_of(int64_t kv_len, int num_units) {
+#if defined(__CUDA_ARCH__)
+  const int bits = 64 - __clzll(kv_len * num_units - 1) - (__ffs(kPartsWanted) - 1);
+  return kv_len == 0 ? kMinPartKv : min(max(1 << max(min(bits, 30), 0), kMinPartKv), kMaxPartKv);
+#else
   int part_kv = kMinPartKv;
   while (part_kv < kMaxPartKv && static_cast<int64_t>(part_kv) * kPartsWanted < kv_len * num_units) part_kv *= 2;
   return part_kv;
+#endif
 }
 
-SANTA_HD int num_parts_of(int kv_len, int part_kv) {  // part_kv is a power of two
+SANTA_HD int num_parts_of(int kv_len, int part_kv) {  // part_kv, or that of a tile, is a power of two
 #if defined(__CUDA_ARCH__)
   const int shift = __ffs(part_kv) - 1;
   return (kv_len >> shift) + ((kv_len & (part_kv - 1)) != 0 ? 1 : 0);

@@ -180,7 +180,7 @@ void decode_with(const DecodeParams& p, const ScoreKeys& raw_scores, int pilot_r
                               int64_t stride) {
     raw_scores(at, row, first, count, scores, stride);
     for (int h = 0; changes_logits(p) && h < p.group_size; ++h) {
-      const KeyRange visible = visible_keys(p, row, h);
+      const KeyRange visible = visible_keys(p, row.end(), h);
       for (int n = 0; n < count; ++n) {
         scores[h * stride + n] = attended_logit(p, visible, first + n, scores[h * stride + n]);
       }

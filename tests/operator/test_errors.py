@@ -93,22 +93,23 @@ WRONG_TYPES = [
     *((name, value, TENSOR) for name in ("q", "k", "v") for value in (None, 1.0, [1.0], "x")),
     *(
         (name, value, OPTIONAL_TENSOR)
-        for name in ("kv_lens", "kv_starts", "row_seeds", "positions", "k_scale", "v_scale")
+        for name in ("kv_lens", "kv_starts", "row_seeds", "positions", "sinks", "whole_lens", "shard_starts", "levels")
         for value in (3, [3, 3], "x")
     ),
+    *((name, value, r"a torch\.Tensor, a float or None") for name in ("k_scale", "v_scale") for value in ([3, 3], "x")),
     *(
         (name, value, r"an int.*")
-        for name in ("num_samples", "seed", "min_sampled_len")
+        for name in ("num_samples", "seed", "min_sampled_len", "window_left", "first_kv_head")
         for value in (1.5, "x", [1], True)
     ),
-    *((name, None, r"an int.*") for name in ("num_samples", "seed")),
+    *((name, None, r"an int.*") for name in ("num_samples", "seed", "window_left", "first_kv_head")),
     *(
         (name, value, rf"a santa\.{kind}, an int or a str")
         for name, kind in [("sampler", "Sampler"), ("budget", "Budget"), ("kv_layout", "KvLayout")]
         for value in (1.5, None, [0], True)
         if value is not None or name != "budget"  # None: what the sampler takes
     ),
-    *(("sm_scale", value, r"a float.*") for value in ("x", [1.0], 1j)),
+    *((name, value, r"a float.*") for name in ("sm_scale", "logits_soft_cap") for value in ("x", [1.0], 1j)),
 ]
 
 
@@ -142,7 +143,7 @@ def test_wrong_python_type_in_torch_ops(argument, value, needs):
         torch.ops.santa.decode,
         {**qkv(), argument: value},
         (TypeError, RuntimeError),
-        rf".*'(Tensor|Optional\[Tensor\]|int|Optional\[int\]|Optional\[float\])' for argument '{argument}' "
+        rf".*'(Tensor|int|float|Optional\[(Tensor|int|float)\])' for argument '{argument}' "
         rf"but instead found type '{got}'.*",
     )
 

@@ -45,21 +45,32 @@ def tensor_cases() -> list[Case]:
         Case(
             "q rank 2",
             of("q", 4, 64),
-            r"santa: q has shape \[4, 64\]; it needs 3 dimensions, \[batch, num_qo_heads, head_dim\]",
+            r"santa: q has shape \[4, 64\]; it needs 3 dimensions, \[batch, num_qo_heads, head_dim\], or 4, "
+            r"\[batch, q_len, num_qo_heads, head_dim\]",
         ),
-        Case(
-            "q rank 4",
-            of("q", 2, 3, 4, 64),
-            r"santa: q has shape \[2, 3, 4, 64\]; it needs 3 dimensions, \[batch, num_qo_heads, head_dim\]: "
-            r"a decode step has one query",
-        ),
+        Case("q rank 5", of("q", 2, 1, 1, 4, 64), r"santa: q has shape .*; it needs 3 dimensions, .*, or 4, .*"),
         *(
             Case(
-                f"q with a query dimension, {axis}",
-                of("q", *shape),
-                rf"santa: q has shape .*; it needs 3 dimensions, .*: pass q\.squeeze\({axis}\)",
+                f"q of {q_len} tokens",
+                of("q", 2, q_len, 4, 64),
+                rf"santa: q has shape .*; dimension 1 \(q_len\) is {q_len} and needs to be in \[1, 8\]",
             )
-            for axis, shape in [(1, (2, 1, 4, 64)), (2, (2, 4, 1, 64))]
+            for q_len in (0, 9)
+        ),
+        # Attention elsewhere has the query dimension behind the heads.
+        Case(
+            "q with a query dimension in another place",
+            of("q", 2, 16, 1, 64),
+            r"santa: q has shape \[2, 16, 1, 64\]; dimension 1 \(q_len\) is 16 and needs to be in \[1, 8\]: "
+            r"pass q\.squeeze\(2\)",
+        ),
+        Case(
+            "q of too many tokens and heads",
+            lambda device: {
+                "q": empty(2, 8, 129, 64, device=device),
+                **{name: empty(2, 300, 1, 64, device=device) for name in "kv"},
+            },
+            r"santa: q has 8 tokens of 129 heads per KV head; their product needs to be at most 1024",
         ),
         Case("q rank 0", of("q"), r"santa: q has shape \[\]; it needs 3 dimensions, .*"),
         Case(

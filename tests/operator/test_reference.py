@@ -89,6 +89,58 @@ def test_probabilities_are_those_of_exact():
     torch.testing.assert_close(lse.flatten(), exact_lse[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("window_left", [-1, 0, 5, 100])
+@pytest.mark.parametrize("logits_soft_cap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_exact_with_features_is_masked_attention(layout, window_left, logits_soft_cap, sinks):
+    """Of several tokens, written out: a mask on all keys, tanh on logits, and a sink as one key more without a value;
+    scales as factors of keys and values."""
+    q_len, kv_len = 4, 30
+    q, k, v = (x.double() for x in make_qkv(2, q_len * 6, 2, kv_len + 3, 64, layout="HND"))
+    q = q.unflatten(1, (q_len, 6))
+    k_scale, v_scale = torch.tensor([0.5, 1.5]), 2.0
+    sink = torch.linspace(-1, 2, 6) if sinks else None
+    out, lse = reference.exact(
+        q,
+        *(x if layout == "HND" else x.transpose(1, 2) for x in (k, v)),
+        kv_lens=torch.tensor([kv_len, kv_len]),
+        kv_starts=torch.tensor([2, 0]),
+        kv_layout=layout,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sink,
+    )
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    for b, start in enumerate((2, 0)):
+        keys, values = (x[b, :, start : start + kv_len].repeat_interleave(3, dim=0) for x in (k, v))
+        logits = torch.einsum("thd,hnd->thn", q[b], keys * k_scale.repeat_interleave(3).view(-1, 1, 1).double()) / 8
+        if logits_soft_cap:
+            logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+        behind = torch.arange(kv_len - q_len, kv_len).view(-1, 1) - torch.arange(kv_len)
+        hidden = (behind < 0) | ((behind > window_left) if window_left >= 0 else False)
+        logits = logits.masked_fill(hidden.unsqueeze(1), -math.inf)
+        if sinks:
+            logits = torch.cat([logits, sink.double().view(1, -1, 1).expand(q_len, -1, -1)], dim=-1)
+        p = logits.softmax(-1)[..., :kv_len]
+        torch.testing.assert_close(out[b], torch.einsum("thn,hnd->thd", p, 2 * values), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse[b], logits.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_exact_of_tokens_without_keys():
+    """A row shorter than q_len: zeros and -inf, or the sinks."""
+    q, k, v = make_qkv(1, 3 * 4, 2, 9, 64)
+    q = q.unflatten(1, (3, 4))
+    out, lse = reference.exact(q, k, v, kv_lens=torch.tensor([2]))
+    assert not out[:, 0].any() and (lse[:, 0] == -math.inf).all() and lse[:, 1:].isfinite().all()
+    torch.testing.assert_close(out[:, 1], v[:, 0].double().repeat_interleave(2, dim=1), rtol=1e-12, atol=0)
+    sinks = torch.arange(4.0)
+    out, lse = reference.exact(q, k, v, kv_lens=torch.tensor([2]), sinks=sinks)
+    assert not out[:, 0].any() and torch.equal(lse[0, 0], sinks.double())
+
+
 # Counts -----------------------------------------------------------------------------------------------
 
 

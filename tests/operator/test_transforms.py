@@ -23,6 +23,18 @@ def bernoulli_inputs():
     return q, feature_major(k), v
 
 
+def paged(operator):
+    """One row of 40 keys as pages of 8, as views of k and v."""
+
+    def run(q, k, v):
+        table = torch.arange(5, dtype=torch.int32, device=q.device).unsqueeze(0)
+        lens = torch.full((1,), 40, dtype=torch.int32, device=q.device)
+        pages = (x.reshape(5, 8, 2, 64) for x in (k, v))
+        return operator(q, *pages, page_table=table, kv_lens=lens, num_samples=8, min_sampled_len=0)
+
+    return run
+
+
 def prefill_inputs(dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 4, 150, 64), (1, 2, 150, 64), (1, 2, 150, 64)]
@@ -42,6 +54,9 @@ OPERATORS = {
     "decode": ("decode", lambda *x: santa.decode(*x, num_samples=8, min_sampled_len=0), decode_inputs),
     "decode, rows read": ("decode", lambda *x: santa.decode(*x, return_rows_read=True)[:2], decode_inputs),
     "ops.decode": ("decode", torch.ops.santa.decode, decode_inputs),
+    "decode, new tokens": ("decode", lambda q, k, v: santa.decode(q.unsqueeze(1), k, v), decode_inputs),
+    "decode_paged": ("decode_paged", paged(santa.decode_paged), decode_inputs),
+    "ops.decode_paged": ("decode_paged", paged(torch.ops.santa.decode_paged), decode_inputs),
     "decode_bernoulli": ("decode_bernoulli", lambda *x: santa.decode(*x, score="bernoulli"), bernoulli_inputs),
     "ops.decode_bernoulli": (
         "decode_bernoulli",

@@ -16,6 +16,7 @@ constexpr int kAttendKeys = 128;  // whose weights are in shared memory at a tim
 
 struct AttendShared {
   SoftmaxState states[kAttendThreads / 32][kAttendHeads];
+  RowShape row;  // here rather than in registers
   alignas(16) float weights[kAttendKeys][kAttendHeads];
   alignas(16) float partial[kAttendThreads * 8];  // of one head: [slots, head_dim]
 };
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     }
     if (lane == 0) shared.states[warp][h] = state[h];
   }
+  if (threadIdx.x == 0) shared.row = row;
   __syncthreads();
 #pragma unroll
   for (int h = 0; h < kAttendHeads; ++h) {
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   // Threads along head_dim take 8 dimensions each; the rest split the keys.
   const int lanes = d.head_dim / 8, slots = kAttendThreads / lanes;
   const int slot = threadIdx.x / lanes, chunk = threadIdx.x % lanes;
-  const auto values = value_rows<T>(d, batch_index, kv_head, row.kv_start);
+  const T* const values = value_rows<T>(d, batch_index, kv_head, row.kv_start).base;  // never paged
   float acc[kAttendHeads][8] = {};
   for (int base = 0; base < num_keys; base += kAttendKeys) {
     const int count = min(kAttendKeys, num_keys - base);
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     }
     __syncthreads();
     for (int n = slot; slot < slots && n < count; n += slots) {
-      const uint4 packed = load_global_8(values.row(first_key + base + n) + chunk * 8, d.aligned);
+      const uint4 packed = load_global_8(values + (first_key + base + n) * d.stride_v_token + chunk * 8, d.aligned);
       const float2 pairs[4] = {Float16Traits<T>::unpack(packed.x), Float16Traits<T>::unpack(packed.y),
                                Float16Traits<T>::unpack(packed.z), Float16Traits<T>::unpack(packed.w)};
 #pragma unroll
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 
   const int64_t stats = d.stats_offset(group) + static_cast<int64_t>(tile) * d.group_size + first_head;
   const int64_t out_head = static_cast<int64_t>(batch_index) * d.num_qo_heads + kv_head * d.group_size + first_head;
-  const bool only_tile = row.num_tiles <= 1;
+  const bool only_tile = shared.row.num_tiles <= 1;
 #pragma unroll
   for (int h = 0; h < kAttendHeads; ++h) {
     if (h >= num_heads) break;
@@ -112,22 +114,22 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       float value = 0.0f;
       for (int s = 0; s < slots; ++s) value += shared.partial[s * d.head_dim + threadIdx.x];
       if (only_tile) {
-        value = output_of(row, lse, value / state[h].sum, 1.0f);
+        value = epilogue_of(d, shared.row, kv_head, first_head + h, lse).output(value / state[h].sum);
         static_cast<T*>(d.out)[(out_head + h) * d.head_dim + threadIdx.x] = Float16Traits<T>::from_float(value);
       } else {
         d.o_accum[(stats + h) * d.head_dim + threadIdx.x] = value;
       }
     }
     if (threadIdx.x == 0) {
-      if (only_tile) d.lse[out_head + h] = lse_output_of(row, lse);
-      if (row.num_tiles > 0) {
+      if (only_tile) d.lse[out_head + h] = epilogue_of(d, shared.row, kv_head, first_head + h, lse).lse;
+      if (shared.row.num_tiles > 0) {
         d.tile_max[stats + h] = state[h].max;
         d.tile_sum[stats + h] = state[h].sum;
       }
     }
   }
   if (only_tile && d.rows_read != nullptr && block == 0 && threadIdx.x == 0) {
-    d.rows_read[group] = row.valid ? row.kv_len : -1;
+    d.rows_read[group] = shared.row.valid ? shared.row.kv_len : -1;
   }
 }
 

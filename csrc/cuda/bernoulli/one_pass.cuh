@@ -39,7 +39,7 @@ struct FeatureScorer {
   static constexpr bool kFloat8 = false;
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
   static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotBytes = 0;
-  static constexpr int kSlotKeys = kDrawTileKv;
+  static constexpr int kSlotKeys = kDrawTileKv, kPilotRun = kFeaturePilotRun;
 
   const BernoulliParams& p;
   const FeatureList& list;
@@ -77,6 +77,7 @@ struct FeatureScorer {
         aligned(p.aligned_keys && unit.row.kv_start % kThreadKeys == 0) {}
 
   __device__ __forceinline__ void load_query(const RowUnit&, int) {}
+  __device__ __forceinline__ void look_up(int, int, int, int) {}
 
   __device__ __forceinline__ const uint16_t* counts() const {
     return reinterpret_cast<const uint16_t*>(reinterpret_cast<const unsigned char*>(&list) + kListHeadBytes);

@@ -24,6 +24,12 @@ __device__ __forceinline__ Value opaque(Value value) {
   return value;
 }
 
+// The pointer of another lane.
+template <typename T>
+__device__ __forceinline__ const T* shuffle(const T* pointer, int lane) {
+  return reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
 // L2 policies: read once, first to be evicted; and the usual one. They are what createpolicy with a fraction of 1 makes
 // on sm_80 to sm_120, written out so that they stay in uniform registers: from createpolicy every copy would fetch its
 // own.

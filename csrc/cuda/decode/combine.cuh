@@ -1,4 +1,5 @@
-// The last stage: one CTA per query head adds up the row's tiles, or its parts, in a fixed order and writes the output.
+// The last stage: one CTA per query vector adds up the row's tiles, or its parts, in a fixed order and writes the
+// output.
 #pragma once
 
 #include "core/mixture.h"
@@ -19,11 +20,10 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   __shared__ float4 partial[kCombineThreads];
   __shared__ int shared_rows[kCombineThreads];
 
-  const int qo_head = blockIdx.x, batch_index = blockIdx.y;
-  const int kv_head = qo_head / p.group_size, h = qo_head % p.group_size;
+  const int kv_head = blockIdx.x / p.group_size, h = blockIdx.x % p.group_size, batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
   const int64_t group = p.group_index(batch_index, kv_head), stats = p.stats_offset(group) + h;
-  const int64_t head_index = static_cast<int64_t>(batch_index) * p.num_qo_heads + qo_head;
+  const int64_t head_index = p.output_index(batch_index, kv_head, h);
   const int lanes = p.head_dim / 4, slots = kCombineThreads / lanes;
   const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int first = slot < slots ? slot : row.num_tiles;
@@ -110,12 +110,11 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
       const float4 value = partial[s * lanes + threadIdx.x];
       acc.x += value.x, acc.y += value.y, acc.z += value.z, acc.w += value.w;
     }
-    const float scale = p.output_scale(kv_head);
-    const auto output = [&](float sum) { return output_of(row, lse, sum, scale); };
-    const uint2 packed = {Float16Traits<T>::pack(output(acc.x), output(acc.y)),
-                          Float16Traits<T>::pack(output(acc.z), output(acc.w))};
+    const Epilogue epilogue = epilogue_of(p, row, kv_head, h, lse);
+    const uint2 packed = {Float16Traits<T>::pack(epilogue.output(acc.x), epilogue.output(acc.y)),
+                          Float16Traits<T>::pack(epilogue.output(acc.z), epilogue.output(acc.w))};
     *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + threadIdx.x * 4) = packed;
-    if (threadIdx.x == 0) p.lse[head_index] = lse_output_of(row, lse);
+    if (threadIdx.x == 0) p.lse[head_index] = epilogue.lse;
   }
   if (counts_rows && threadIdx.x == 0) {
     int rows = 0;

@@ -82,6 +82,22 @@ struct TileScores {
   }
 };
 
+// Caps and hides logits, where there are caps or query vectors that do not see all keys. A lane changes what it reads
+// in draw_tile.
+__device__ __forceinline__ void change_scores(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
+                                              int first_key, int lane) {
+  __syncwarp();  // all scores are there
+#pragma unroll 1
+  for (int h = 0; h < unit.heads.count; ++h) {
+    const KeyRange visible = visible_keys(p, unit.row.end(), unit.heads.first + h);
+#pragma unroll 1
+    for (int key = 4 * lane; key < min(4 * lane + 4, scores.num_keys); ++key) {
+      float& score = scores.scores[score_place(key) * scores.pitch + h];
+      score = attended_logit(p, visible, first_key + key, score);
+    }
+  }
+}
+
 // Combines each of 4 values over the lanes: value i ends up in the lanes with i = 2 (lane / 16) + lane / 8 % 2.
 template <typename Combine>
 __device__ __forceinline__ float reduce_four(const float (&values)[4], int lane, const Combine& combine) {
@@ -121,7 +137,7 @@ __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t
 __device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
   const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
   const auto rows =
-      make_kv_rows<char>(p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
+      make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
                          p.stride_v_token * element_bytes, p.stride_v_head * element_bytes);
   const char* row = rows.row(key);
 #pragma unroll 1
@@ -189,8 +205,8 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
   // What follows from it, for the lane's head.
   const bool there = own_head < num_heads, grouped = p.sampler == Sampler::kGrouped;
   const float share = p.budget == Budget::kStreaming
-                          ? streaming_share(log2_sum(state), level, scores.num_keys, unit.row.kv_len)
-                          : uniform_share(scores.num_keys, unit.row.kv_len);
+                          ? streaming_share(log2_sum(state), level, scores.num_keys, unit.row.span_len)
+                          : uniform_share(scores.num_keys, unit.row.span_len);
   const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
   const float reference = there ? tile_reference(p.budget, level, state.max) : -INFINITY;
 

@@ -49,7 +49,7 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   if (p.max_tiles == 1 && !p.plan.one_pass && !p.plan.proportional) return;  // the tile kernel wrote the output
   const auto launch = [&](auto* kernel) {
     share_multiprocessor(kernel, 0);
-    launch_after(kernel, dim3(p.num_qo_heads, p.batch), kCombineThreads, 0, stream, "combine_kernel", p);
+    launch_after(kernel, dim3(p.num_kv_heads * p.group_size, p.batch), kCombineThreads, 0, stream, "combine_kernel", p);
   };
   p.dtype == Dtype::kBFloat16 ? launch(combine_kernel<__nv_bfloat16>) : launch(combine_kernel<__half>);
 }

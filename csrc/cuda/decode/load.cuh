@@ -31,6 +31,14 @@ struct CodedSlot {
   static constexpr uint32_t kFirst = slot_bytes(HEAD_DIM) - kSlotRows * HEAD_DIM;
 };
 
+// Where rows are paged: the address of row first + lane, or of the last that is there. Lanes look up one each.
+template <typename T>
+__device__ __forceinline__ const T* own_row(const KvRows<T>& rows, int64_t first, int there, int lane) {
+  return unlikely(rows.paged()) && there > 0
+             ? rows.row_in(rows.page_of(first + min(lane, there - 1)), first + min(lane, there - 1))
+             : rows.base;
+}
+
 // load_slot for rows in float8.
 template <int HEAD_DIM>
 __device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first, int64_t limit,
@@ -45,12 +53,15 @@ __device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& 
     }
     return;
   }
+  const int there = static_cast<int>(min(max(limit - first, int64_t{0}), int64_t{kSlotRows}));
+  const Float8* const own = own_row(rows, first, there, lane);
 #pragma unroll
   for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
     const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const bool valid = first + row < limit;
-    cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, rows.row(valid ? first + row : 0) + chunk * 16, valid,
-                policy);
+    const bool valid = row < there;
+    const Float8* source =
+        unlikely(rows.paged()) ? shuffle(own, row) : rows.base + (valid ? first + row : 0) * rows.stride_token;
+    cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, source + chunk * 16, valid, policy);
   }
 }
 
@@ -128,14 +139,19 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
   }
 }
 
-// The same for neighbours, `stride` elements apart, and fast if all are there.
+// The same for the rows `first` and on, fast if they are all there. `own`: where rows are paged, the
+// address of row `lane`.
 template <typename K, int HEAD_DIM, int ROWS>
-__device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t stride, int num_rows, bool aligned,
-                                          uint64_t policy, int lane) {
+__device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, const K* own, int64_t first,
+                                          int num_rows, bool aligned, uint64_t policy, int lane) {
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements, kCopies = ROWS * kChunks / 32;
-  if (__builtin_expect(!aligned || num_rows < ROWS, 0)) {
-    load_some_rows<K, HEAD_DIM, ROWS>(
-        slot, [&](int row) { return rows + row * stride; }, num_rows, aligned, policy, lane);
+  const int64_t stride = rows.stride_token;
+  if (unlikely(!aligned || num_rows < ROWS)) {
+    const auto row_of = [&](int row) {
+      if (!rows.paged()) return rows.base + (first + row) * stride;
+      return aligned ? shuffle(own, row) : rows.row(first + row);
+    };
+    load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
     return;
   }
   // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on: a power of two, and the
@@ -162,8 +178,11 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const K* rows, int64_t 
     const auto copy = [&](int i, const K* source) {
       cp_async_whole_16(places[i % kPlaces] + i * kPeriodRows * kRowBytes, source, policy);
     };
-    const K* source = rows + row * stride + chunk * kChunkElements;
-    if (__builtin_expect(stride == HEAD_DIM, 1)) {  // one behind the other: offsets that the instruction holds
+    const K* source = rows.base + (first + row) * stride + chunk * kChunkElements;
+    if (unlikely(rows.paged())) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) copy(i, shuffle(own, row + i * kPeriodRows) + chunk * kChunkElements);
+    } else if (stride == HEAD_DIM) {  // one behind the other: offsets that the instruction holds
       source = opaque(source);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) copy(i, source + i * kPeriodRows * HEAD_DIM);
@@ -179,8 +198,8 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int64_t limit,
                                           bool aligned, uint64_t policy, int lane) {
   const int there = static_cast<int>(min(max(limit - first, int64_t{0}), int64_t{kSlotRows}));
-  load_rows<T, HEAD_DIM, kSlotRows>(slot, rows.row(there > 0 ? first : 0), rows.stride_token, there, aligned, policy,
-                                    lane);
+  load_rows<T, HEAD_DIM, kSlotRows>(slot, rows, own_row(rows, first, there, lane), there > 0 ? first : 0, there,
+                                    aligned, policy, lane);
 }
 
 }  // namespace santa::cuda

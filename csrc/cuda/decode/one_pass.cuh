@@ -30,19 +30,26 @@ struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   static constexpr int kSlotKeys = slot_keys(HEAD_DIM);
   static constexpr int kSlotBytes = key_slot_bytes(kFloat8, HEAD_DIM), kPilotBytes = kSlotBytes, kOnceBytes = 0;
+  static constexpr int kPilotRun = 1;
 
   const DecodeParams& p;
-  KvRows<K> keys;
-  float scale[2];  // of the lane's heads, 2 t and the next
+  const K* base;  // of keys that are not paged
+  int batch_index, kv_head, kv_start;
+  int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
+  float scale[2];    // of the lane's heads, 2 t and the next
   QueryFragments<T, HEAD_DIM, kFloat8> query;
 
   __device__ __forceinline__ KeyScorer(const DecodeParams& p, const RowUnit& unit, unsigned char*)
-      : p(p), keys(key_rows<K>(p, unit.batch_index, unit.kv_head, unit.row.kv_start)) {}
+      : p(p),
+        base(key_rows<K>(p, unit.batch_index, unit.kv_head, unit.row.kv_start).base),
+        batch_index(unit.batch_index),
+        kv_head(unit.kv_head),
+        kv_start(static_cast<int>(unit.row.kv_start)) {}
 
+  // Of paged keys. Made anew where they are needed: registers are few.
+  __device__ __forceinline__ KvRows<K> rows() const { return key_rows<K>(p, batch_index, kv_head, kv_start); }
   __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
-    const int64_t head = static_cast<int64_t>(unit.kv_head) * p.group_size + unit.heads.first;
-    query.load(static_cast<const T*>(p.q) + unit.batch_index * p.stride_q_batch + head * p.stride_q_head,
-               p.stride_q_head, unit.heads.count, p.aligned, lane);
+    query.load(p, unit.batch_index, unit.kv_head, unit.heads.first, unit.heads.count, lane);
     scale[0] = scale[1] = score_scale_of<K>(p, unit.kv_head);
     if constexpr (kFloat8) {
       const float inverse = to_float16<HEAD_DIM>(query) / kHalvesScale;
@@ -53,12 +60,19 @@ struct KeyScorer {
 
   static __device__ __forceinline__ int num_slots(int num_keys) { return ceil_div_int(num_keys, kSlotKeys); }
 
-  // Starts the copy of slot `index` of the tile whose first key is `first`.
+  // Of slot `index` of the tile whose first key is `first`: finds its pages, long before they are needed.
+  __device__ __forceinline__ void look_up(int first, int num_keys, int index, int lane) {
+    if (unlikely(p.page_table != nullptr)) page = rows().page_of(first + min(index * kSlotKeys + lane, num_keys - 1));
+  }
+
+  // Starts the copy of that slot.
   __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
                                        int lane) const {
-    const int begin = index * kSlotKeys;
-    load_rows<K, HEAD_DIM, kSlotKeys>(slot, keys.row(first + begin), keys.stride_token, num_keys - begin, p.aligned,
-                                      policy, lane);
+    const int begin = first + index * kSlotKeys, there = num_keys - index * kSlotKeys;
+    KvRows<K> keys = {base, p.stride_k_token, nullptr, 0, 0, 0};
+    const K* own = nullptr;
+    if (unlikely(p.page_table != nullptr)) keys = rows(), own = keys.row_in(page, begin + lane);
+    load_rows<K, HEAD_DIM, kSlotKeys>(slot, keys, own, begin, there, p.aligned, policy, lane);
   }
 
   __device__ __forceinline__ void begin(int, int) {}
@@ -86,14 +100,14 @@ struct KeyScorer {
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
-    const int own_position = pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1);
+    const K* const own_row = rows().row(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
 #pragma unroll 1
     for (int turn = 0; turn < kPilotWarpKeys / kSlotKeys; ++turn) {
       const int first = part * kPilotWarpKeys + turn * kSlotKeys;
       // All lanes ask at once where rows are aligned; elsewhere each works it out.
       const auto row_of = [&](int row) {
-        return keys.row(p.aligned ? __shfl_sync(0xffffffffu, own_position, turn * kSlotKeys + row)
-                                  : pilot_position(first + row, kv_len, 1));
+        return p.aligned ? shuffle(own_row, turn * kSlotKeys + row)
+                         : rows().row(pilot_position(first + row, kv_len, 1));
       };
       load_some_rows<K, HEAD_DIM, kSlotKeys>(slot, row_of, size - first, p.aligned, evict_normal_policy(), lane);
       cp_async_commit();
@@ -112,12 +126,16 @@ template <typename Scorer>
 __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int pitch,
                                             Scorer& scorer, unsigned char* area, int first_key, int num_keys,
                                             const DrawQueue& queue, int warp, int lane) {
-  const int ring_slots = p.plan.num_slots, kv_len = row.kv_len;
+  const int ring_slots = p.plan.num_slots;
   const int draw_kv = row.draw_kv, stride = p.plan.num_warps * draw_kv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
 
   int ahead = warp * draw_kv, ahead_index = 0;  // tile and slot that are copied next
+  const auto look_up = [&] {
+    if (ahead < num_keys) scorer.look_up(first_key + ahead, min(draw_kv, num_keys - ahead), ahead_index, lane);
+  };
+  look_up();
   const auto load = [&](uint32_t slot) {
     if (ahead < num_keys) {
       const int tile_keys = min(draw_kv, num_keys - ahead);
@@ -125,6 +143,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
       const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
       scorer.load(slot, first_key + ahead, tile_keys, ahead_index, policy, lane);
       if (++ahead_index == scorer.num_slots(tile_keys)) ahead += stride, ahead_index = 0;
+      look_up();
     }
     cp_async_commit();  // every call is a group of copies, be it an empty one
   };
@@ -159,22 +178,23 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
         // The first copies are on their way.
         cta_barrier();  // what the CTA shares is set up
         scorer.load_query(unit, lane);
-        stream = random_stream(p, unit.batch_index, unit.row,
-                               grouped ? unit.kv_head * p.num_head_blocks() + unit.block
-                                       : unit.kv_head * p.group_size + unit.heads.first + (lane & 7));
+        stream = random_stream(p, unit.batch_index, unit.row, unit.kv_head,
+                               grouped ? unit.block : unit.heads.first + (lane & 7),
+                               grouped ? p.num_head_blocks() : p.group_size);
       }
     }
     if (tile_keys == 0) break;
     if (!has_level && p.budget == Budget::kStreaming) {
       wait_for_previous();  // the pilot
-      const float* levels = p.level + unit.group * p.group_size + unit.heads.first;
-      level = __ldcg(levels + min(lane & 7, unit.heads.count - 1));
+      const int query = unit.heads.first + min(lane & 7, unit.heads.count - 1);
+      level = __ldcg(p.level + p.output_index(unit.batch_index, unit.kv_head, query)) * p.level_scale;
       has_level = true;
     }
     scorer.finish(scores, lane);
-    const uint32_t offset = tile_offset(p.budget, stream, first_key + tile, opaque(draw_kv), kv_len,
-                                        static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1),
-                                        unit_bits_of(p.sampler, p.num_samples));
+    if (changes_logits(p)) change_scores(p, unit, scores, first_key + tile, lane);
+    const uint32_t offset = tile_offset(
+        p.budget, stream, unit.row.span_first + first_key + tile, opaque(draw_kv), unit.row.span_len,
+        static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1), unit_bits_of(p.sampler, p.num_samples));
     draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }

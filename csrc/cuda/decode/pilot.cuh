@@ -17,14 +17,22 @@ static_assert(sizeof(PilotShared) <= kPilotHeadBytes);
 
 // The states of 16 pilot keys. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the order of
 // score_slot.
-__device__ __forceinline__ void put_pilot(PilotShared& shared, int group, const float (&logits)[4], int kv_len,
-                                          int lane) {
-  const int low = group * 16 + (lane >> 2), high = low + 8, size = pilot_size(kv_len);
+__device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& unit, int run, PilotShared& shared,
+                                          int group, const float (&logits)[4], int lane) {
+  const int low = group * 16 + (lane >> 2), high = low + 8, kv_len = unit.row.kv_len, size = pilot_size(kv_len);
   const float low_weight = low < size ? pilot_log2_weight(low, kv_len) : -INFINITY;
   const float high_weight = high < size ? pilot_log2_weight(high, kv_len) : -INFINITY;
+  float own[4] = {logits[0], logits[1], logits[2], logits[3]};
+  if (changes_logits(p)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const KeyRange visible = visible_keys(p, unit.row.end(), unit.heads.first + 2 * (lane & 3) + (i & 1));
+      own[i] = attended_logit(p, visible, pilot_position(i < 2 ? low : high, kv_len, run), own[i]);
+    }
+  }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const float first = logits[j] + low_weight, second = logits[2 + j] + high_weight;
+    const float first = own[j] + low_weight, second = own[2 + j] + high_weight;
     const float max = max_over_keys(fmaxf(first, second)), below = finite_max(max);
     float sum = exp2_approx(first - below) + exp2_approx(second - below);
     for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -39,9 +47,10 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   auto& shared = *reinterpret_cast<PilotShared*>(bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   if (warp * kPilotWarpKeys < size) {
-    scorer.score_pilot(
-        shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
-        [&](int group, const float (&logits)[4]) { put_pilot(shared, group, logits, unit.row.kv_len, lane); });
+    scorer.score_pilot(shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
+                       [&](int group, const float (&logits)[4]) {
+                         put_pilot(p, unit, Scorer::kPilotRun, shared, group, logits, lane);
+                       });
   }
   __syncthreads();
   if (warp > 0) return;
@@ -53,7 +62,9 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
     state = merge(state,
                   {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
   }
-  if (lane < unit.heads.count) p.level[unit.group * p.group_size + unit.heads.first + lane] = log2_sum(state);
+  if (lane < unit.heads.count) {
+    p.level[p.output_index(unit.batch_index, unit.kv_head, unit.heads.first + lane)] = log2_sum(state);
+  }
 }
 
 }  // namespace santa::cuda

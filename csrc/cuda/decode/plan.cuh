@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
       }
       total += __shfl_sync(0xffffffffu, end, 31);
     }
-    const auto random = random_stream(p, batch_index, row, grouped ? kv_head : kv_head * group_size + stream);
+    const auto random = random_stream(p, batch_index, row, kv_head, stream, p.num_streams());
     const Draws draws = Draws::make(p.sampler, random, 0, num_draws_of(p), total);
     if (lane == 0) p.draws[group * p.num_streams() + stream] = draws;
     if (draws.sorted()) {

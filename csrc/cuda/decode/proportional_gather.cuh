@@ -50,10 +50,10 @@ struct ValueChunk<Float8> {
   }
 };
 
-// Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i holds row i of the batch and its weights, 0 past
-// num_rows. Accumulators are per lane; `reduce_rows` adds them up.
+// Adds weight[h] * v[row] for the rows of up to 32 lanes: lane i has the address of row i of the batch and its weights,
+// 0 past num_rows. Accumulators are per lane; `reduce_rows` adds them up.
 template <int HEAD_DIM, int HEADS, typename V>
-__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const KvRows<V>& values, int lane_row,
+__device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const V* lane_row,
                                                 const float (&lane_weight)[HEADS], int num_rows, bool aligned,
                                                 int lane) {
   using Shape = GatherShape<HEAD_DIM>;
@@ -80,8 +80,7 @@ __device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const Kv
       ValueChunk<V> elements[kInFlight];
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
-        const int row = __shfl_sync(0xffffffffu, lane_row, min(i + u * Shape::kRows + slot, num_rows - 1));
-        elements[u].load(values.row(row), chunk, true);
+        elements[u].load(shuffle(lane_row, min(i + u * Shape::kRows + slot, num_rows - 1)), chunk, true);
       }
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
@@ -91,9 +90,8 @@ __device__ __forceinline__ void accumulate_rows(float (&acc)[HEADS][8], const Kv
   } else {
 #pragma unroll 1
     for (int i = 0; i < num_rows; i += Shape::kRows) {
-      const int row = __shfl_sync(0xffffffffu, lane_row, min(i + slot, num_rows - 1));
       ValueChunk<V> elements;
-      elements.load(values.row(row), chunk, false);
+      elements.load(shuffle(lane_row, min(i + slot, num_rows - 1)), chunk, false);
       add(elements, i + slot);
     }
   }
@@ -209,16 +207,16 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
   if (lane == 0) p.tile_rows[offset + tile] = num_selected;
   if (num_selected == 0) return;
 
-  auto values = value_rows<V>(p, batch_index, kv_head, row.kv_start);
-  values.base = values.row(first_key);
+  const auto values = value_rows<V>(p, batch_index, kv_head, row.kv_start);
   for (int head_base = first_head; head_base < last_head; head_base += kGatherHeads) {
     float acc[kGatherHeads][8] = {};
     for (int base = 0; base < num_selected; base += 32) {
       const int num_rows = min(32, num_selected - base);
-      int lane_row = 0;
+      const V* lane_address = nullptr;
       float lane_weight[kGatherHeads] = {};
       if (lane < num_rows) {
-        lane_row = shared.rows[base + lane];
+        const int lane_row = shared.rows[base + lane];
+        lane_address = values.row(first_key + lane_row);
         if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
           const uint32_t below = lane_row > 0 ? shared.cumulative[lane_row - 1] : 0;
           const float inclusion = fminf(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total,
@@ -234,7 +232,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
           lane_weight[0] = static_cast<float>(shared.counts[lane_row]);
         }
       }
-      accumulate_rows<HEAD_DIM>(acc, values, lane_row, lane_weight, num_rows, p.aligned, lane);
+      accumulate_rows<HEAD_DIM>(acc, lane_address, lane_weight, num_rows, p.aligned, lane);
     }
 #pragma unroll
     for (int j = 0; j < kGatherHeads; ++j) {

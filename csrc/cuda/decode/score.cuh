@@ -13,9 +13,12 @@ template <typename T, int HEAD_DIM, bool CODES = false>
 struct QueryFragments {
   uint4 chunk[HEAD_DIM / 32];
 
-  __device__ __forceinline__ void load(const T* q, int64_t stride_head, int num_heads, bool aligned, int lane) {
+  // Of the query vectors first to first + count - 1 of a KV head.
+  __device__ __forceinline__ void load(const DecodeParams& p, int batch_index, int kv_head, int first, int num_heads,
+                                       int lane) {
     const int head = lane >> 2, t = lane & 3;
-    const T* row = q + head * stride_head;
+    const bool aligned = p.aligned;
+    const T* row = static_cast<const T*>(p.q) + p.query_offset(batch_index, kv_head, first + min(head, num_heads - 1));
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; ++j) {
       chunk[j] = {0, 0, 0, 0};

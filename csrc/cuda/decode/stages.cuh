@@ -35,8 +35,8 @@ template <typename Params>
 void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
                              const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream,
                              bool is_first = true) {
-  const bool streaming = p.budget == Budget::kStreaming;
-  if (streaming) {
+  const bool needs_pilot = p.budget == Budget::kStreaming && !p.has_levels;
+  if (needs_pilot) {
     const int pilot_bytes = pilot_shared_bytes(needs);
     share_multiprocessor(pilot, pilot_bytes);
     const dim3 pilot_grid(p.num_units(), p.batch);
@@ -50,7 +50,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
   const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   share_multiprocessor(one_pass, shared_bytes);
   const dim3 grid(static_cast<unsigned>(max_runs_of(p) * p.num_units()));
-  if (streaming) {
+  if (needs_pilot) {
     launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
   } else {
     one_pass<<<grid, threads, shared_bytes, stream>>>(argument);

@@ -49,8 +49,12 @@ struct TileWork {
   KvRows<K> keys;
   KvRows<K> values;  // beside float8 keys: of what p.v_dtype says
 
-  __device__ __forceinline__ float scale(const DecodeParams& p) const {
-    return std::is_same_v<K, Float8> ? score_scale : p.scale_log2;
+  int end;  // RowShape::end
+
+  // The logit of a key for query vector first_head + head.
+  __device__ __forceinline__ float logit(const DecodeParams& p, float product, int64_t key, int head) const {
+    const float logit = logit_of(product, std::is_same_v<K, Float8> ? score_scale : p.scale_log2);
+    return changes_logits(p) ? attended_logit(p, visible_keys(p, end, first_head + head), key, logit) : logit;
   }
 };
 
@@ -106,8 +110,8 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
     for (int half = 0; half < 2; ++half) {
       const int64_t key = key_of(i) + g + half * 8;
       const bool valid = key < work.limit;
-      scores[2 * half] = valid ? logit_of(scores[2 * half], work.scale(p)) : -INFINITY;
-      scores[2 * half + 1] = valid ? logit_of(scores[2 * half + 1], work.scale(p)) : -INFINITY;
+      scores[2 * half] = valid ? work.logit(p, scores[2 * half], key, 2 * t) : -INFINITY;
+      scores[2 * half + 1] = valid ? work.logit(p, scores[2 * half + 1], key, 2 * t + 1) : -INFINITY;
       float* out = scores_out + key * p.group_pitch + head;
       if (valid && has_second) {
         *reinterpret_cast<float2*>(out) = {scores[2 * half], scores[2 * half + 1]};
@@ -154,15 +158,23 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   const auto is_coded = [&](int i) { return kFloat8 && ((i & 1) == 0 || p.v_dtype == Dtype::kFloat8E4M3); };
   const auto load = [&](int i, int slot) {
     if (i < num_slots) {
-      const KvRows<K> view = {(i & 1) ? work.values.base : work.keys.base,
-                              (i & 1) ? work.values.stride_token : work.keys.stride_token};
+      KvRows<K> view = work.keys;
+      if (i & 1) {
+        view.base = work.values.base, view.stride_token = work.values.stride_token;
+        view.stride_page = work.values.stride_page;
+      }
       if constexpr (kFloat8) {
         if (is_coded(i)) {
           load_codes<HEAD_DIM>(ring + slot * kSlotBytes, view, key_of(i), work.limit, p.aligned, policy, lane);
         }
       }
       if (!is_coded(i)) {
-        const KvRows<T> elements = {reinterpret_cast<const T*>(view.base), view.stride_token};
+        const KvRows<T> elements = {reinterpret_cast<const T*>(view.base),
+                                    view.stride_token,
+                                    view.pages,
+                                    view.stride_page,
+                                    view.page_shift,
+                                    view.first_position};
         load_slot<T, HEAD_DIM>(ring + slot * kSlotBytes, elements, key_of(i), work.limit, p.aligned, policy, lane);
       }
     }
@@ -194,8 +206,9 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
       for (int j = 0; j < 2; ++j) {
         float& low = scores[j];
         float& high = scores[2 + j];
-        low = key_of(i) + g < work.limit ? logit_of(low, work.scale(p)) : -INFINITY;
-        high = key_of(i) + g + 8 < work.limit ? logit_of(high, work.scale(p)) : -INFINITY;
+        const int64_t key = key_of(i) + g;
+        low = key < work.limit ? work.logit(p, low, key, 2 * t + j) : -INFINITY;
+        high = key + 8 < work.limit ? work.logit(p, high, key + 8, 2 * t + j) : -INFINITY;
         const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high)));
         factor[j] = exp2_below(max[j], new_max);
         rescale |= factor[j] != 1.0f;
@@ -247,10 +260,6 @@ template <typename T, int HEAD_DIM, typename Work>
 __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& work, const RowShape& row,
                                            int batch_index, int kv_head, const TileShared<HEAD_DIM>& shared) {
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
-  const int64_t first_head =
-      static_cast<int64_t>(batch_index) * p.num_qo_heads + kv_head * p.group_size + work.first_head;
-  const float output_scale = p.output_scale(kv_head);
-  T* const out = static_cast<T*>(p.out) + first_head * HEAD_DIM;
 #pragma unroll 1
   for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
     const int head = item / HEAD_DIM, d = item % HEAD_DIM;
@@ -262,9 +271,10 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
       const float factor = exp2_below(shared.max[w][head], state.max);
       if (factor != 0.0f) value += rows[head][d] * factor;
     }
-    const float lse = log2_sum(state);
-    out[item] = Float16Traits<T>::from_float(output_of(row, lse, value / state.sum, output_scale));
-    if (d == 0) p.lse[first_head + head] = lse_output_of(row, lse);
+    const Epilogue epilogue = epilogue_of(p, row, kv_head, work.first_head + head, log2_sum(state));
+    const int64_t index = p.output_index(batch_index, kv_head, work.first_head + head);
+    static_cast<T*>(p.out)[index * HEAD_DIM + d] = Float16Traits<T>::from_float(epilogue.output(value / state.sum));
+    if (d == 0) p.lse[index] = epilogue.lse;
   }
   if (p.rows_read != nullptr && work.first_head == 0 && threadIdx.x == 0) {
     p.rows_read[work.group] = row.valid ? row.kv_len : -1;
@@ -283,6 +293,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
   work.limit = min(work.first_key + row.tile_kv, static_cast<int64_t>(row.kv_len));
   work.score_scale = score_scale_of<K>(p, kv_head);
+  work.end = row.end();
   work.keys = key_rows<K>(p, batch_index, kv_head, row.kv_start);
   work.values = value_rows<K>(p, batch_index, kv_head, row.kv_start);
   if (std::is_same_v<K, Float8> && p.v_dtype != Dtype::kFloat8E4M3) {
@@ -292,9 +303,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
 
   QueryFragments<T, HEAD_DIM> query;
-  query.load(static_cast<const T*>(p.q) + batch_index * p.stride_q_batch +
-                 (static_cast<int64_t>(kv_head) * p.group_size + work.first_head) * p.stride_q_head,
-             p.stride_q_head, work.num_heads, p.aligned, threadIdx.x & 31);
+  query.load(p, batch_index, kv_head, work.first_head, work.num_heads, threadIdx.x & 31);
 
   if (row.sampled()) {
     score_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);

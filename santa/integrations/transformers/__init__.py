@@ -41,7 +41,7 @@ from typing import TypeVar
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from santa.config import SantaConfig
 from santa.prefill import HEAD_DIMS as PREFILL_HEAD_DIMS
@@ -49,6 +49,7 @@ from santa.prefill import HEAD_DIMS as PREFILL_HEAD_DIMS
 from .attention import attention
 from .layers import (
     NAME,
+    PAGED_NAME,
     AttachReport,
     LayerReport,
     LayerSettings,
@@ -62,15 +63,19 @@ from .layers import (
     unwrap,
 )
 from .masks import step_mask
+from .paged import leave_cache_unread, paged_attention
+from .parallel import note_place
 from .recording import RowsRead, record_rows_read
 
 __all__ = [
     "NAME",
+    "PAGED_NAME",
     "AttachReport",
     "LayerReport",
     "RowsRead",
     "attach",
     "attention",
+    "paged_attention",
     "record_rows_read",
     "register",
     "report",
@@ -82,16 +87,22 @@ _MIN_TRANSFORMERS = "5.4.0"
 if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
     raise ImportError(f"santa: transformers is {transformers.__version__}; it needs to be at least {_MIN_TRANSFORMERS}")
 
+# The first release whose continuous batching was tried: what it hands over has changed since.
+_MIN_TRANSFORMERS_PAGED = "5.17.0"
+
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
 def register() -> None:
-    """Make `attn_implementation="santa"` known to Transformers: the import of this package has done so already."""
+    """Make `attn_implementation="santa"` known to Transformers, and the name for continuous batching: the import of
+    this package has done so already."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, step_mask)
+    # No mask: Transformers makes none either for continuous batching.
+    AttentionInterface.register(PAGED_NAME, paged_attention)
 
 
-def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
+def attach(model: _Model, config: SantaConfig | None = None, *, paged: bool = False) -> _Model:
     """Switch a model to `santa` and set how it samples; may be called again to change the settings.
 
     Every attention module is looked at; `report(model)` says which sample, which are exact, and which are left to
@@ -102,6 +113,7 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
         model: a Transformers model whose attention goes through AttentionInterface, or a wrapper of one (DataParallel,
             torch.compile, PEFT).
         config: the settings; None is `SantaConfig()`. A compiled model recompiles when they change.
+        paged: for continuous batching, `model.generate_batch`, and nothing else; False: for `generate` and the like.
 
     Returns:
         The same model.
@@ -109,7 +121,10 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
     Raises:
         TypeError: model is no Transformers model, and holds none; config is no SantaConfig.
         ValueError: the model has no layer that `santa` can run; config.layers names a layer that it has not or that is
-            not santa's; sparse prefill has no kernels for the head_dim; the model returns attention weights.
+            not santa's; sparse prefill has no kernels for the head_dim; the model returns attention weights; Bernoulli
+            scores of capped logits. With paged: some causal layers are not santa's; the model has several parts;
+            Bernoulli scores.
+        ImportError: with paged, Transformers is older than 5.17.
     """
     config = SantaConfig() if config is None else config
     if not isinstance(config, SantaConfig):
@@ -131,29 +146,41 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
                 f"santa: {type(module).__name__} has output_attentions=True in its configuration; it needs to be "
                 "False, since santa computes no attention weights"
             )
+        if config.score == "bernoulli" and getattr(module, "attn_logit_softcapping", None) is not None:
+            raise ValueError(
+                f"santa: {type(module).__name__} caps its attention logits; score needs to be 'exact' for this model"
+            )
         head_dims = head_dims_of(module)
         if config.prefill == "sample" and head_dims is not None and head_dims[0] not in PREFILL_HEAD_DIMS:
             raise ValueError(
                 f"santa: {type(module).__name__} has head_dim {head_dims[0]}; prefill 'sample' needs one of "
                 f"{PREFILL_HEAD_DIMS}: use prefill='dense' for this model"
             )
+    left = [
+        name
+        for name, module in modules.items()
+        if reasons[name] is not None and getattr(module, "is_causal", None) is True and hasattr(module, "layer_idx")
+    ]
     register()
-    for owner in {id(owners[name]): owners[name] for name in ours}.values():
-        owner.set_attn_implementation(NAME)
+    if paged:
+        _check_paged(inner, config, ours, {name: reasons[name] for name in left})
+        # Transformers would look for a package of that name.
+        inner.config._attn_implementation = PAGED_NAME
+    else:
+        for owner in {id(owners[name]): owners[name] for name in ours}.values():
+            owner.set_attn_implementation(NAME)
     kept = {module.config._attn_implementation for module in ours.values()}
-    if NAME not in kept:
+    if (PAGED_NAME if paged else NAME) not in kept:
         raise ValueError(
             f"santa: model is a {type(inner).__name__} whose attention layers keep attn_implementation={sorted(kept)}; "
             "they need to follow the configuration of the model that holds them"
         )
     for name, module in modules.items():
         set_settings(module, LayerSettings(config, reasons[name]))
+        note_place(module)
+        if paged:
+            leave_cache_unread(module)
     result = report(inner)
-    left = [
-        name
-        for name, module in modules.items()
-        if reasons[name] is not None and getattr(module, "is_causal", None) is True and hasattr(module, "layer_idx")
-    ]
     if config.num_samples > 0 and config.layers != () and not result.with_status("sampled"):
         message = "no layer samples with these settings: lower min_sampled_len, or use another model"
     elif left:
@@ -162,6 +189,30 @@ def attach(model: _Model, config: SantaConfig | None = None) -> _Model:
         return model
     warnings.warn(f"{message}\n{result!r}", stacklevel=2)
     return model
+
+
+def _check_paged(
+    model: PreTrainedModel, config: SantaConfig, ours: dict[str, torch.nn.Module], left: dict[str, str]
+) -> None:
+    """What continuous batching with santa does not do."""
+    if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS_PAGED):
+        raise ImportError(
+            f"santa: transformers is {transformers.__version__}; continuous batching needs at least "
+            f"{_MIN_TRANSFORMERS_PAGED}"
+        )
+    if config.score == "bernoulli":
+        raise ValueError("santa: score is 'bernoulli' with paged=True; it needs to be 'exact'")
+    if left:
+        name, reason = next(iter(left.items()))
+        raise ValueError(
+            f"santa: paged is True while {len(left)} of the causal layers of {type(model).__name__} cannot be santa's "
+            f"({name}: {reason}); all need to be"
+        )
+    if any(module.config is not model.config for module in ours.values()):
+        raise ValueError(
+            f"santa: paged is True for a {type(model).__name__}, a model of several parts; it needs to be a language "
+            "model alone"
+        )
 
 
 register()

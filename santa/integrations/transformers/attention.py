@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from santa.config import SantaConfig
 from santa.prefill import BLOCK as PREFILL_BLOCK
 
 from .layers import head_dim_error, settings_of, supports_head_dims
-from .masks import as_mask, derive_ranges, is_causal_mask, ranges_of, select_keys, tokens_of
-from .recording import RECORD_ATTRIBUTE
+from .masks import as_mask, derive_ranges, is_causal_mask, ranges_of, ranges_of_several, select_keys, tokens_of
+from .parallel import first_kv_head_of
+from .recording import RECORD_ATTRIBUTE, RowsRead
 
 _DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
 
-# Query rows scored at once by `_dense_attention`: bounds its memory at 256 * kv_len scores per head.
+# Query rows scored at once by `dense_attention`: bounds its memory at 256 * kv_len scores per head.
 _DENSE_QUERY_BLOCK = 256
 
 
@@ -43,6 +43,7 @@ def attention(
 
     one query per row, in a layer that says that it is causal (`is_causal` is True) or with a mask that Transformers'
     causal mask functions made for this step (a prefix-LM's layers say that they are not causal, its decode steps are).
+    With `max_sampled_q_len`, also several queries that are the last tokens of their rows, under such a mask.
 
     Args:
         module: the attention module; read are layer_idx, is_causal, training, the indexer's block size and what
@@ -66,25 +67,14 @@ def attention(
         ValueError: unsupported head_dim; a decode step in a module without layer_idx.
         TypeError: a dtype that the device has no kernels for (float32 on CUDA).
     """
-    if dropout > 0.0:
-        raise NotImplementedError(f"santa: dropout is {dropout}; it needs to be 0: call model.eval()")
-    if module.training and torch.is_grad_enabled() and query.requires_grad:
-        raise NotImplementedError(
-            "santa: the model is in training mode with gradients on; it needs to be in inference: call "
-            'model.eval(), or train with attn_implementation="sdpa"'
-        )
-    if output_attentions:
-        raise NotImplementedError(
-            "santa: output_attentions is True; it needs to be False, since santa computes no attention weights: call "
-            'model.set_attn_implementation("eager") to get them'
-        )
+    check_inference(module, query, dropout, output_attentions)
     settings = settings_of(module)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", None)
     q_len, kv_len = query.shape[2], key.shape[2]
-    tokens, ranges = tokens_of(attention_mask), ranges_of(attention_mask)
-    if ranges is not None and attention_mask.shape[-1] != kv_len:
-        ranges = None  # a mask of other keys than these: SDPA says so
+    tokens, ranges, noted_mask = tokens_of(attention_mask), ranges_of(attention_mask), attention_mask
+    if attention_mask is not None and attention_mask.shape[-1] != kv_len:
+        ranges = noted_mask = None  # a mask of other keys than these: SDPA says so
     if is_causal_mask(attention_mask):
         attention_mask, is_causal = None, True
     if attention_mask is not None and attention_mask.dtype not in (torch.bool, query.dtype):
@@ -97,27 +87,25 @@ def attention(
     if settings.reason is None and (is_causal is True or ranges is not None):
         # Of a model that was switched by name, vision towers may come this way: they have no layer_idx.
         if q_len == 1 or hasattr(module, "layer_idx"):
-            _check_supported(module, query, key, value)
-        is_plain = softcap is None and position_bias is None and selection is None
+            check_supported(module, query, key, value)
+        config = settings.config
+        is_plain = position_bias is None and selection is None
         if q_len == 1 and is_plain:
             if ranges is None:
                 ranges = derive_ranges(attention_mask, query.shape[0], kv_len, query.device)
-            if ranges is not None:
-                return _sampled_attention(module, query, key, value, ranges, scaling, s_aux), None
-        elif is_plain and s_aux is None and tokens is not None and q_len >= PREFILL_BLOCK:
-            config = settings.config
+        elif 1 < q_len <= config.max_sampled_q_len and is_plain:
+            ranges = ranges_of_several(noted_mask)
+        else:
+            ranges = None
+        if ranges is not None:
+            return _sampled_attention(module, query, key, value, ranges, scaling, softcap, s_aux), None
+        if is_plain and softcap is None and s_aux is None and tokens is not None and q_len >= PREFILL_BLOCK:
             if config.prefills_sparsely(getattr(module, "layer_idx", None)):
                 # A static cache is longer than what it holds so far.
-                return _sparse_prefill(query, key[:, :, :tokens], value[:, :, :tokens], config, scaling), None
+                return sparse_prefill(query, key[:, :, :tokens], value[:, :, :tokens], config, scaling), None
     if softcap is not None or s_aux is not None:
-        if softcap is not None and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"santa: {type(module).__name__} caps its attention logits (softcap={softcap}), which "
-                "santa.decode does not do: these layers run exactly, in plain PyTorch, and are not sampled",
-                stacklevel=2,
-            )
         is_causal = is_causal is not False
-        return _dense_attention(query, key, value, attention_mask, scaling, is_causal, softcap, s_aux), None
+        return dense_attention(query, key, value, attention_mask, scaling, is_causal, softcap, s_aux), None
     return sdpa_attention_forward(
         module,
         query,
@@ -129,6 +117,23 @@ def attention(
         position_bias=position_bias,
         **kwargs,
     )
+
+
+def check_inference(
+    module: torch.nn.Module, query: torch.Tensor, dropout: float, output_attentions: bool | None
+) -> None:
+    if dropout > 0.0:
+        raise NotImplementedError(f"santa: dropout is {dropout}; it needs to be 0: call model.eval()")
+    if module.training and torch.is_grad_enabled() and query.requires_grad:
+        raise NotImplementedError(
+            "santa: the model is in training mode with gradients on; it needs to be in inference: call "
+            'model.eval(), or train with attn_implementation="sdpa"'
+        )
+    if output_attentions:
+        raise NotImplementedError(
+            "santa: output_attentions is True; it needs to be False, since santa computes no attention weights: call "
+            'model.set_attn_implementation("eager") to get them'
+        )
 
 
 def _selection(
@@ -156,7 +161,7 @@ def _as_addend(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(torch.isneginf(mask), addend, addend.clamp(min=lowest))
 
 
-def _check_supported(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def check_supported(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if not supports_head_dims(head_dim, value_dim):
         raise ValueError(head_dim_error(type(module).__name__, head_dim, value_dim))
@@ -172,16 +177,15 @@ def _check_supported(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         )
 
 
-def _sampled_attention(
+def decode_options(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ranges: torch.Tensor,
+    num_kv_heads: int,
     scaling: float | None,
+    softcap: float | None,
     s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """One decode step: query [batch, num_qo_heads, 1, head_dim] -> [batch, 1, num_qo_heads, head_dim]."""
+) -> dict[str, Any]:
+    """What a layer's steps have in common, as `santa.decode` and `santa.decode_paged` take it. num_kv_heads: those that
+    are here."""
     layer_idx = getattr(module, "layer_idx", None)
     if layer_idx is None:
         raise ValueError(
@@ -189,49 +193,75 @@ def _sampled_attention(
             "same random numbers"
         )
     config = settings_of(module).config
+    return dict(
+        num_samples=config.samples_in_layer(layer_idx),
+        sampler=config.sampler,
+        budget=config.budget,
+        sm_scale=scaling,
+        seed=config.seed + layer_idx,
+        min_sampled_len=config.min_sampled_len,
+        logits_soft_cap=softcap,
+        sinks=None if s_aux is None else s_aux.float().contiguous(),
+        first_kv_head=first_kv_head_of(module, num_kv_heads),
+    )
+
+
+def recorder_of(module: torch.nn.Module) -> RowsRead | None:
+    """What the layer's steps are to be noted in, if they are."""
     record = getattr(module, RECORD_ATTRIBUTE, None)
+    if record is not None and torch.compiler.is_compiling():
+        raise RuntimeError("santa: record_rows_read needs an eager model; disable compilation to record")
+    return record
+
+
+def _sampled_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ranges: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """One step: query [batch, num_qo_heads, q_len, head_dim] -> [batch, q_len, num_qo_heads, head_dim]."""
+    options = decode_options(module, key.shape[1], scaling, softcap, s_aux)
+    layer_idx, config, record = module.layer_idx, settings_of(module).config, recorder_of(module)
     kv_starts, kv_lens, position = ranges.unbind(0)
+    one_query = query.shape[2] == 1
     draws_scores = config.draws_scores(layer_idx)
-    score_options: dict[str, Any] = {}
     if draws_scores:
         # Transformers keeps keys row by row: they are all read and copied here, which costs more than the draws save.
         key = key.transpose(-1, -2).contiguous()
-        score_options = dict(score=config.score, num_draws=config.num_draws, score_sampler=config.score_sampler)
-        score_options |= dict(return_features_read=record is not None)
+        for name in ("logits_soft_cap", "sinks", "first_kv_head"):
+            del options[name]  # Bernoulli scores have none of these: `attach` refuses the first and the last
+        options |= dict(score=config.score, num_draws=config.num_draws, score_sampler=config.score_sampler)
+        options |= dict(return_features_read=record is not None)
     result = santa.decode(
-        query.squeeze(2),
+        query.squeeze(2) if one_query else query.transpose(1, 2),
         key,
         value,
         kv_lens=kv_lens,
         kv_starts=kv_starts,
-        num_samples=config.samples_in_layer(layer_idx),
-        sampler=config.sampler,
-        budget=config.budget,
         kv_layout=santa.KvLayout.HND,
-        sm_scale=scaling,
-        seed=config.seed + layer_idx,
         positions=position,
-        min_sampled_len=config.min_sampled_len,
         return_rows_read=record is not None,
-        **score_options,
+        **options,
     )
     out, lse = result[0], result[1]
     if record is not None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("santa: record_rows_read needs an eager model; disable compilation to record")
         record.rows_read[layer_idx].append(result[2])
         record.kv_lens[layer_idx].append(kv_lens)
         if draws_scores:
             record.features_read[layer_idx].append(result[3])
             record.head_dims[layer_idx] = query.shape[-1]
-    if s_aux is not None:
-        # A sink adds exp(s_aux) to the softmax's denominator, exp(lse), and no value row. lse is exact for
-        # every sampler, so the rescaled estimate stays unbiased. Bernoulli scores have an estimated lse.
+    if draws_scores and s_aux is not None:
+        # A sink adds exp(s_aux) to the softmax's denominator, which is estimated too, and no value row.
         out = (out.float() * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1)).to(out.dtype)
-    return out.unsqueeze(1)
+    return out.unsqueeze(1) if one_query else out
 
 
-def _sparse_prefill(
+def sparse_prefill(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config: SantaConfig, scaling: float | None
 ) -> torch.Tensor:
     """One step of prefill: query [batch, num_qo_heads, q_len, head_dim] -> [batch, q_len, num_qo_heads, head_dim]."""
@@ -239,7 +269,7 @@ def _sparse_prefill(
     return out.transpose(1, 2).contiguous()
 
 
-def _dense_attention(
+def dense_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

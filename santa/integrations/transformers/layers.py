@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 import santa
@@ -18,6 +20,9 @@ from santa.config import SantaConfig
 from santa.shapes import DECODE_HEAD_DIMS
 
 NAME = "santa"
+# From 5.19 on, continuous batching takes names with "flash" in them alone (beside Transformers' own) and cuts "paged|"
+# off. A 2 or 3 in it would be taken for the version of a package.
+PAGED_NAME = "paged|santa" if Version(transformers.__version__) < Version("5.19") else "santa_paged_flash"
 
 # A plain attribute of an attention module: it is in no state_dict, and torch.compile guards on it.
 _SETTINGS_ATTRIBUTE = "_santa_settings"
@@ -176,8 +181,6 @@ def _reason(
         return "does not say that it is causal self-attention (is_causal)"
     if not isinstance(getattr(module, "layer_idx", None), int):
         return "has no layer_idx, without which all layers would draw the same random numbers"
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return f"caps its attention logits (softcap={module.attn_logit_softcapping})"
     if "position_bias" in facts.handed_over:
         return "adds a position bias to its attention logits"
     head_dims = head_dims_of(module)
@@ -317,7 +320,7 @@ def report(model: torch.nn.Module) -> AttachReport:
     for name, module in attention_modules(model).items():
         settings = settings_of(module)
         reason = settings.reason or reasons[name]
-        if reason is None and (current := module.config._attn_implementation) != NAME:
+        if reason is None and (current := module.config._attn_implementation) not in (NAME, PAGED_NAME):
             reason = f"its configuration says attn_implementation={current!r}"
         status, why = ("other", reason) if reason is not None else _status(module, settings.config)
         layer_idx = getattr(module, "layer_idx", None)

@@ -19,12 +19,18 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from santa.prefill import BLOCK as PREFILL_BLOCK
 
+# New tokens of a row that `santa.decode` takes in one call.
+MAX_QUERIES = 8
+
 # Notes on a mask. Plain attributes of a tensor: torch.compile reads them, on graph inputs and on intermediates.
 #   _RANGES         int32 [3, batch], of one query: first valid key, number of valid keys, tokens of the row so far
 #   _RANGES_VERSION the mask's version counter when it was noted: a mask written to in place has another
+#   _SEVERAL        of 2 to 8 queries, the last of the row's tokens, under a mask that is causal and no more but for
+#                   padding: how to get the same ranges (`ranges_of_several`), which may take a look at the padding
 #   _IS_CAUSAL      True: SDPA's is_causal does the same, so that nobody needs the values
 #   _TOKENS         the queries are the last of so many tokens, and the mask is causal and no more; None: that is not so
 _RANGES, _RANGES_VERSION = "_santa_ranges", "_santa_ranges_version"
+_SEVERAL = "_santa_several"
 _IS_CAUSAL, _TOKENS = "_santa_is_causal", "_santa_tokens"
 
 
@@ -49,8 +55,8 @@ def step_mask(
         bool [batch, 1, q_length, kv_length], the values of `sdpa_mask`. None only where Transformers asks for a
         bidirectional mask and `sdpa_mask` gives None. Of a causal mask is noted, for one query, the range of valid keys
         of each row, unless they are no contiguous range or, in a traced graph, a padding mask cannot be looked at; for
-        more queries, that SDPA's is_causal does the same, and that `santa.prefill` does. Such a mask of many queries
-        holds no values until somebody asks for them.
+        2 to 8 queries behind earlier tokens, how to get these ranges; for more queries, that SDPA's is_causal does the
+        same, and that `santa.prefill` does. Such a mask of many queries holds no values until somebody asks for them.
     """
     options = dict(
         batch_size=batch_size,
@@ -73,6 +79,12 @@ def step_mask(
         # Causal, sliding and chunked patterns leave one range; padding and custom patterns may leave holes.
         if (attention_mask is None and not use_vmap) or is_contiguous(mask):
             note_ranges(mask, attention_mask, q_offset)
+        return mask
+    if _continues_causally(q_length, q_offset, kv_offset, mask_function, use_vmap):
+        mask = _versioned(sdpa_mask(allow_is_causal_skip=False, **options).contiguous())
+        # A static cache counts its tokens in place, and will have counted these by the time that somebody asks.
+        offset = q_offset.clone() if isinstance(q_offset, torch.Tensor) else q_offset
+        _set_notes(mask, {_SEVERAL: functools.partial(_ranges_of_last, mask.shape, offset, attention_mask)})
         return mask
     tokens = _tokens_of_causal_prefill(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     if tokens is not None:
@@ -174,7 +186,28 @@ def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     ranges = getattr(mask, _RANGES, None)
     if ranges is None or torch.compiler.is_compiling():
         return ranges
-    return ranges if mask._version == getattr(mask, _RANGES_VERSION) else None
+    return ranges if _is_as_noted(mask) else None
+
+
+def ranges_of_several(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of 2 to 8 queries, the last tokens of their rows: the keys up to the last of them, of which each query
+    sees those up to its own.
+
+    With a padding mask, looks at it on the host, once per step.
+    """
+    if torch.compiler.is_compiling() or getattr(mask, _SEVERAL, None) is None or not _is_as_noted(mask):
+        return None
+    ranges = getattr(mask, _SEVERAL)
+    if callable(ranges):
+        ranges = ranges()
+        if ranges is not None:
+            ranges = ranges.to(mask.device)
+        setattr(mask, _SEVERAL, ranges)
+    return ranges
+
+
+def _is_as_noted(mask: torch.Tensor) -> bool:
+    return mask._version == getattr(mask, _RANGES_VERSION)
 
 
 def derive_ranges(mask: torch.Tensor | None, batch_size: int, kv_len: int, device: torch.device) -> torch.Tensor | None:
@@ -203,11 +236,12 @@ def note_ranges(mask: torch.Tensor, attention_mask: torch.Tensor | None, q_offse
     else:
         seen = torch.arange(attention_mask.shape[-1], device=attention_mask.device) <= q_offset
         position = (attention_mask & seen).sum(-1)
-    _set_ranges(mask, _pack_ranges(mask[:, 0, 0], position))
+    _set_notes(mask, {_RANGES: _pack_ranges(mask[:, 0, 0], position)})
 
 
-def _set_ranges(mask: torch.Tensor, ranges: torch.Tensor) -> None:
-    setattr(mask, _RANGES, ranges)
+def _set_notes(mask: torch.Tensor, notes: dict[str, Any]) -> None:
+    for name, note in notes.items():
+        setattr(mask, name, note)
     if torch.compiler.is_compiling():
         return
     setattr(mask, _RANGES_VERSION, mask._version)
@@ -218,8 +252,9 @@ def _set_ranges(mask: torch.Tensor, ranges: torch.Tensor) -> None:
     def to(*args: Any, **kwargs: Any) -> torch.Tensor:
         source = reference()
         moved = torch.Tensor.to(source, *args, **kwargs)
-        if moved is not source and moved.dtype == torch.bool and (noted := ranges_of(source)) is not None:
-            _set_ranges(moved, noted.to(moved.device))
+        if moved is not source and moved.dtype == torch.bool and _is_as_noted(source):
+            noted = {name: getattr(source, name) for name in notes}
+            _set_notes(moved, {n: x.to(moved.device) if isinstance(x, torch.Tensor) else x for n, x in noted.items()})
         return moved
 
     mask.to = to
@@ -314,6 +349,43 @@ def _tokens_of_causal_prefill(
     # Queries past the end of a sliding cache, or keys that are padding, are not `santa.prefill`'s.
     is_whole = attention_mask is None or (attention_mask.shape[-1] >= tokens and bool(attention_mask[:, :tokens].all()))
     return tokens if tokens <= kv_length and is_whole else None
+
+
+def _continues_causally(
+    q_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    use_vmap: bool,
+) -> bool:
+    """Whether a step has 2 to 8 queries behind tokens that the cache holds, and a mask that is causal and no more."""
+    return (
+        1 < q_length <= MAX_QUERIES
+        and mask_function is causal_mask_function
+        and not use_vmap
+        and kv_offset == 0
+        and not (isinstance(q_offset, int) and q_offset == 0)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _ranges_of_last(
+    shape: tuple[int, ...], q_offset: int | torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """int32 [3, batch] of a mask [batch, 1, q_length, kv_length] that `_continues_causally` has let through; None if
+    there are no earlier tokens, if the cache has not kept them all, or if padding leaves holes."""
+    batch_size, _, q_length, kv_length = shape
+    earlier = int(q_offset)
+    tokens = earlier + q_length
+    if not 0 < earlier <= kv_length - q_length:
+        return None
+    if attention_mask is None:
+        full = torch.full((batch_size,), tokens, dtype=torch.int32)
+        return torch.stack([torch.zeros_like(full), full, full])
+    valid = attention_mask[:, :tokens]
+    if valid.shape[1] < tokens or not bool(valid[:, -1].all()) or not is_contiguous(valid[:, None, None]):
+        return None
+    return _pack_ranges(valid, valid.sum(-1))
 
 
 def _pack_ranges(mask: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
