@@ -216,22 +216,25 @@ struct RowSpan {
 };
 
 // Where a row's keys are listed page by page, where rows are parts of longer ones, and what a window leaves of them.
+// Differences that must not be negative are compared without sign: then they are large.
 SANTA_HD void look_closer(const DecodeParams& p, int batch_index, RowSpan& span) {
-  int64_t length = span.length;
+  const auto bound = static_cast<uint32_t>(p.cache_kv_len);
   if (p.kv_indptr != nullptr) {
-    const int64_t pages = static_cast<int64_t>(p.kv_indptr[batch_index + 1]) - p.kv_indptr[batch_index];
-    const int64_t page_size = int64_t{1} << p.page_shift, last = p.kv_last_page_lens[batch_index];
-    length = pages == 0 ? 0 : (pages - 1) * page_size + last;
-    span.valid = pages >= 0 && (pages == 0 || (last >= 1 && last <= page_size)) && length <= p.cache_kv_len;
+    const uint32_t pages = static_cast<uint32_t>(p.kv_indptr[batch_index + 1]) - p.kv_indptr[batch_index];
+    const uint32_t page_size = 1u << p.page_shift, last = p.kv_last_page_lens[batch_index];
+    const uint32_t length = pages == 0 ? 0 : ((pages - 1) << p.page_shift) + last;
+    span.valid =
+        pages <= (bound + page_size - 1) >> p.page_shift && length <= bound && (pages == 0 || last - 1 < page_size);
+    span.whole = span.length = span.valid ? static_cast<int>(length) : 0;
   }
-  int64_t whole = length, first = 0;
   if (p.whole_lens != nullptr) {
-    whole = p.whole_lens[batch_index], first = p.shard_starts[batch_index];
+    const uint32_t whole = p.whole_lens[batch_index], first = p.shard_starts[batch_index], length = span.length;
     // Tiles must not straddle shards.
-    span.valid = span.valid && first >= 0 && first % kDrawTileKv == 0 && first + length <= whole;
+    span.valid =
+        span.valid && whole < 1u << 31 && length <= whole && first <= whole - length && first % kDrawTileKv == 0;
+    span.first = span.valid ? static_cast<int>(first) : 0, span.whole = span.valid ? static_cast<int>(whole) : 0;
+    if (!span.valid) span.length = 0;
   }
-  if (!span.valid) length = whole = first = 0;
-  span.first = static_cast<int>(first), span.whole = static_cast<int>(whole), span.length = static_cast<int>(length);
 }
 
 SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
@@ -304,25 +307,37 @@ SANTA_HD uint32_t num_draws_of(const DecodeParams& p) {
 
 // ---- rows of the cache
 
+// Of a cache that is not paged.
+template <typename T>
+SANTA_HD const T* first_row(const void* data, int batch_index, int kv_head, int kv_start, int64_t stride_batch,
+                            int64_t stride_token, int64_t stride_head) {
+  return static_cast<const T*>(data) + batch_index * stride_batch + kv_head * stride_head + kv_start * stride_token;
+}
+
 // T: of the elements, or of bytes, with strides in bytes.
 template <typename T>
-SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int batch_index, int kv_head, int64_t kv_start,
+SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int batch_index, int kv_head, int kv_start,
                                 int64_t stride_batch, int64_t stride_token, int64_t stride_head) {
-  const T* base = static_cast<const T*>(data) + kv_head * stride_head;
   if (!unlikely(p.page_table != nullptr)) {
-    return {base + batch_index * stride_batch + kv_start * stride_token, stride_token, nullptr, 0, 0, 0};
+    return {first_row<T>(data, batch_index, kv_head, kv_start, stride_batch, stride_token, stride_head),
+            stride_token,
+            nullptr,
+            0,
+            0,
+            0};
   }
   const int64_t pages = p.kv_indptr != nullptr ? p.kv_indptr[batch_index] : batch_index * p.stride_page_table;
-  return {base, stride_token, p.page_table + pages, stride_batch, p.page_shift, static_cast<int>(kv_start)};
+  const T* base = static_cast<const T*>(data) + kv_head * stride_head;
+  return {base, stride_token, p.page_table + pages, stride_batch, p.page_shift, kv_start};
 }
 
 template <typename T>
-SANTA_HD KvRows<T> key_rows(const DecodeParams& p, int batch_index, int kv_head, int64_t kv_start) {
+SANTA_HD KvRows<T> key_rows(const DecodeParams& p, int batch_index, int kv_head, int kv_start) {
   return make_kv_rows<T>(p, p.k, batch_index, kv_head, kv_start, p.stride_k_batch, p.stride_k_token, p.stride_k_head);
 }
 
 template <typename T>
-SANTA_HD KvRows<T> value_rows(const DecodeParams& p, int batch_index, int kv_head, int64_t kv_start) {
+SANTA_HD KvRows<T> value_rows(const DecodeParams& p, int batch_index, int kv_head, int kv_start) {
   return make_kv_rows<T>(p, p.v, batch_index, kv_head, kv_start, p.stride_v_batch, p.stride_v_token, p.stride_v_head);
 }
 

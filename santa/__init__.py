@@ -8,7 +8,7 @@ from santa import _library
 
 _library.load()
 
-from santa import integrations  # noqa: E402
+from santa import distributed, integrations  # noqa: E402
 from santa.bernoulli import append_k_features, append_k_features_paged  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
 from santa.float8 import quantize_kv  # noqa: E402
@@ -44,6 +44,7 @@ __all__ = [
     "decode",
     "decode_paged",
     "default_min_sampled_len",
+    "distributed",
     "integrations",
     "merge_state",
     "merge_states",

@@ -106,7 +106,7 @@ def decode_context_parallel(
     where the group's collectives can (NCCL). As with every collective, an error on one rank alone leaves the others
     waiting for it.
 
-    What a rank sends in each call, for each row and each of its q_len num_qo_heads query vectors:
+    What each rank puts into the collectives, for each row and each of its q_len num_qo_heads query vectors:
 
         all-gather      head_dim elements of q's dtype and 4 bytes; 4 bytes per row
         all-reduce      1,024 bytes, before it: the logits of the pilot's 256 keys; streaming budget alone

@@ -48,10 +48,13 @@ SANTA_HD int pilot_position(int i, int kv_len, int run) {
   return kPilotFirst + static_cast<int>(first) + spaced % run;
 }
 
-// log2 of the number of keys that pilot key i stands for.
-SANTA_HD float pilot_log2_weight(int i, int kv_len) {
-  if (kv_len <= kPilotKeys || i < kPilotFirst || i >= kPilotFirst + kPilotSpaced) return 0.0f;
+// log2 of the number of keys that pilot key i stands for. `spaced`: spaced_log2_weight, the same for all that are
+// spaced.
+SANTA_HD float spaced_log2_weight(int kv_len) {
   return log2f(static_cast<float>(kv_len - kPilotFirst - kPilotLast) / kPilotSpaced);
+}
+SANTA_HD float pilot_log2_weight(int i, int kv_len, float spaced) {
+  return kv_len <= kPilotKeys || i < kPilotFirst || i >= kPilotFirst + kPilotSpaced ? 0.0f : spaced;
 }
 
 // ---- shares and units

@@ -19,9 +19,10 @@ void pilot_levels(const DecodeParams& p, GroupIndex at, const RowShape& row, con
     score_keys(at, row, first, count, scores.data() + i, kPilotKeys);
   }
   float exponentials[kPilotKeys];
+  const float spaced = spaced_log2_weight(row.kv_len);
   for (int h = 0; h < p.group_size; ++h) {
     float* weighted = scores.data() + h * kPilotKeys;
-    for (int i = 0; i < size; ++i) weighted[i] += pilot_log2_weight(i, row.kv_len);
+    for (int i = 0; i < size; ++i) weighted[i] += pilot_log2_weight(i, row.kv_len, spaced);
     const float max = max_block(weighted, size);
     levels[h] = log2_sum({max, exp2_block(weighted, max, exponentials, size)});
   }

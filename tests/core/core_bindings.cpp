@@ -155,7 +155,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // draw.h
   m.def("pilot_size", &pilot_size);
   m.def("pilot_position", py::vectorize(pilot_position), py::arg("i"), py::arg("kv_len"), py::arg("run"));
-  m.def("pilot_log2_weight", py::vectorize(pilot_log2_weight), py::arg("i"), py::arg("kv_len"));
+  m.def("pilot_log2_weight",
+        py::vectorize([](int i, int kv_len) { return pilot_log2_weight(i, kv_len, spaced_log2_weight(kv_len)); }),
+        py::arg("i"), py::arg("kv_len"));
   m.def("streaming_share", py::vectorize(streaming_share), py::arg("tile_lse"), py::arg("level"), py::arg("tile_keys"),
         py::arg("kv_len"));
   m.def("uniform_share", py::vectorize(uniform_share), py::arg("tile_keys"), py::arg("kv_len"));

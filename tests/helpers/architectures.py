@@ -131,7 +131,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 # Why `attach` refuses an architecture: what its message says, and what the table says.
 _ITSELF, _NONE = "computes its attention itself", "no attention layers"
-_SOFTCAP, _BIAS = "caps its attention logits", "adds a position bias"
+_BIAS = "adds a position bias"
 _NOT_CAUSAL, _NO_INDEX = "does not say that it is causal", "has no layer_idx"
 REFUSED: dict[str, str] = {
     "big_bird": _ITSELF,
@@ -141,7 +141,6 @@ REFUSED: dict[str, str] = {
     "doge": _NOT_CAUSAL,
     "falcon": _ITSELF,
     "falcon_mamba": _NONE,
-    "gemma2": _SOFTCAP,
     "git": _ITSELF,
     "gpt_neo": _ITSELF,
     "gpt_neox_japanese": _ITSELF,
@@ -160,7 +159,6 @@ REFUSED: dict[str, str] = {
     "roformer": _ITSELF,
     "rwkv": _ITSELF,
     "trocr": _ITSELF,
-    "vaultgemma": _SOFTCAP,
     "xglm": _ITSELF,
     "xlm": _ITSELF,
     "xlnet": _ITSELF,

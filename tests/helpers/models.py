@@ -5,13 +5,18 @@ Import it where Transformers is known to be there.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     CompileConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -22,9 +27,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-from santa import SantaConfig
-from santa.integrations.transformers import attach
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 VOCAB, PAD = 97, 0
 NUM_LAYERS = 2
@@ -79,14 +82,6 @@ def make_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
     return model
 
 
-def use_santa(model: PreTrainedModel, config: SantaConfig) -> None:
-    """`attach`, or for a model that it refuses since no layer samples, the same by name."""
-    if getattr(model.config, "attn_logit_softcapping", None) is None:
-        attach(model, config)
-    else:
-        model.set_attn_implementation("santa")
-
-
 def make_prompt(length: int = PROMPT_LEN, *, batch: int = 2, padding: int = 0) -> dict[str, torch.Tensor]:
     """Random prompts; the last is shorter by `padding` and filled up on the left."""
     input_ids = torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
@@ -122,6 +117,26 @@ def generate_static_compiled(
     model: PreTrainedModel, prompt: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return generate(model, prompt, cache_implementation="static", compile_config=fullgraph_on_cpu())
+
+
+def generate_batch(
+    model: PreTrainedModel, prompts: list[list[int]], **settings: Any
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens of continuous batching, NEW_TOKENS of each prompt, and their log-probabilities. A step has 24
+    tokens at most: long prompts come in chunks, beside requests that decode already."""
+    version = Version(transformers.__version__)
+    if model.device.type == "cpu" and version < Version("5.21") and importlib.util.find_spec("psutil") is None:
+        pytest.skip("before 5.21, Transformers needs psutil for continuous batching on the CPU")
+    page_size = "page_size" if version >= Version("5.18") else "block_size"
+    settings = {page_size: 8, "num_blocks": 64, "max_batch_tokens": 24, "return_logprobs": True} | settings
+    found = model.generate_batch(
+        inputs=prompts,
+        generation_config=GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=PAD),
+        continuous_batching_config=ContinuousBatchingConfig(**settings),
+    )
+    outputs = [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+    assert len(outputs) == len(prompts) and not any(output.error for output in outputs)
+    return [output.generated_tokens for output in outputs], [output.logprobs for output in outputs]
 
 
 class FakeAttention(torch.nn.Module):

@@ -12,12 +12,13 @@ import santa
 
 @pytest.fixture
 def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every `santa.decode` call, tensors copied. For eager models."""
+    """The keyword arguments of every `santa.decode` call, tensors copied, and `q_shape`. For eager models."""
     calls: list[dict[str, Any]] = []
     decode = santa.decode
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        calls.append({name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()})
+        copied = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+        calls.append(copied | {"q_shape": tuple(args[0].shape)})
         return decode(*args, **kwargs)
 
     monkeypatch.setattr(santa, "decode", spy)

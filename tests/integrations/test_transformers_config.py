@@ -87,12 +87,6 @@ def test_model_with_attached_config_can_be_saved(tmp_path: Any) -> None:
 # Errors ---------------------------------------------------------------------------------------------
 
 
-def test_soft_cap_warns_that_nothing_is_sampled() -> None:
-    query, key, value = layer_qkv()
-    with pytest.warns(UserWarning, match="FakeAttention caps its attention logits .*are not sampled"):
-        integration.attention(FakeAttention(), query, key, value, None, softcap=50.0)
-
-
 def test_dropout_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"dropout is 0\.1; it needs to be 0"):
         integration.attention(FakeAttention(), *layer_qkv(), None, dropout=0.1)

@@ -15,8 +15,6 @@ import santa
 from santa.integrations import transformers as integration
 from santa.integrations.transformers.layers import LayerSettings, set_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*caps its attention logits")
-
 
 def range_mask(kv_len: int, *ranges: tuple[int, int]) -> torch.Tensor:
     positions = torch.arange(kv_len)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.4.0")
 
-from helpers.models import NUM_LAYERS, make_model, make_prompt, use_santa
+from helpers.models import NUM_LAYERS, make_model, make_prompt
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import santa
@@ -190,7 +190,6 @@ def test_without_a_cache_and_without_a_mask(calls):
     assert torch.allclose(got, expected, atol=1e-3) and len(calls) == NUM_LAYERS
 
 
-@pytest.mark.filterwarnings("ignore:.*caps its attention logits")
 @pytest.mark.parametrize(
     "family", ["mistral", "gemma2", "gpt_oss"], ids=["sliding window", "soft cap", "attention sinks"]
 )
@@ -198,7 +197,7 @@ def test_what_prefill_has_no_kernel_for_is_exact(calls, family):
     model, prompt = make_model(family, **LONG, sliding_window=200), make_prompt(PROMPT_LEN)
     model.set_attn_implementation("eager")
     expected = logits_of(model, prompt)
-    use_santa(model, sparse(0.1))
+    attach(model, sparse(0.1))
     assert torch.allclose(logits_of(model, prompt), expected, atol=1e-3)
     assert not calls
 

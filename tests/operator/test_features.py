@@ -218,15 +218,22 @@ def test_min_sampled_len_is_of_the_window(device):
 # Soft caps and sinks --------------------------------------------------------------------------------------
 
 
-def test_no_soft_cap_and_a_far_one(device, options):
-    """0 and None are none. A cap far above the logits changes them by rounding alone; a small one bounds them."""
+def test_no_soft_cap(device, options):
+    """0 and None are none; a small one bounds the logits."""
     qkv, _ = problem("none", device)
     expected = santa.decode(*qkv, **options)
     assert_same_bits(santa.decode(*qkv, logits_soft_cap=0.0, **options), expected)
-    _, far = santa.decode(*qkv, logits_soft_cap=1e5, **options)
-    torch.testing.assert_close(far, expected[1], rtol=1e-5, atol=1e-4)
     _, flat = santa.decode(*qkv, logits_soft_cap=1e-3, **options)
     assert ((flat - math.log(KV_LEN)).abs() < 1.1e-3).all()
+
+
+@pytest.mark.parametrize("cap", [20.0, 50.0, 1e3, 1e5, 1e30])
+def test_far_soft_caps(device, cap):
+    """The farther a cap is above the logits, the less it changes them, up to the largest that is taken."""
+    qkv, _ = problem("none", device)
+    _, lse = santa.decode(*qkv, num_samples=0, logits_soft_cap=cap)
+    _, expected = oracle(qkv, {"logits_soft_cap": cap})
+    torch.testing.assert_close(lse.double().cpu(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("q_len", [None, 3])

@@ -141,6 +141,23 @@ def test_all_features_together(device, options, page_size):
     assert_same_bits(cache.decode(q, **options), santa.decode(q, k, v, **lens_of(cache), **options))
 
 
+@pytest.mark.parametrize("q_len", [None, 2])
+def test_exact_and_sampled_rows_together(device, options, q_len):
+    """min_sampled_len within the lengths, and rows that are all of one kind: what the host expects to come, from either
+    form, does not change what does."""
+    (q, k, v), row_seeds = problem(device, q_len=q_len)
+    cache = PagedCache(k, v, 16, lens=LENS)
+    kinds = set()
+    for min_sampled_len in (100, 500, 1100, 1101, 5000):
+        options |= {"row_seeds": row_seeds, "min_sampled_len": min_sampled_len}
+        expected = santa.decode(q, k, v, kv_lens=cache.int32(LENS), **options)
+        kinds |= {tuple((expected[2][:, 0].cpu() < torch.tensor(LENS)).tolist())}
+        for form in FORMS:
+            assert_same_bits(cache.decode(q, form=form, **options), expected)
+    few = options["num_samples"] > 0
+    assert ((True, True, False) in kinds) == few and (False, False, False) in kinds
+
+
 def test_max_kv_len_changes_no_bit(device, options):
     """It is a bound, from the longest row's length on; without it, the table's width is."""
     (q, k, v), row_seeds = problem(device)
@@ -271,14 +288,9 @@ def test_parts_of_longer_rows(device):
     for sampler, budget in SAMPLED:
         if budget == "proportional":
             continue
-        options = {
-            "sampler": sampler,
-            "budget": budget,
-            "num_samples": 32,
-            "min_sampled_len": 0,
-            "row_seeds": row_seeds,
-        }
-        expected = santa.decode(q, k, v, kv_lens=cache.int32(LENS), **shards, **options)
+        options = {"sampler": sampler, "budget": budget, "num_samples": 32, "min_sampled_len": 0}
+        options |= {"row_seeds": row_seeds, **shards}
+        expected = santa.decode(q, k, v, kv_lens=cache.int32(LENS), **options)
         assert expected[0].isfinite().all()
         for form in FORMS:
             assert_same_bits(cache.decode(q, form=form, **options), expected)

@@ -33,6 +33,7 @@ class Call:
 
     lens: list[int]
     starts: list[int] | None
+    implied: bool  # the contiguous call is told no lengths: they are those of k
     q_len: int | None
     num_kv_heads: int
     group_size: int
@@ -71,6 +72,7 @@ def calls(device: str) -> st.SearchStrategy[Call]:
         _call,
         rows=rows,
         padded=st.booleans(),
+        implied=st.booleans(),
         q_len=st.one_of(st.none(), st.integers(1, 8)),
         num_kv_heads=st.integers(1, 2),
         group_size=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12]),
@@ -96,6 +98,7 @@ def calls(device: str) -> st.SearchStrategy[Call]:
 def _call(
     rows: list[tuple[int, int]],
     padded: bool,
+    implied: bool,
     csr: bool,
     float8: str | None,
     storage: str,
@@ -103,9 +106,11 @@ def _call(
     **rest: Any,
 ) -> Call:
     sampler, budget = drawn
+    implied = implied and not padded
     return Call(
-        lens=[length for length, _ in rows],
+        lens=[rows[0][0] if implied else length for length, _ in rows],
         starts=[start for _, start in rows] if padded else None,
+        implied=implied,
         csr=csr and not padded,  # lists have no starts
         float8=float8,
         storage="separate" if float8 == "fp8-k" else storage,  # halves of a tensor have one dtype
@@ -123,7 +128,7 @@ class Problem:
         generator = torch.Generator().manual_seed(call.seed)
         batch, tokens = len(call.lens), call.q_len or 1
         starts = call.starts or [0] * batch
-        size = max(start + length for start, length in zip(starts, call.lens, strict=True)) + 1
+        size = max(start + length for start, length in zip(starts, call.lens, strict=True)) + (not call.implied)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
@@ -170,7 +175,8 @@ class Problem:
         options |= self.features | self.random | {"min_sampled_len": 0, "return_rows_read": True}
         if self.call.layout == "HND":
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        result = santa.decode(q, k, v, kv_layout=self.call.layout, **self.rows, **options)
+        rows = {} if self.call.implied else self.rows
+        result = santa.decode(q, k, v, kv_layout=self.call.layout, **rows, **options)
         assert_same_bits(self.cache.decode(q, form="csr" if self.call.csr else "table", **options), result)
         return result
 

@@ -79,6 +79,20 @@ def test_every_head_dim_and_layout(device, head_dim, options):
         assert relative_rms(expected[0], oracle) < 4 * torch.finfo(q.dtype).eps
 
 
+@pytest.mark.parametrize(("q_len", "group_size"), [(8, 128), (3, 341), (7, 73), (1, 1024)])
+def test_up_to_1024_query_vectors(device, options, q_len, group_size):
+    """Whose token and head each is shows in the log-sum-exp, and in outputs where nothing is left to chance."""
+    q, k, v = make_tokens(1, q_len, group_size, 1, 70, device=device)
+    out, lse = santa.decode(q, k, v, **options)
+    expected, expected_lse = reference.exact(q.cpu(), k.cpu(), v.cpu())
+    torch.testing.assert_close(lse.double().cpu(), expected_lse, rtol=1e-5, atol=1e-4)
+    if options["num_samples"] == 0:
+        assert relative_rms(out, expected) < 4 * torch.finfo(q.dtype).eps
+    if options["sampler"] == "grouped" and options["num_samples"] > 0:
+        every, _ = santa.decode(q, k, v, **options | {"num_samples": 2**13})
+        assert relative_rms(every, expected) < 4e-6 + 4 * torch.finfo(q.dtype).eps
+
+
 @pytest.mark.parametrize("q_len", [2, 8])
 def test_a_token_sees_nothing_behind_itself(device, q_len):
     """Other keys and values of later tokens change no bit of an earlier one, and do change the later ones."""

@@ -39,7 +39,7 @@ struct FeatureScorer {
   static constexpr bool kFloat8 = false;
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
   static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotBytes = 0;
-  static constexpr int kSlotKeys = kDrawTileKv, kPilotRun = kFeaturePilotRun;
+  static constexpr int kSlotKeys = kDrawTileKv;
 
   const BernoulliParams& p;
   const FeatureList& list;

@@ -54,12 +54,15 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
     lse = p.row_lse[group * p.group_size + h];
   } else {
     SoftmaxState state = empty_softmax_state();
+    // Loops: code that runs once has to be fetched first.
+#pragma unroll 1
     for (int tile = threadIdx.x & 31; tile < row.num_tiles; tile += 32) {
       const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
       const float max = p.tile_max[index];
       state = merge(state, {max, p.tile_sum[index]});
       if (tile < 32) own_max = max;
     }
+#pragma unroll 1
     for (int offset = 16; offset > 0; offset >>= 1) {
       state = merge(state,
                     {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});

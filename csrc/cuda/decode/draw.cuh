@@ -133,17 +133,19 @@ __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t
   }
 }
 
-// The address of a row of V, which is started on its way to the L2: gather warps find it there.
-__device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const RowUnit& unit, int key) {
+// V by bytes.
+__device__ __forceinline__ KvRows<char> value_bytes(const DecodeParams& p, const RowUnit& unit) {
   const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
-  const auto rows =
-      make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
-                         p.stride_v_token * element_bytes, p.stride_v_head * element_bytes);
-  const char* row = rows.row(key);
+  return make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
+                            p.stride_v_token * element_bytes, p.stride_v_head * element_bytes);
+}
+
+// The address of a row of V, which is started on its way to the L2: gather warps find it there.
+__device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const KvRows<char>& values, int key) {
+  const char* row = values.row(key);
+  const int bytes = p.v_dtype == Dtype::kFloat8E4M3 ? p.head_dim : 2 * p.head_dim;
 #pragma unroll 1
-  for (int byte = 0; byte < p.head_dim * element_bytes; byte += 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + byte));
-  }
+  for (int byte = 0; byte < bytes; byte += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + byte));
   return reinterpret_cast<uint64_t>(row);
 }
 
@@ -151,8 +153,8 @@ __device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const Row
 // is in lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in
 // their place. `offset`: tile_offset, of the lane's head.
 __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
-                                          uint32_t offset, float level, int first_key, const DrawQueue& queue,
-                                          uint32_t& produced, int lane) {
+                                          uint32_t offset, float level, int first_key, const KvRows<char>& values,
+                                          const DrawQueue& queue, uint32_t& produced, int lane) {
   const int num_heads = unit.heads.count, own_head = lane & 7, num_quads = scores.pitch / 4;
   const auto place_of = [&](int j) { return scores.scores + score_place(4 * lane + j) * scores.pitch; };
   const auto quad_of = [&](int j, int quad) -> float4& { return reinterpret_cast<float4*>(place_of(j))[quad]; };
@@ -292,7 +294,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     __syncwarp();
     // The weights: a lane a draw.
     if (lane < listed) {
-      chunk.row[lane] = fetch_value(p, unit, first_key + chunk.key[lane]);
+      chunk.row[lane] = fetch_value(p, values, first_key + chunk.key[lane]);
       float* const own = weights + lane * scores.pitch;
       const float inclusion_inverse = own[0];
       const float* key_scores = scores.scores + score_place(chunk.key[lane]) * scores.pitch;

@@ -18,8 +18,9 @@ struct ValueLanes {
   static constexpr int kLanes = HEAD_DIM / kElements;                             // 32, or 24
 };
 
-// Rows of a batch, as registers allow: fewer beside more score warps.
-constexpr int batch_rows(int head_dim, bool float8_keys) { return head_dim > 128 ? 2 : float8_keys ? 4 : 8; }
+// Rows of a batch. More would keep more of them on their way where there are many, and cost everybody else: code that
+// takes more room in the instruction cache.
+constexpr int batch_rows(int head_dim) { return head_dim > 128 ? 2 : 4; }
 
 // The elements of a row that a lane reads.
 template <typename V, int ELEMENTS>
@@ -97,7 +98,7 @@ struct RowBatch {
   __device__ __forceinline__ void add_four(float (&acc)[kHeadBlock][ELEMENTS], int first_head) const {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      if (i == ROWS / 2 && count <= ROWS / 2) break;
+      if (i > 0 && i % 2 == 0 && count <= i) break;
       const uint4 bits = load_shared_16(__shfl_sync(0xffffffffu, weights, i) + first_head * 4);
       const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                           __uint_as_float(bits.w)};

@@ -88,7 +88,10 @@ constexpr int kStartKv = 1024;
 constexpr int kMostWaves = 8;
 constexpr int kMostUnknownWaves = 2;  // that the device chooses from: CTAs that turn out to have no run cost time too
 
-SANTA_HD int run_parts_of(int64_t run_kv, int part_kv) { return static_cast<int>(ceil_div(run_kv, part_kv)); }
+// Parts of 1 << part_shift keys in a run.
+SANTA_HD int run_parts_of(int64_t run_kv, int part_shift) {
+  return static_cast<int>((run_kv + (int64_t{1} << part_shift) - 1) >> part_shift);
+}
 
 // Of a row of `parts` parts, `units` rows in all.
 inline int equal_run_parts(int64_t units, int parts, int64_t wanted_ctas) {

@@ -179,9 +179,15 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
       cp_async_whole_16(places[i % kPlaces] + i * kPeriodRows * kRowBytes, source, policy);
     };
     const K* source = rows.base + (first + row) * stride + chunk * kChunkElements;
-    if (unlikely(rows.paged())) {
+    if (unlikely(rows.paged())) {  // a loop: what is not run must not push out of the cache what is
+#pragma unroll 1
+      for (int i = 0; i < kCount; i += kPlaces) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) copy(i, shuffle(own, row + i * kPeriodRows) + chunk * kChunkElements);
+        for (int j = 0; j < kPlaces; ++j) {
+          cp_async_whole_16(places[j] + (i + j) * kPeriodRows * kRowBytes,
+                            shuffle(own, row + (i + j) * kPeriodRows) + chunk * kChunkElements, policy);
+        }
+      }
     } else if (stride == HEAD_DIM) {  // one behind the other: offsets that the instruction holds
       source = opaque(source);
 #pragma unroll

@@ -21,6 +21,7 @@ struct OnePassShared {
   uint64_t full[kMaxScoreWarps][kQueueChunks];
   uint64_t empty[kMaxScoreWarps][kQueueChunks];
   RowUnit unit;  // here rather than in the registers of every warp
+  KvRows<char> values;
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
 
@@ -30,7 +31,6 @@ struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   static constexpr int kSlotKeys = slot_keys(HEAD_DIM);
   static constexpr int kSlotBytes = key_slot_bytes(kFloat8, HEAD_DIM), kPilotBytes = kSlotBytes, kOnceBytes = 0;
-  static constexpr int kPilotRun = 1;
 
   const DecodeParams& p;
   const K* base;  // of keys that are not paged
@@ -41,10 +41,11 @@ struct KeyScorer {
 
   __device__ __forceinline__ KeyScorer(const DecodeParams& p, const RowUnit& unit, unsigned char*)
       : p(p),
-        base(key_rows<K>(p, unit.batch_index, unit.kv_head, unit.row.kv_start).base),
+        base(first_row<K>(p.k, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_k_batch, p.stride_k_token,
+                          p.stride_k_head)),
         batch_index(unit.batch_index),
         kv_head(unit.kv_head),
-        kv_start(static_cast<int>(unit.row.kv_start)) {}
+        kv_start(unit.row.kv_start) {}
 
   // Of paged keys. Made anew where they are needed: registers are few.
   __device__ __forceinline__ KvRows<K> rows() const { return key_rows<K>(p, batch_index, kv_head, kv_start); }
@@ -100,14 +101,16 @@ struct KeyScorer {
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
-    const K* const own_row = rows().row(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
+    const auto row_at = [&](int position) {
+      return unlikely(p.page_table != nullptr) ? rows().row(position) : base + position * p.stride_k_token;
+    };
+    const K* const own_row = row_at(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
 #pragma unroll 1
     for (int turn = 0; turn < kPilotWarpKeys / kSlotKeys; ++turn) {
       const int first = part * kPilotWarpKeys + turn * kSlotKeys;
       // All lanes ask at once where rows are aligned; elsewhere each works it out.
       const auto row_of = [&](int row) {
-        return p.aligned ? shuffle(own_row, turn * kSlotKeys + row)
-                         : rows().row(pilot_position(first + row, kv_len, 1));
+        return p.aligned ? shuffle(own_row, turn * kSlotKeys + row) : row_at(pilot_position(first + row, kv_len, 1));
       };
       load_some_rows<K, HEAD_DIM, kSlotKeys>(slot, row_of, size - first, p.aligned, evict_normal_policy(), lane);
       cp_async_commit();
@@ -125,7 +128,7 @@ struct KeyScorer {
 template <typename Scorer>
 __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int pitch,
                                             Scorer& scorer, unsigned char* area, int first_key, int num_keys,
-                                            const DrawQueue& queue, int warp, int lane) {
+                                            const KvRows<char>& values, const DrawQueue& queue, int warp, int lane) {
   const int ring_slots = p.plan.num_slots;
   const int draw_kv = row.draw_kv, stride = p.plan.num_warps * draw_kv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
@@ -193,9 +196,9 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     scorer.finish(scores, lane);
     if (changes_logits(p)) change_scores(p, unit, scores, first_key + tile, lane);
     const uint32_t offset = tile_offset(
-        p.budget, stream, unit.row.span_first + first_key + tile, opaque(draw_kv), unit.row.span_len,
+        p.budget, stream, row.span_first + first_key + tile, opaque(draw_kv), row.span_len,
         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1), unit_bits_of(p.sampler, p.num_samples));
-    draw_tile(p, unit, scores, offset, level, first_key + tile, queue, produced, lane);
+    draw_tile(p, unit, scores, offset, level, first_key + tile, values, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }
   cp_async_wait<0>();
@@ -233,6 +236,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   };
   const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;
+  if (threadIdx.x == blockDim.x - 1) shared.values = value_bytes(p, work.unit);
   if (threadIdx.x < num_warps * kQueueChunks) {
     mbarrier_init(&shared.full[0][0] + threadIdx.x, 32);
     mbarrier_init(&shared.empty[0][0] + threadIdx.x, kGatherWarps * 32);
@@ -242,12 +246,12 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
                                  static_cast<int64_t>(work.unit.row.kv_len - first_key));
     score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer, areas + warp * area_bytes,
-                first_key, static_cast<int>(num_keys), queue_of(warp), warp, lane);
+                first_key, static_cast<int>(num_keys), shared.values, queue_of(warp), warp, lane);
     return;
   }
   cta_barrier();
   auto* const neighbour = reinterpret_cast<float*>(sums);
-  constexpr int kRows = batch_rows(HEAD_DIM, Scorer::kFloat8);
+  constexpr int kRows = batch_rows(HEAD_DIM);
   if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
     gather_parts<Float8, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps,
                                           lane);

@@ -21,59 +21,57 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
     return {row, (index - row * plan.row_runs) * plan.run_parts, plan.run_parts};
   }
   const int lane = threadIdx.x & 31;
-  const auto shape_of = [&](int row, int& kv_len, int& part_kv) {  // of a row that is not there: 0 keys
-    kv_len = 0, part_kv = kMinPartKv;
-    if (row >= p.batch) return;
-    const RowShape shape = row_shape_of(p, row);
-    if (shape.one_pass()) kv_len = shape.kv_len, part_kv = shape.tile_kv;
-  };
-  int64_t keys = 0;
-  for (int first = 0; first < p.batch; first += 32) {
-    int kv_len, part_kv;
-    shape_of(first + lane, kv_len, part_kv);
-    keys += kv_len;
-  }
-  for (int offset = 16; offset > 0; offset >>= 1) keys += __shfl_xor_sync(0xffffffffu, keys, offset);
-  // One wave of CTAs if they all live at once, two of half the length if that takes less time: heuristics.h.
-  int64_t run_kv = 1, best_cost = INT64_MAX;
-  for (int waves = 1; waves <= plan.most_waves; ++waves) {
-    const int64_t wave_kv =
-        max(ceil_div(keys * p.num_units(), static_cast<int64_t>(plan.wanted_ctas) * waves), int64_t{1});
-    int runs = 0, longest = 0;
-    for (int first = 0; plan.most_waves > 1 && first < p.batch; first += 32) {
-      int kv_len, part_kv;
-      shape_of(first + lane, kv_len, part_kv);
-      const int parts = run_parts_of(wave_kv, part_kv);
-      runs += ceil_div_int(ceil_div_int(kv_len, part_kv), parts);
+  int64_t keys = 0, run_kv = 1, best_cost = INT64_MAX, wave_kv = 1;
+  // Turns over all rows: the first adds up their keys. Then one for each number of waves to choose from, if there is a
+  // choice: one wave of CTAs if they all live at once, two of half the length if that takes less time (heuristics.h).
+  // The last finds the run.
+  const int choices = plan.most_waves > 1 ? plan.most_waves : 0;
+  for (int turn = 0; turn <= choices + 1; ++turn) {
+    const bool finds = turn > choices;
+    if (turn > 0 && !(finds && choices > 0)) {
+      wave_kv = max(ceil_div(keys * p.num_units(), static_cast<int64_t>(plan.wanted_ctas) * max(min(turn, choices), 1)),
+                    int64_t{1});
+    }
+    if (finds && choices > 0) wave_kv = run_kv;
+    int runs_before = 0, longest = 0;  // runs of the rows before `first`
+    for (int first = 0; first < p.batch; first += 32) {
+      int kv_len = 0, part_shift = __ffs(kMinPartKv) - 1;  // of row first + lane; 0 keys if it is not there
+      if (first + lane < p.batch) {
+        const RowShape shape = row_shape_of(p, first + lane);
+        if (shape.one_pass()) kv_len = shape.kv_len, part_shift = __ffs(shape.tile_kv) - 1;
+      }
+      if (turn == 0) {
+        keys += kv_len;
+        continue;
+      }
+      const int parts = run_parts_of(wave_kv, part_shift);
+      const int runs = ceil_div_int((kv_len + (1 << part_shift) - 1) >> part_shift, parts);
       longest =
-          max(longest, static_cast<int>(min(static_cast<int64_t>(parts) * part_kv, static_cast<int64_t>(kv_len))));
+          max(longest, static_cast<int>(min(static_cast<int64_t>(parts) << part_shift, static_cast<int64_t>(kv_len))));
+      int end = runs;
+      for (int distance = 1; distance < 32; distance <<= 1) {
+        const int below = __shfl_up_sync(0xffffffffu, end, distance);
+        if (lane >= distance) end += below;
+      }
+      const uint32_t ends_after = __ballot_sync(0xffffffffu, index < runs_before + end);
+      if (finds && ends_after != 0) {
+        const int owner = __ffs(ends_after) - 1;
+        const int run = index - runs_before - __shfl_sync(0xffffffffu, end - runs, owner);
+        const int owner_parts = __shfl_sync(0xffffffffu, parts, owner);
+        return {first + owner, run * owner_parts, owner_parts};
+      }
+      runs_before += __shfl_sync(0xffffffffu, end, 31);
     }
-    for (int offset = 16; offset > 0; offset >>= 1) {
-      runs += __shfl_xor_sync(0xffffffffu, runs, offset);
-      longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, offset));
+    if (turn == 0) {
+      for (int offset = 16; offset > 0; offset >>= 1) keys += __shfl_xor_sync(0xffffffffu, keys, offset);
+    } else if (!finds) {
+      for (int offset = 16; offset > 0; offset >>= 1) {
+        longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, offset));
+      }
+      const int64_t rounds = ceil_div_int(runs_before * p.num_units(), plan.ctas_at_once);
+      const int64_t cost = rounds * (longest + kStartKv);
+      if (cost < best_cost) run_kv = wave_kv, best_cost = cost;
     }
-    const int64_t rounds = ceil_div_int(runs * p.num_units(), plan.ctas_at_once), cost = rounds * (longest + kStartKv);
-    if (cost < best_cost) run_kv = wave_kv, best_cost = cost;
-  }
-  int before = 0;  // runs of the rows before `first`
-  for (int first = 0; first < p.batch; first += 32) {
-    int kv_len, part_kv;
-    shape_of(first + lane, kv_len, part_kv);
-    const int parts = run_parts_of(run_kv, part_kv);
-    const int runs = ceil_div_int(ceil_div_int(kv_len, part_kv), parts);
-    int end = runs;
-    for (int distance = 1; distance < 32; distance <<= 1) {
-      const int below = __shfl_up_sync(0xffffffffu, end, distance);
-      if (lane >= distance) end += below;
-    }
-    const uint32_t ends_after = __ballot_sync(0xffffffffu, index < before + end);
-    if (ends_after != 0) {
-      const int owner = __ffs(ends_after) - 1;
-      const int run = index - before - __shfl_sync(0xffffffffu, end - runs, owner);
-      const int owner_parts = __shfl_sync(0xffffffffu, parts, owner);
-      return {first + owner, run * owner_parts, owner_parts};
-    }
-    before += __shfl_sync(0xffffffffu, end, 31);
   }
   return {0, 0, 0};
 }

@@ -93,16 +93,17 @@ def attention(
         if q_len == 1 and is_plain:
             if ranges is None:
                 ranges = derive_ranges(attention_mask, query.shape[0], kv_len, query.device)
-        elif 1 < q_len <= config.max_sampled_q_len and is_plain:
-            ranges = ranges_of_several(noted_mask)
+        elif 1 < q_len <= config.max_sampled_q_len and is_plain and noted_mask is not None:
+            ranges = ranges_of_several(noted_mask) if noted_mask.shape[2] == q_len else None
         else:
             ranges = None
         if ranges is not None:
             return _sampled_attention(module, query, key, value, ranges, scaling, softcap, s_aux), None
-        if is_plain and softcap is None and s_aux is None and tokens is not None and q_len >= PREFILL_BLOCK:
-            if config.prefills_sparsely(getattr(module, "layer_idx", None)):
-                # A static cache is longer than what it holds so far.
-                return sparse_prefill(query, key[:, :, :tokens], value[:, :, :tokens], config, scaling), None
+        is_plain = is_plain and softcap is None and s_aux is None
+        is_long = tokens is not None and q_len >= PREFILL_BLOCK
+        if is_plain and is_long and config.prefills_sparsely(getattr(module, "layer_idx", None)):
+            # A static cache is longer than what it holds so far.
+            return sparse_prefill(query, key[:, :, :tokens], value[:, :, :tokens], config, scaling), None
     if softcap is not None or s_aux is not None:
         is_causal = is_causal is not False
         return dense_attention(query, key, value, attention_mask, scaling, is_causal, softcap, s_aux), None

@@ -40,10 +40,9 @@ from .masks import MAX_QUERIES
 # Rows of chunks that a captured step attends to at once: bounds the operator's workspace.
 _CAPTURED_ROWS = 64
 
-_T = TypeVar("_T")
-
-
 _HOOKED_ATTRIBUTE = "_santa_leaves_cache_unread"
+
+_T = TypeVar("_T")
 
 
 def leave_cache_unread(module: torch.nn.Module) -> None:
@@ -210,8 +209,8 @@ def paged_attention(
     layer = _Layer.of(cache, module.layer_idx, kwargs)
     if layer.window is not None and options["num_samples"] > 0 and position_ids is None:
         raise NotImplementedError(
-            f"santa: {type(module).__name__} hands over no position_ids; its sliding window needs them, or full windows "
-            "would draw the same numbers in every step"
+            f"santa: {type(module).__name__} hands over no position_ids; its sliding window needs them to be sampled, "
+            "or full windows would draw the same numbers in every step"
         )
     num_tokens = query.shape[2]
     q, k_new, v_new = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, heads, head_dim]
