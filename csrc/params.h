@@ -79,20 +79,6 @@ struct DecodeParams {
   const int32_t* positions;  // [batch], or null: kv_len. Part of the identity of a row's random stream
   const float* k_scale;      // [num_kv_heads] through its stride, or null: 1. Float8 K alone: key = k * k_scale
   const float* v_scale;      // the same for V
-  const float* sinks;        // [num_qo_heads], or null: a logit without a value beside those of the keys
-
-  // Of a paged cache; null otherwise. Row b has the pages page_table[b stride_page_table], ... or, with kv_indptr,
-  // page_table[kv_indptr[b]] to page_table[kv_indptr[b + 1] - 1].
-  const int32_t* page_table;
-  const int32_t* kv_indptr;          // [batch + 1]
-  const int32_t* kv_last_page_lens;  // [batch], beside kv_indptr: keys of the last page
-  int64_t stride_page_table;
-  int page_shift;     // log2 of the keys of a page
-  int64_t num_pages;  // of the cache; only the CPU looks whether a row's pages are among them
-
-  // Rows that are part of longer ones, as context parallelism has them; null otherwise.
-  const int32_t* whole_lens;    // [batch]: keys of the whole row
-  const int32_t* shard_starts;  // [batch]: position in it of the first key that is here
 
   // Outputs.
   void* out;           // [batch, q_len, num_qo_heads, head_dim], contiguous, q's dtype
@@ -120,11 +106,13 @@ struct DecodeParams {
   int max_kv_len;    // of which it attends to so many at most
   bool aligned;      // q, k and v rows all start on 16-byte boundaries
   bool by_features;  // k is feature-major: Bernoulli scores
+  // What there is of the members at the end.
+  bool paged, has_lists, has_shards, has_sinks;
 
-  float scale_log2;     // sm_scale * log2(e): scores are kept in base 2
-  float soft_cap;       // of logits, base 2; 0: none
-  float soft_cap_rate;  // 2 log2(e) / soft_cap
-  int window_left;      // keys that a token sees beside its own, the latest; -1: all
+  float scale_log2;  // sm_scale * log2(e): scores are kept in base 2
+  float soft_cap;    // of logits, base 2; 0: none
+  float soft_cap_inverse;
+  int window_left;  // keys that a token sees beside its own, the latest; -1: all
   Sampler sampler;
   Budget budget;
   int num_samples;  // S per query head; 0 = exact
@@ -156,6 +144,24 @@ struct DecodeParams {
   uint32_t* tile_draw;     // [streams, tiles]: first draw of a sorted sampler that can fall into the tile
   Draws* draws;            // [streams]
   uint32_t* read_mask;     // [tiles, kMaskWords]: V rows read by any stream; null unless rows_read is asked for
+
+  // Seldom there, so at the end: what all kernels read lies together, and is fetched by fewer lines.
+
+  // Of a paged cache. Row b has the pages page_table[b stride_page_table], ... or, with has_lists,
+  // page_table[kv_indptr[b]] to page_table[kv_indptr[b + 1] - 1].
+  const int32_t* page_table;
+  const int32_t* kv_indptr;          // [batch + 1]
+  const int32_t* kv_last_page_lens;  // [batch], beside kv_indptr: keys of the last page
+  int64_t stride_page_table;
+  uint32_t num_indices;  // entries of page_table, beside kv_indptr
+  int page_shift;        // log2 of the keys of a page
+  int64_t num_pages;     // of the cache; only the CPU looks whether a row's pages are among them
+
+  // Rows that are part of longer ones, as context parallelism has them.
+  const int32_t* whole_lens;    // [batch]: keys of the whole row
+  const int32_t* shard_starts;  // [batch]: position in it of the first key that is here
+
+  const float* sinks;  // [num_qo_heads]: a logit without a value beside those of the keys
 
   // The scales of a float8 cache multiply sums instead of elements: scores once, outputs once.
   SANTA_HD float score_scale(int kv_head) const {
@@ -219,20 +225,21 @@ struct RowSpan {
 // Differences that must not be negative are compared without sign: then they are large.
 SANTA_HD void look_closer(const DecodeParams& p, int batch_index, RowSpan& span) {
   const auto bound = static_cast<uint32_t>(p.cache_kv_len);
-  if (p.kv_indptr != nullptr) {
-    const uint32_t pages = static_cast<uint32_t>(p.kv_indptr[batch_index + 1]) - p.kv_indptr[batch_index];
+  if (p.has_lists) {
+    const uint32_t begin = p.kv_indptr[batch_index], end = p.kv_indptr[batch_index + 1], pages = end - begin;
     const uint32_t page_size = 1u << p.page_shift, last = p.kv_last_page_lens[batch_index];
     const uint32_t length = pages == 0 ? 0 : ((pages - 1) << p.page_shift) + last;
-    span.valid =
-        pages <= (bound + page_size - 1) >> p.page_shift && length <= bound && (pages == 0 || last - 1 < page_size);
+    span.valid = begin <= end && end <= p.num_indices && pages <= (bound + page_size - 1) >> p.page_shift &&
+                 length <= bound && (pages == 0 || last - 1 < page_size);
     span.whole = span.length = span.valid ? static_cast<int>(length) : 0;
   }
-  if (p.whole_lens != nullptr) {
+  if (p.has_shards) {
     const uint32_t whole = p.whole_lens[batch_index], first = p.shard_starts[batch_index], length = span.length;
-    // Tiles must not straddle shards.
-    span.valid =
-        span.valid && whole < 1u << 31 && length <= whole && first <= whole - length && first % kDrawTileKv == 0;
-    span.first = span.valid ? static_cast<int>(first) : 0, span.whole = span.valid ? static_cast<int>(whole) : 0;
+    // Tiles must not straddle shards. One without keys may be anywhere.
+    span.valid = span.valid && whole < 1u << 31 &&
+                 (length == 0 || (length <= whole && first <= whole - length && first % kDrawTileKv == 0));
+    span.first = span.valid && length > 0 ? static_cast<int>(first) : 0;
+    span.whole = span.valid ? static_cast<int>(whole) : 0;
     if (!span.valid) span.length = 0;
   }
 }
@@ -251,7 +258,7 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
                static_cast<uint32_t>(span.length) <= room;
   if (!span.valid) span.length = 0;
   span.whole = span.length;
-  if (p.kv_indptr != nullptr || p.whole_lens != nullptr) look_closer(p, batch_index, span);
+  if (p.has_lists || p.has_shards) look_closer(p, batch_index, span);
   const int position = p.positions != nullptr ? p.positions[batch_index] : span.whole;
   // The window of the first new token begins where no other does before it. Neither difference overflows: what is
   // subtracted is at most 2^31 - 1 and the token's own.
@@ -318,7 +325,7 @@ SANTA_HD const T* first_row(const void* data, int batch_index, int kv_head, int 
 template <typename T>
 SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int batch_index, int kv_head, int kv_start,
                                 int64_t stride_batch, int64_t stride_token, int64_t stride_head) {
-  if (!unlikely(p.page_table != nullptr)) {
+  if (!unlikely(p.paged)) {
     return {first_row<T>(data, batch_index, kv_head, kv_start, stride_batch, stride_token, stride_head),
             stride_token,
             nullptr,
@@ -326,7 +333,7 @@ SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int bat
             0,
             0};
   }
-  const int64_t pages = p.kv_indptr != nullptr ? p.kv_indptr[batch_index] : batch_index * p.stride_page_table;
+  const int64_t pages = p.has_lists ? p.kv_indptr[batch_index] : batch_index * p.stride_page_table;
   const T* base = static_cast<const T*>(data) + kv_head * stride_head;
   return {base, stride_token, p.page_table + pages, stride_batch, p.page_shift, kv_start};
 }
@@ -351,10 +358,12 @@ SANTA_HD bool changes_logits(const DecodeParams& p) { return unlikely(p.soft_cap
 
 // The logit of key n of the row for a query vector, capped, or -inf where it does not see the key.
 SANTA_HD float attended_logit(const DecodeParams& p, KeyRange visible, int64_t n, float logit) {
-  // cap tanh(x / cap), as 1 - 2 / (1 + exp(2 x / cap)): what is lost near 0 is below a float32 ulp of the cap.
   if (p.soft_cap > 0.0f) {
-    const float power = exp2f(logit * p.soft_cap_rate);
-    logit = p.soft_cap - approximate_quotient(2.0f * p.soft_cap, 1.0f + power);
+    // cap tanh(x / cap): near 0 by its series, elsewhere as 1 - 2 / (1 + exp(2 x / cap)).
+    const float ratio = logit * p.soft_cap_inverse, square = ratio * ratio;
+    const float far = p.soft_cap - approximate_quotient(2.0f * p.soft_cap, 1.0f + exp2f(2.0f * kLog2E * ratio));
+    const float near = logit * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15)));
+    logit = square < 0.01f ? near : far;
   }
   return n >= visible.first && n < visible.end ? logit : -INFINITY;
 }
@@ -372,7 +381,7 @@ SANTA_HD Epilogue epilogue_of(const DecodeParams& p, const RowShape& row, int kv
   const KeyRange visible = visible_keys(p, row.end(), query);
   const bool has_keys = visible.end > 0 && visible.first < visible.end && visible.first < row.kv_len;
   float factor = !has_keys ? 0.0f : is_finite(lse) ? p.output_scale(kv_head) : NAN;
-  if (p.sinks != nullptr) {
+  if (p.has_sinks) {
     const float sink = p.sinks[kv_head * p.head_group + query - p.token_of(query) * p.head_group] * kLog2E;
     const float total = log2_sum(merge({lse, 1.0f}, {sink, 1.0f}));
     if (has_keys) factor *= exp2_below(lse, total);
@@ -384,8 +393,7 @@ SANTA_HD Epilogue epilogue_of(const DecodeParams& p, const RowShape& row, int kv
 // Decides what a call has to expect; num_samples is 0 if no row can be long enough to be sampled.
 inline CallPlan plan_call(const DecodeParams& p) {
   CallPlan plan{};
-  const bool lengths_known =
-      p.kv_lens == nullptr && p.kv_starts == nullptr && p.kv_indptr == nullptr && p.whole_lens == nullptr;
+  const bool lengths_known = p.kv_lens == nullptr && p.kv_starts == nullptr && !p.has_lists && !p.has_shards;
   const bool sampled = p.num_samples > 0 && p.max_kv_len > 0;
   plan.one_pass = sampled && p.budget != Budget::kProportional;
   plan.proportional = sampled && p.budget == Budget::kProportional;

@@ -38,7 +38,7 @@ def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> N
 
 
 def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, block_table: Tensor) -> None:
-    """`append_k_features` into pages. Filling alone: `santa.decode` does not read paged caches.
+    """`append_k_features` into pages. Filling alone: no operator reads feature-major pages.
 
     Args:
         k_pages: [num_pages, num_kv_heads, head_dim, page_size], contiguous along page_size; written in place.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from santa._dispatch import call, register
+from santa._dispatch import autocast, call, no_derivative, register, wants_derivative
 from santa.shapes import DECODE_HEAD_DIMS, PaddingWarning, pad, padded_head_dim
 
 
@@ -501,16 +501,23 @@ def _run(
     if out is None:
         made, made_lse = call(op, *tensors, **options)
         return _cut(made, out_dim), made_lse
+    tensors = autocast(*tensors)  # the operator that writes the caller's tensors does not
     if out_dim is None:
         call(op_out, out, lse, *tensors, **options)
         return out, lse
+    if wants_derivative((out, lse, *tensors, *options.values())):
+        raise no_derivative("decode_out")
     made, made_lse = call(op, *tensors, **options)
     for name, given, needed in (("out", out, made[..., :out_dim]), ("lse", lse, made_lse)):
+        if given.device != needed.device:
+            raise ValueError(f"santa: {name} is on {given.device}; it needs to be on q's device, {needed.device}")
         if given.shape != needed.shape or given.dtype != needed.dtype:
             raise ValueError(
                 f"santa: {name} is {given.dtype} of shape {list(given.shape)}; it needs to be {needed.dtype} of shape "
                 f"{list(needed.shape)}"
             )
+        if not given.is_contiguous():
+            raise ValueError(f"santa: {name} has strides {list(given.stride())}; it needs to be contiguous")
         given.copy_(needed)
     return out, lse
 

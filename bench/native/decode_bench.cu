@@ -1,6 +1,6 @@
 // The decode kernels without Python or Torch, for profilers:
 //
-//   decode_bench [batch] [kv_len] [num_samples] [sampler] [repeats]
+//   decode_bench [batch] [kv_len] [num_samples] [sampler] [repeats] [budget]
 //
 // Prints microseconds per call beside those of a kernel that only reads K, both over buffers rotating past the L2. With
 // 0 repeats it measures nothing: between cudaProfilerStart and cudaProfilerStop it runs one call of each, after one
@@ -69,7 +69,7 @@ double median_us(int copies, int repeats, const Call& call) {
 int main(int argc, char** argv) {
   const auto argument = [&](int i, int fallback) { return argc > i ? std::atoi(argv[i]) : fallback; };
   const int batch = argument(1, 4), kv_len = argument(2, 32768), num_samples = argument(3, 128);
-  const int sampler = argument(4, 3), repeats = argument(5, 20);
+  const int sampler = argument(4, 3), repeats = argument(5, 20), budget = argument(6, 2);
 
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
@@ -95,11 +95,13 @@ int main(int argc, char** argv) {
     p.stride_k_batch = p.stride_v_batch = p.stride_k_head * kNumKvHeads;
     p.dtype = p.k_dtype = p.v_dtype = santa::Dtype::kBFloat16;
     p.batch = batch, p.num_qo_heads = kNumKvHeads * kGroupSize, p.num_kv_heads = kNumKvHeads;
-    p.gqa_group_size = kGroupSize, p.head_dim = kHeadDim, p.max_kv_len = kv_len, p.aligned = true;
+    p.q_len = 1, p.head_group = p.group_size = kGroupSize, p.head_group_inverse = santa::inverse_of(kGroupSize);
+    p.head_dim = kHeadDim, p.cache_kv_len = p.max_kv_len = kv_len, p.window_left = -1, p.aligned = true;
     p.scale_log2 = 1.4426950f / std::sqrt(static_cast<float>(kHeadDim));
-    p.sampler = static_cast<santa::Sampler>(sampler), p.budget = santa::Budget::kProportional;
-    p.num_samples = num_samples, p.min_sampled_len = 0, p.seed = 0;
-    santa::cuda::configure_decode(p, 0);
+    p.sampler = static_cast<santa::Sampler>(sampler), p.budget = static_cast<santa::Budget>(budget);
+    p.num_samples = num_samples, p.min_sampled_len = 0, p.seed = 0, p.level_scale = 1.0f;
+    p.plan = santa::plan_call(p);
+    santa::cuda::plan_decode(p, 0);
     santa::place_workspace(p, device_array<char>(santa::place_workspace(p, nullptr)));
     calls.push_back(p);
   }

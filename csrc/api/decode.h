@@ -285,6 +285,9 @@ inline void check_pages(const DecodeArguments& a) {
   check_list("kv_indptr", a.kv_indptr, "[batch + 1]");
   check_size("kv_indptr", *a.kv_indptr, 0, a.q.size(0) + 1, "batch + 1");
   check_list("kv_indices", a.kv_indices, "[number of pages of all rows]");
+  if (a.kv_indices->size(0) > kMaxKvLen) {
+    fail("kv_indices has ", a.kv_indices->size(0), " entries; it needs to have at most ", kMaxKvLen);
+  }
   check_list("kv_last_page_len", a.kv_last_page_len, "[batch]");
   check_size("kv_last_page_len", *a.kv_last_page_len, 0, a.q.size(0), "batch");
   if (a.kv_lens) fail("kv_lens is given beside kv_indptr, which says what it would: pass None");
@@ -401,6 +404,7 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   p.row_seeds = a.row_seeds ? a.row_seeds->const_data_ptr<int64_t>() : nullptr;
   p.positions = int32s(a.positions);
   p.whole_lens = int32s(a.whole_lens), p.shard_starts = int32s(a.shard_starts);
+  p.has_shards = a.whole_lens.has_value(), p.has_sinks = a.sinks.has_value();
   p.sinks = a.sinks ? a.sinks->const_data_ptr<float>() : nullptr;
   p.v_scale = a.v_scale ? a.v_scale->const_data_ptr<float>() : nullptr;
   p.stride_v_scale = a.v_scale && a.v_scale->numel() > 1 ? 1 : 0;
@@ -414,7 +418,8 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
 
   if (a.paged) {
     p.page_table = (a.page_table ? *a.page_table : *a.kv_indices).const_data_ptr<int32_t>();
-    if (p.page_table == nullptr) p.page_table = reinterpret_cast<const int32_t*>(p.q);  // none, so never read
+    p.paged = true, p.has_lists = a.kv_indptr.has_value();
+    p.num_indices = a.kv_indices ? static_cast<uint32_t>(a.kv_indices->size(0)) : 0;
     p.stride_page_table = a.page_table ? a.page_table->stride(0) : 0;
     p.kv_indptr = int32s(a.kv_indptr), p.kv_last_page_lens = int32s(a.kv_last_page_len);
     p.num_pages = a.v.size(0);
@@ -439,7 +444,7 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   const double sm_scale = a.sm_scale ? *a.sm_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   p.scale_log2 = static_cast<float>(sm_scale * static_cast<double>(kLog2E));
   p.soft_cap = static_cast<float>(a.logits_soft_cap * static_cast<double>(kLog2E));
-  p.soft_cap_rate = a.logits_soft_cap > 0.0 ? static_cast<float>(2.0 / a.logits_soft_cap) : 0.0f;
+  p.soft_cap_inverse = a.logits_soft_cap > 0.0 ? 1.0f / p.soft_cap : 0.0f;
   p.sampler = static_cast<Sampler>(a.sampler);
   p.budget = budget_of(a);
   p.num_samples = static_cast<int>(a.num_samples);

@@ -149,17 +149,15 @@ void check_pages(const DecodeParams& p, int b, const RowShape& row) {
 void check_rows(const DecodeParams& p) {
   for (int b = 0; b < p.batch; ++b) {
     const RowShape row = row_shape_of(p, b);
-    if (row.valid && p.page_table != nullptr) check_pages(p, b, row);
+    if (row.valid && p.paged) check_pages(p, b, row);
     if (row.valid) continue;
     const std::string bound = std::to_string(p.cache_kv_len) + ")";
     const std::string ranges =
-        p.kv_indptr != nullptr
-            ? "; kv_indptr needs to ascend and kv_last_page_len to be in [1, page_size], for at most max_kv_len keys "
-              "(" +
-                  bound
+        p.has_lists
+            ? "; kv_indptr needs to ascend within kv_indices (" + std::to_string(p.num_indices) +
+                  " entries) and kv_last_page_len to be in [1, page_size], for at most max_kv_len keys (" + bound
             : "; kv_starts >= 0, kv_lens >= 0 and kv_starts + kv_lens <= max_kv_len (" + bound + " are needed";
-    const char* shards =
-        p.whole_lens == nullptr ? "" : ", and shard_starts, a multiple of 128, up to whole_lens - kv_lens";
+    const char* shards = p.has_shards ? ", and shard_starts, a multiple of 128, up to whole_lens - kv_lens" : "";
     throw std::invalid_argument(row_text(p, b) + ranges + shards);
   }
 }

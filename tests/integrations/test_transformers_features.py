@@ -175,16 +175,17 @@ def test_verification_goes_through_the_operator_and_is_exact_without_samples(
         assert call["kv_lens"].dtype == torch.int32
 
 
-def test_short_steps_are_exact_unless_asked_for(decode_calls: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_short_steps_are_exact_unless_asked_for(static: bool, decode_calls: list[dict[str, Any]]) -> None:
     """By default all of them; with the option those that are longer, and prompts, which nothing comes before."""
     model, chunks = make_model(), [4, 3, 6]
-    expected = steps(model, chunks)
+    expected = steps(model, chunks, static=static)
     for config in (SAMPLED, verifying(2, 1), verifying(2, 2)):
         attach(model, config)
-        torch.testing.assert_close(steps(model, chunks), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(steps(model, chunks, static=static), expected, rtol=1e-3, atol=1e-3)
     assert not decode_calls
     attach(model, verifying(2, 5))
-    found = steps(model, chunks)
+    found = steps(model, chunks, static=static)
     torch.testing.assert_close(found[:, :4], expected[:, :4], rtol=1e-3, atol=1e-3)
     assert (found - expected)[:, 4:7].abs().max() > 0.01
     assert {call["q_shape"][1] for call in decode_calls} == {3} and len(decode_calls) == NUM_LAYERS
@@ -230,6 +231,20 @@ def test_notes_follow_a_mask_to_another_device(decode_calls: list[dict[str, Any]
     assert integration.masks.ranges_of_several(mask).tolist() == [[0, 0], [24, 24], [24, 24]]
     mask[..., 4] = False
     assert integration.masks.ranges_of_several(mask.to("meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("offset", "kept", "ranges"),
+    [(5, 9, [[0], [9], [9]]), (5, 12, [[0], [9], [9]]), (0, 9, None), (6, 9, None)],
+    ids=["all", "room left", "a prompt", "not all are kept"],
+)
+def test_static_caches_count_on_the_device(offset: int, kept: int, ranges: list[list[int]] | None) -> None:
+    """Their tokens so far are a tensor, which they add to in place, after the mask is made."""
+    so_far = torch.tensor(offset)
+    mask = integration.step_mask(batch_size=1, q_length=4, kv_length=kept, q_offset=so_far)
+    so_far += 4
+    found = integration.masks.ranges_of_several(mask)
+    assert (None if found is None else found.tolist()) == ranges
 
 
 def test_estimates_of_several_tokens_are_unbiased() -> None:

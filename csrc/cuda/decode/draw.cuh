@@ -84,16 +84,15 @@ struct TileScores {
 
 // Caps and hides logits, where there are caps or query vectors that do not see all keys. A lane changes what it reads
 // in draw_tile.
-__device__ __forceinline__ void change_scores(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
-                                              int first_key, int lane) {
+static __device__ __noinline__ void change_scores(const DecodeParams* p, const RowUnit* unit, float* scores, int pitch,
+                                           int num_keys, int first_key) {
+  const int lane = threadIdx.x & 31;
   __syncwarp();  // all scores are there
-#pragma unroll 1
-  for (int h = 0; h < unit.heads.count; ++h) {
-    const KeyRange visible = visible_keys(p, unit.row.end(), unit.heads.first + h);
-#pragma unroll 1
-    for (int key = 4 * lane; key < min(4 * lane + 4, scores.num_keys); ++key) {
-      float& score = scores.scores[score_place(key) * scores.pitch + h];
-      score = attended_logit(p, visible, first_key + key, score);
+  for (int h = 0; h < unit->heads.count; ++h) {
+    const KeyRange visible = visible_keys(*p, unit->row.end(), unit->heads.first + h);
+    for (int key = 4 * lane; key < min(4 * lane + 4, num_keys); ++key) {
+      float& score = scores[score_place(key) * pitch + h];
+      score = attended_logit(*p, visible, first_key + key, score);
     }
   }
 }

@@ -38,11 +38,18 @@ struct LaneValues {
     if (!there) return;
     if (aligned) {
       words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
-      return;
+    } else {
+      *this = by_elements(source);
     }
+  }
+
+  // Out of line: hardly ever needed.
+  static __device__ __noinline__ LaneValues by_elements(const V* source) {
+    LaneValues values;
     constexpr int kPerWord = ELEMENTS / kWords, kBits = 8 * sizeof(V);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
+      values.words[w] = 0;
 #pragma unroll
       for (int i = 0; i < kPerWord; ++i) {
         uint32_t bits;
@@ -51,9 +58,10 @@ struct LaneValues {
         } else {
           bits = reinterpret_cast<const uint16_t*>(source)[w * kPerWord + i];
         }
-        words[w] |= bits << (kBits * i);
+        values.words[w] |= bits << (kBits * i);
       }
     }
+    return values;
   }
 
   __device__ __forceinline__ void unpack(float (&values)[ELEMENTS]) const {

@@ -139,6 +139,14 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
   }
 }
 
+// The same for rows at a constant distance, out of line: hardly ever needed.
+template <typename K, int HEAD_DIM, int ROWS>
+__device__ __noinline__ void load_some_neighbours(uint32_t slot, const K* rows, int64_t stride, int num_rows,
+                                                  bool aligned, uint64_t policy) {
+  load_some_rows<K, HEAD_DIM, ROWS>(
+      slot, [&](int row) { return rows + row * stride; }, num_rows, aligned, policy, threadIdx.x & 31);
+}
+
 // The same for the rows `first` and on, fast if they are all there. `own`: where rows are paged, the
 // address of row `lane`.
 template <typename K, int HEAD_DIM, int ROWS>
@@ -147,11 +155,12 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements, kCopies = ROWS * kChunks / 32;
   const int64_t stride = rows.stride_token;
   if (unlikely(!aligned || num_rows < ROWS)) {
-    const auto row_of = [&](int row) {
-      if (!rows.paged()) return rows.base + (first + row) * stride;
-      return aligned ? shuffle(own, row) : rows.row(first + row);
-    };
-    load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
+    if (rows.paged()) {
+      const auto row_of = [&](int row) { return aligned ? shuffle(own, row) : rows.row(first + row); };
+      load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
+    } else {
+      load_some_neighbours<K, HEAD_DIM, ROWS>(slot, rows.base + first * stride, stride, num_rows, aligned, policy);
+    }
     return;
   }
   // A pattern of rows and chunks that repeats every kPeriod copies, kPeriodRows further on: a power of two, and the

@@ -25,6 +25,22 @@ struct OnePassShared {
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
 
+// Keys in pages, out of line (__noinline__): what is not run must not push out of the instruction cache what is.
+template <typename K>
+__device__ __noinline__ int32_t page_of_key(const DecodeParams* p, int batch_index, int kv_head, int kv_start,
+                                            int key) {
+  return key_rows<K>(*p, batch_index, kv_head, kv_start).page_of(key);
+}
+
+// A slot of the keys from `begin` on. `page`: that of key begin + lane.
+template <typename K, int HEAD_DIM, int ROWS>
+__device__ __noinline__ void load_pages(uint32_t slot, const DecodeParams* p, int batch_index, int kv_head,
+                                        int kv_start, int32_t page, int begin, int there, uint64_t policy) {
+  const int lane = threadIdx.x & 31;
+  const KvRows<K> keys = key_rows<K>(*p, batch_index, kv_head, kv_start);
+  load_rows<K, HEAD_DIM, ROWS>(slot, keys, keys.row_in(page, begin + lane), begin, there, p->aligned, policy, lane);
+}
+
 // Scores of keys that lie in rows. T of q, K of keys: T or Float8.
 template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
@@ -63,17 +79,20 @@ struct KeyScorer {
 
   // Of slot `index` of the tile whose first key is `first`: finds its pages, long before they are needed.
   __device__ __forceinline__ void look_up(int first, int num_keys, int index, int lane) {
-    if (unlikely(p.page_table != nullptr)) page = rows().page_of(first + min(index * kSlotKeys + lane, num_keys - 1));
+    if (!p.paged) return;
+    page = page_of_key<K>(&p, batch_index, kv_head, kv_start, first + min(index * kSlotKeys + lane, num_keys - 1));
   }
 
   // Starts the copy of that slot.
   __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
                                        int lane) const {
     const int begin = first + index * kSlotKeys, there = num_keys - index * kSlotKeys;
-    KvRows<K> keys = {base, p.stride_k_token, nullptr, 0, 0, 0};
-    const K* own = nullptr;
-    if (unlikely(p.page_table != nullptr)) keys = rows(), own = keys.row_in(page, begin + lane);
-    load_rows<K, HEAD_DIM, kSlotKeys>(slot, keys, own, begin, there, p.aligned, policy, lane);
+    if (p.paged) {
+      load_pages<K, HEAD_DIM, kSlotKeys>(slot, &p, batch_index, kv_head, kv_start, page, begin, there, policy);
+    } else {
+      const KvRows<K> keys = {base, p.stride_k_token, nullptr, 0, 0, 0};
+      load_rows<K, HEAD_DIM, kSlotKeys>(slot, keys, nullptr, begin, there, p.aligned, policy, lane);
+    }
   }
 
   __device__ __forceinline__ void begin(int, int) {}
@@ -102,7 +121,7 @@ struct KeyScorer {
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
     const auto row_at = [&](int position) {
-      return unlikely(p.page_table != nullptr) ? rows().row(position) : base + position * p.stride_k_token;
+      return unlikely(p.paged) ? rows().row(position) : base + position * p.stride_k_token;
     };
     const K* const own_row = row_at(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
 #pragma unroll 1
@@ -194,7 +213,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
       has_level = true;
     }
     scorer.finish(scores, lane);
-    if (changes_logits(p)) change_scores(p, unit, scores, first_key + tile, lane);
+    if (changes_logits(p)) change_scores(&p, &unit, scores.scores, pitch, tile_keys, first_key + tile);
     const uint32_t offset = tile_offset(
         p.budget, stream, row.span_first + first_key + tile, opaque(draw_kv), row.span_len,
         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1), unit_bits_of(p.sampler, p.num_samples));

@@ -11,16 +11,16 @@
 Importing this package makes `attn_implementation="santa"` known to Transformers, which does the same with the default
 settings. What runs:
 
-    more than one query: prefill (chunked too),   Transformers' own SDPA attention
-        speculative verification
+    more than one query: prefill (chunked too),   Transformers' own SDPA attention; with a logit soft cap
+        speculative verification                  (Gemma 2) or sinks (gpt-oss) exact, in plain PyTorch
     the same with SantaConfig(prefill="sample"),  `santa.prefill`
         where the mask is causal and no more
-    one query per row in causal self-attention    `santa.decode`
+    one query per row in causal self-attention    `santa.decode`, with soft cap and sinks
+    2 to 8 with SantaConfig(max_sampled_q_len),   `santa.decode`
+        where the mask is causal and no more
     attention that does not say that it is        Transformers' own SDPA attention
         causal: encoders, cross-attention
-    logit soft cap (Gemma 2)                      exact, in plain PyTorch, with a warning
-    attention sinks (gpt-oss)                     one query: `santa.decode`, rescaled by the sink;
-                                                  more: exact, in plain PyTorch
+    continuous batching, attach(..., paged=True)  `santa.decode_paged` for requests of one token, exact for others
 
 The mask function runs once per step and mask type, and notes beside the mask the one range of valid keys of each row
 (left padding, a static cache's unused tail, a sliding window), so that no layer reads it. A mask that is no contiguous
@@ -28,8 +28,10 @@ range takes the exact path. Settings live on the model's attention modules, wher
 constants. Inference only.
 
     attention.py   what one layer does in one step
+    paged.py       the same in continuous batching
     masks.py       the mask function, and what is noted on a mask
     layers.py      which layers are santa's, why the others are not, and the report of it
+    parallel.py    which heads are here, under tensor parallelism
     recording.py   how much the decode steps read
 """
 

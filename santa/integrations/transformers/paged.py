@@ -142,12 +142,18 @@ class _Rows:
 
     Attributes:
         tokens: int64 [rows], which tokens of the step; None: all, in order.
-        kv_indices, kv_indptr: int32, the slots of their keys.
+        kv_indices, kv_indptr, kv_last_page_len: int32, the slots of their keys, which are pages of one key.
     """
 
     tokens: torch.Tensor | None
     kv_indices: torch.Tensor
     kv_indptr: torch.Tensor
+    kv_last_page_len: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor | None, kv_indices: torch.Tensor, kv_indptr: torch.Tensor) -> _Rows:
+        kv_indices, kv_indptr = kv_indices.to(torch.int32), kv_indptr.to(torch.int32)
+        return cls(tokens, kv_indices, kv_indptr, torch.ones_like(kv_indptr[1:]))
 
 
 @dataclass(frozen=True)
@@ -284,10 +290,9 @@ def _is_capturing(tensor: torch.Tensor) -> bool:
 
 
 def _all_rows(layer: _Layer) -> _Rows:
-    kv_indices = layer.read_index.to(torch.int32)
     # The own key of a token is its last. Layers with a window have a placeholder there.
-    kv_indices[layer.cu_k[1:].long() - 1] = layer.write_index.to(torch.int32)
-    return _Rows(None, kv_indices, layer.cu_k.to(torch.int32))
+    kv_indices = layer.read_index.index_copy(0, layer.cu_k[1:].long() - 1, layer.write_index)
+    return _Rows.of(None, kv_indices, layer.cu_k)
 
 
 def _rows_among(layer: _Layer, chunks: list[_Chunk]) -> _Rows | None:
@@ -302,8 +307,7 @@ def _rows_among(layer: _Layer, chunks: list[_Chunk]) -> _Rows | None:
             layer.write_index[chunk.first_q : chunk.end_q],
         ]
         ends.append(ends[-1] + chunk.num_old + 1)
-    indptr = torch.tensor(ends, dtype=torch.int32, device=device)
-    return _Rows(tokens, torch.cat(slots).to(torch.int32), indptr)
+    return _Rows.of(tokens, torch.cat(slots), torch.tensor(ends, device=device))
 
 
 def _decode_rows(
@@ -322,7 +326,7 @@ def _decode_rows(
         layer.v_cache.unsqueeze(1),
         kv_indptr=rows.kv_indptr,
         kv_indices=rows.kv_indices,
-        kv_last_page_len=torch.ones(q.shape[0], dtype=torch.int32, device=q.device),
+        kv_last_page_len=rows.kv_last_page_len,
         max_kv_len=layer.max_k,
         positions=positions,
         return_rows_read=record is not None,
@@ -451,7 +455,7 @@ def _captured_step(
     if not has_past:
         k_cache, v_cache, slots = k_new, v_new, torch.arange(num_tokens, device=q.device)
     elif layer.window is not None:
-        # New keys may be written where the oldest of a window lie: attend to a copy, which is short.
+        # New keys may be written where the oldest of a window lie: attend to a copy.
         slots = torch.arange(layer.read_index.shape[0] + 1, device=q.device)
         own = _noted(layer.cu_k, "own", lambda: _own_places(layer, num_tokens, slots.shape[0] - 1))
         k_cache, v_cache = (_with_own(cache, layer, own, new) for cache, new in ((k_cache, k_new), (v_cache, v_new)))

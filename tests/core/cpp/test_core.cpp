@@ -283,9 +283,9 @@ void test_kv_rows() {
 
   // The same buffer as pages of 4 of the 5 tokens: page 1 then page 0, from their second key on.
   const int32_t table[2][3] = {{7, 7, 7}, {1, 0, 7}}, list[5] = {7, 7, 7, 1, 0}, indptr[3] = {0, 3, 5};
-  p.page_table = table[0], p.stride_page_table = 3, p.page_shift = 2;
+  p.paged = true, p.page_table = table[0], p.stride_page_table = 3, p.page_shift = 2;
   const auto of_table = key_rows<int>(p, 1, 2, /*kv_start=*/1);
-  p.page_table = list, p.kv_indptr = indptr;
+  p.page_table = list, p.has_lists = true, p.kv_indptr = indptr;
   const auto of_list = key_rows<int>(p, 1, 2, /*kv_start=*/1);
   for (int n = 0; n < 7; ++n) {
     const int expected = 100 * (n + 1 < 4 ? 1 : 0) + 10 * ((n + 1) % 4) + 2;

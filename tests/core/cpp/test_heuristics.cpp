@@ -29,7 +29,8 @@ DecodeParams params_of(int batch, int64_t kv_len, int group, int head_dim, Dtype
   static const int32_t some_lens[1] = {};
   p.batch = batch, p.max_kv_len = kv_len, p.num_kv_heads = 8, p.num_qo_heads = 8 * group, p.group_size = group;
   p.head_dim = head_dim, p.dtype = Dtype::kBFloat16, p.k_dtype = p.v_dtype = k_dtype;
-  p.q_len = 1, p.head_group = group, p.head_group_inverse = inverse_of(group), p.window_left = -1, p.cache_kv_len = p.max_kv_len;
+  p.q_len = 1, p.head_group = group, p.head_group_inverse = inverse_of(group), p.window_left = -1,
+  p.cache_kv_len = p.max_kv_len;
   p.num_samples = 128, p.min_sampled_len = 0, p.sampler = Sampler::kGrouped, p.budget = Budget::kStreaming;
   p.kv_lens = lengths_known ? nullptr : some_lens;
   p.plan = plan_call(p);
