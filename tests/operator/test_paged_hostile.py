@@ -166,7 +166,7 @@ BAD_ROWS = {
     "kv_starts too late": ("table", {"kv_starts": [0, 71, 0]}, "kv_lens 90 and kv_starts 71"),
     "list above max_kv_len": (
         "csr",
-        {"max_kv_len": 100, "kv_indptr": [0, 7, 14, 19]},
+        {"max_kv_len": 100, "kv_indptr": [0, 7, 14, 18]},
         "kv_indptr 7 and kv_indptr behind it 14 and kv_last_page_len 10",
     ),
     "list descends": (
