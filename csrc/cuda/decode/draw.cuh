@@ -85,7 +85,7 @@ struct TileScores {
 // Caps and hides logits, where there are caps or query vectors that do not see all keys. A lane changes what it reads
 // in draw_tile.
 static __device__ __noinline__ void change_scores(const DecodeParams* p, const RowUnit* unit, float* scores, int pitch,
-                                           int num_keys, int first_key) {
+                                                  int num_keys, int first_key) {
   const int lane = threadIdx.x & 31;
   __syncwarp();  // all scores are there
   for (int h = 0; h < unit->heads.count; ++h) {
