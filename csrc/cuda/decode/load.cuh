@@ -158,8 +158,11 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
     if (rows.paged()) {
       const auto row_of = [&](int row) { return aligned ? shuffle(own, row) : rows.row(first + row); };
       load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
-    } else {
+    } else if constexpr (HEAD_DIM > 64) {
       load_some_neighbours<K, HEAD_DIM, ROWS>(slot, rows.base + first * stride, stride, num_rows, aligned, policy);
+    } else {  // a call costs the tile kernel of sm_89 a stack
+      const auto row_of = [&](int row) { return rows.base + (first + row) * stride; };
+      load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
     }
     return;
   }
