@@ -9,19 +9,12 @@ from santa import _library
 _library.load()
 
 from santa import distributed, integrations  # noqa: E402
+from santa.arguments import Budget, KvLayout, Sampler, ScoreSampler  # noqa: E402
 from santa.bernoulli import append_k_features, append_k_features_paged  # noqa: E402
 from santa.config import SantaConfig  # noqa: E402
 from santa.float8 import quantize_kv  # noqa: E402
 from santa.merge import merge_state, merge_states  # noqa: E402
-from santa.ops import (  # noqa: E402
-    Budget,
-    KvLayout,
-    Sampler,
-    ScoreSampler,
-    decode,
-    decode_paged,
-    default_min_sampled_len,
-)
+from santa.ops import decode, decode_paged, default_min_sampled_len  # noqa: E402
 from santa.prefill import PrefillStats, prefill  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
 from santa.shapes import PaddingWarning, padded_head_dim  # noqa: E402

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from santa._dispatch import call, register
-from santa.ops import _check_same_device, _check_tensor, _decode_outputs
+from santa.arguments import check_tensor
+from santa.ops import _check_same_device, _decode_outputs
 
 
 def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
@@ -31,9 +32,9 @@ def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> N
         TypeError: an argument is no tensor.
         RuntimeError: k_features or k_new requires a gradient, or carries a forward derivative; vmap.
     """
-    _check_tensor("k_features", k_features)
-    _check_tensor("k_new", k_new)
-    _check_tensor("positions", positions)
+    check_tensor("k_features", k_features)
+    check_tensor("k_new", k_new)
+    check_tensor("positions", positions)
     call(torch.ops.santa.append_k_features, k_features, k_new, positions)
 
 
@@ -47,10 +48,10 @@ def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, b
             column i. Entries that the new keys do not need are not looked at. A page that is not there raises on the
             CPU; on CUDA keys of such a page are not written.
     """
-    _check_tensor("k_pages", k_pages)
-    _check_tensor("k_new", k_new)
-    _check_tensor("positions", positions)
-    _check_tensor("block_table", block_table)
+    check_tensor("k_pages", k_pages)
+    check_tensor("k_new", k_new)
+    check_tensor("positions", positions)
+    check_tensor("block_table", block_table)
     call(torch.ops.santa.append_k_features_paged, k_pages, k_new, positions, block_table)
 
 

@@ -10,7 +10,7 @@ from enum import IntEnum
 from numbers import Integral
 from typing import Any
 
-from santa.ops import Budget, Sampler, ScoreSampler
+from santa.arguments import Budget, Sampler, ScoreSampler
 from santa.prefill import BACKENDS, check_alpha
 
 # Streams of neighbouring layers are `seed + layer_idx`; the head-room keeps that sum inside int64.
@@ -82,15 +82,15 @@ class SantaConfig:
         ):
             if field != "min_sampled_len" or self.min_sampled_len is not None:
                 object.__setattr__(self, field, _integer(field, getattr(self, field), maximum, minimum))
-        object.__setattr__(self, "sampler", _choice("sampler", self.sampler, Sampler))
+        object.__setattr__(self, "sampler", value_of("sampler", self.sampler, Sampler))
         if self.budget is not None:
-            object.__setattr__(self, "budget", _choice("budget", self.budget, Budget))
+            object.__setattr__(self, "budget", value_of("budget", self.budget, Budget))
             if self.budget != Budget.PROPORTIONAL and self.sampler in (Sampler.MULTINOMIAL, Sampler.STRATIFIED):
                 raise ValueError(
                     f"santa: budget is {self.budget.name.lower()!r} while sampler is {self.sampler.name.lower()!r}, "
                     "which needs budget='proportional'"
                 )
-        object.__setattr__(self, "score_sampler", _choice("score_sampler", self.score_sampler, ScoreSampler))
+        object.__setattr__(self, "score_sampler", value_of("score_sampler", self.score_sampler, ScoreSampler))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         for field, known in (
             ("score", _SCORES),
@@ -159,7 +159,7 @@ def _integer(field: str, value: object, maximum: int, minimum: int = 0) -> int:
     return int(value)
 
 
-def _choice(field: str, value: object, kind: type[IntEnum]) -> IntEnum:
+def value_of(field: str, value: object, kind: type[IntEnum]) -> IntEnum:
     names = [member.name.lower() for member in kind]
     if isinstance(value, str) and value.lower() in names:
         return kind[value.upper()]

@@ -10,18 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from santa._dispatch import no_derivative, wants_derivative
+from santa.arguments import Budget, KvLayout, Sampler, check_tensor, int64, real, value_of
 from santa.merge import merge_states
-from santa.ops import (
-    Budget,
-    KvLayout,
-    Sampler,
-    _check_tensor,
-    _choice,
-    decode,
-    decode_paged,
-    int64,
-    real,
-)
+from santa.ops import decode, decode_paged
 
 # Tiles of draws are at most this long, and slices must not cut one: kDrawTileKv of csrc/core/tiling.h.
 SLICE_MULTIPLE = 128
@@ -151,7 +142,7 @@ def decode_context_parallel(
         RuntimeError: an input requires a derivative.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     rank, world_size = _place_in(group)
     _check_cache(q, k, k_scale, kv_layout, paged=page_table is not None)
     rows = {"kv_lens": kv_lens, "whole_lens": whole_lens, "shard_starts": shard_starts}
@@ -249,7 +240,7 @@ def _keys_at(
 ) -> Tensor:
     """[batch, 256, num_kv_heads, head_dim]: the keys at these places of this rank's rows, and any others where there
     is none. Only what is inside the tensors is looked at: a page that holds no key of the row can be any number."""
-    cache = k.transpose(1, 2) if _choice("kv_layout", kv_layout, KvLayout) == KvLayout.HND else k
+    cache = k.transpose(1, 2) if value_of("kv_layout", kv_layout, KvLayout) == KvLayout.HND else k
     if cache.dtype == torch.float8_e4m3fn:  # which torch has little for
         cache = cache.view(torch.uint8)
     size = cache.shape[1]
@@ -384,7 +375,7 @@ def _check_cache(q: Tensor, k: Tensor, k_scale: Any, kv_layout: KvLayout | int |
         raise ValueError(f"santa: k has shape {list(k.shape)}; dimension 0 (batch) needs to be {len(q)}")
     if k.shape[-1] < q.shape[-1]:
         raise ValueError(f"santa: k has shape {list(k.shape)}; dimension 3 (head_dim) needs to be {q.shape[-1]}")
-    num_kv_heads = k.shape[1 if _choice("kv_layout", kv_layout, KvLayout) == KvLayout.HND else 2]
+    num_kv_heads = k.shape[1 if value_of("kv_layout", kv_layout, KvLayout) == KvLayout.HND else 2]
     if num_kv_heads < 1 or q.shape[-2] % num_kv_heads != 0:
         raise ValueError(
             f"santa: k has {num_kv_heads} KV heads (shape {list(k.shape)}); num_qo_heads ({q.shape[-2]}) needs to be a "
@@ -404,7 +395,7 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
 
 
 def _check_int32(name: str, tensor: Any, q: Tensor, shape: tuple[int | None, ...], needed: str) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(n in (None, size) for n, size in zip(shape, tensor.shape, strict=True))
     if tensor.dtype != torch.int32 or not fits:
         raise ValueError(
@@ -419,8 +410,8 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def _check_sampling(num_samples: int, sampler: Sampler | int | str, budget: Budget | int | str | None) -> bool:
     """Whether there is a pilot."""
-    sampler = _choice("sampler", sampler, Sampler)
-    budget = None if budget is None else _choice("budget", budget, Budget)
+    sampler = value_of("sampler", sampler, Sampler)
+    budget = None if budget is None else value_of("budget", budget, Budget)
     if num_samples == 0:
         return False
     if sampler not in (Sampler.SYSTEMATIC, Sampler.GROUPED):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from santa.ops import KvLayout, _check_tensor, _choice
+from santa.arguments import KvLayout, check_tensor, value_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,8 +34,8 @@ def quantize_kv(
         ValueError: x has another rank or dtype; an unknown kv_layout.
         TypeError: x is no tensor.
     """
-    _check_tensor("x", x)
-    layout = _choice("kv_layout", kv_layout, KvLayout)
+    check_tensor("x", x)
+    layout = value_of("kv_layout", kv_layout, KvLayout)
     if x.dim() != 4:
         raise ValueError(f"santa: x has shape {list(x.shape)}; it needs 4 dimensions, those of k and v in santa.decode")
     if x.dtype not in _DTYPES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from santa.ops import _check_tensor
+from santa.arguments import check_tensor
 
 
 def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
         TypeError: an argument is no tensor.
     """
     for name, tensor in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     _check_pair("out_a", out_a, "lse_a", lse_a, rank=3)
     _check_same("out_b", out_b, "out_a", out_a)
     _check_same("lse_b", lse_b, "lse_a", lse_a)
@@ -59,8 +59,8 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes, dtypes or devices that do not fit; the message names the argument.
         TypeError: an argument is no tensor.
     """
-    _check_tensor("outs", outs)
-    _check_tensor("lses", lses)
+    check_tensor("outs", outs)
+    check_tensor("lses", lses)
     _check_pair("outs", outs, "lses", lses, rank=4)
     if outs.shape[1] == 0:
         raise ValueError(f"santa: outs has shape {list(outs.shape)}; it needs one state at least")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import numbers
 import warnings
@@ -12,109 +11,8 @@ import torch
 from torch import Tensor
 
 from santa._dispatch import autocast, call, no_derivative, register, wants_derivative
+from santa.arguments import Budget, KvLayout, Sampler, ScoreSampler, check_tensor, int64, real, value_of
 from santa.shapes import DECODE_HEAD_DIMS, PaddingWarning, pad, padded_head_dim
-
-
-class Sampler(enum.IntEnum):
-    """How value rows are drawn from the softmax distribution; docs/estimators.md has the estimators."""
-
-    MULTINOMIAL = 0
-    STRATIFIED = 1
-    SYSTEMATIC = 2
-    GROUPED = 3
-
-
-class Budget(enum.IntEnum):
-    """How the draws are shared out along the KV axis.
-
-    STREAMING: tile by tile as the keys stream by, in proportion to the tile's mass against a pilot's estimate of the
-    row's. UNIFORM: the same, in proportion to the tile's keys (S2ANTA-Flash). PROPORTIONAL: over the whole row, in
-    proportion to probability mass, once all keys are scored (S2ANTA-Prop).
-    """
-
-    PROPORTIONAL = 0
-    UNIFORM = 1
-    STREAMING = 2
-
-
-class KvLayout(enum.IntEnum):
-    """NHD: [batch, max_kv_len, num_kv_heads, head_dim]; HND: [batch, num_kv_heads, max_kv_len, head_dim]."""
-
-    NHD = 0
-    HND = 1
-
-
-class ScoreSampler(enum.IntEnum):
-    """How the features of Bernoulli scores are drawn (``score="bernoulli"``); docs/bernoulli.md has the laws.
-
-    INDEPENDENT: each draw and feature by itself. SYSTEMATIC: the draws of a head hang together, which fixes their
-    number to within 1. SHARED: independent, with the same random numbers for all heads of a KV head, which read fewer
-    distinct features that way. The means are the same.
-    """
-
-    INDEPENDENT = 0
-    SYSTEMATIC = 1
-    SHARED = 2
-
-
-# Plain dictionaries and integers: torch.compile of torch 2.11 traces little of enum.
-_VALUES: dict[type[enum.IntEnum], dict[str, int]] = {}
-
-
-def _register_choices(kind: type[enum.IntEnum]) -> type[enum.IntEnum]:
-    """For `_choice`. Names are in lower case, layouts as they are."""
-    _VALUES[kind] = {(member.name if kind is KvLayout else member.name.lower()): int(member) for member in kind}
-    return kind
-
-
-for _kind in (Sampler, Budget, KvLayout, ScoreSampler):
-    _register_choices(_kind)
-
-
-def _choice(name: str, value: Any, kind: type[enum.IntEnum]) -> int:
-    """The integer of an enum member given as the member, its integer or its name."""
-    values = _VALUES[kind]
-    if isinstance(value, kind):
-        return value.value
-    if isinstance(value, str):
-        if value in values:
-            return values[value]
-    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        if 0 <= value < len(values):
-            return int(value)
-    else:
-        raise TypeError(
-            f"santa: {name} is a {type(value).__name__}; it needs to be a santa.{kind.__name__}, an int or a str"
-        )
-    names = ", ".join(repr(known) for known in values)
-    raise ValueError(f"santa: {name} is {value!r}; it needs to be one of {names} (or 0 to {len(values) - 1})")
-
-
-def _check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
-    if not (isinstance(value, Tensor) or (optional and value is None)):
-        needed = "a torch.Tensor or None" if optional else "a torch.Tensor"
-        raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be {needed}")
-
-
-def int64(name: str, value: Any) -> int:
-    """An integer argument, of Python or of NumPy, as the operators take it."""
-    if isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be an int")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"santa: {name} is {value}; it needs to be in [-2^63, 2^63)")
-    return value if isinstance(value, int) else int(value)
-
-
-def real(name: str, value: Any, *, optional: bool = False) -> float | None:
-    """A floating-point argument, of Python or of NumPy, as the operators take it."""
-    if isinstance(value, (float, int, torch.SymFloat)) or (optional and value is None):
-        return value
-    if isinstance(value, numbers.Real):
-        return float(value)
-    needed = "a float or None" if optional else "a float"
-    raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be {needed}")
 
 
 def decode(
@@ -237,8 +135,8 @@ def decode(
     Under torch.autocast q, k and v are cast as torch's scaled_dot_product_attention casts them, float8 excepted.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, tensor)
-    _check_tensor("kv_lens", kv_lens, optional=True)
+        check_tensor(name, tensor)
+    check_tensor("kv_lens", kv_lens, optional=True)
     options = {"kv_lens": kv_lens} | _decode_options(
         kv_starts=kv_starts,
         num_samples=num_samples,
@@ -354,7 +252,7 @@ def decode_paged(
     there are kernels for; q may be narrower than a cache that is kept padded (docs/shapes.md).
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     pages = {
         "page_table": page_table,
         "kv_lens": kv_lens,
@@ -363,7 +261,7 @@ def decode_paged(
         "kv_last_page_len": kv_last_page_len,
     }
     for name, tensor in pages.items():
-        _check_tensor(name, tensor, optional=True)
+        check_tensor(name, tensor, optional=True)
     options = _decode_options(
         kv_starts=kv_starts,
         num_samples=num_samples,
@@ -429,13 +327,13 @@ def _decode_options(
 ) -> dict[str, Any]:
     """What all decode operators have in common, as they take it."""
     for name, tensor in (("kv_starts", kv_starts), ("row_seeds", row_seeds), ("positions", positions)):
-        _check_tensor(name, tensor, optional=True)
+        check_tensor(name, tensor, optional=True)
     return {
         "kv_starts": kv_starts,
         "num_samples": int64("num_samples", num_samples),
-        "sampler": _choice("sampler", sampler, Sampler),
-        "budget": None if budget is None else _choice("budget", budget, Budget),
-        "kv_layout": _choice("kv_layout", kv_layout, KvLayout),
+        "sampler": value_of("sampler", sampler, Sampler),
+        "budget": None if budget is None else value_of("budget", budget, Budget),
+        "kv_layout": value_of("kv_layout", kv_layout, KvLayout),
         "sm_scale": real("sm_scale", sm_scale, optional=True),
         "seed": int64("seed", seed),
         "row_seeds": row_seeds,
@@ -460,7 +358,7 @@ def _decode_features(
     """What decode operators other than that of Bernoulli scores have, as they take it."""
     tensors = {"sinks": sinks, "whole_lens": whole_lens, "shard_starts": shard_starts, "levels": levels}
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, optional=True)
+        check_tensor(name, tensor, optional=True)
     cap = real("logits_soft_cap", logits_soft_cap, optional=True)
     return {
         "k_scale": _scale("k_scale", k_scale, q),
@@ -481,8 +379,8 @@ def _scale(name: str, value: Any, q: Tensor) -> Tensor | None:
 
 
 def _check_outputs(out: Tensor | None, lse: Tensor | None) -> None:
-    _check_tensor("out", out, optional=True)
-    _check_tensor("lse", lse, optional=True)
+    check_tensor("out", out, optional=True)
+    check_tensor("lse", lse, optional=True)
     if (out is None) != (lse is None):
         given, missing = ("lse", "out") if out is None else ("out", "lse")
         raise ValueError(f"santa: {given} is given without {missing}; they need each other")
@@ -586,7 +484,7 @@ def _decode_bernoulli(
             raise ValueError(f"santa: {name} is given with score='bernoulli', which {why}")
     num_draws = 4 if num_draws is None else int64("num_draws", num_draws)
     score_sampler = ScoreSampler.INDEPENDENT if score_sampler is None else score_sampler
-    chosen = _choice("score_sampler", score_sampler, ScoreSampler)
+    chosen = value_of("score_sampler", score_sampler, ScoreSampler)
     rows_read = _empty_rows_read(tensors[0], tensors[1], 1) if return_rows_read else None
     out, lse, features_read = call(
         torch.ops.santa.decode_bernoulli,

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from santa._dispatch import InferenceOnly, autocast
-from santa.ops import _choice, int64, real
+from santa.arguments import int64, real, value_of
 from santa.select import BLOCK, Gqa, Selection, sample_select
 from santa.shapes import PREFILL_HEAD_DIMS, pad, padded_head_dim
 
@@ -139,8 +139,8 @@ def prefill(
         "sink_blocks": _count("sink_blocks", sink_blocks, 0),
         "window_blocks": _count("window_blocks", window_blocks, 1),
         "sm_scale": _scale(sm_scale),
-        "gqa": _choice("gqa", gqa, Gqa),
-        "selection": _choice("selection", selection, Selection),
+        "gqa": value_of("gqa", gqa, Gqa),
+        "selection": value_of("selection", selection, Selection),
         "min_mass": _share("min_mass", min_mass),
     }
     if backend not in BACKENDS:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from santa._dispatch import call, register
-from santa.ops import _check_same_device, _check_tensor, _choice, _register_choices, int64, real
+from santa.arguments import check_tensor, int64, real, register_choices, value_of
+from santa.ops import _check_same_device
 from santa.shapes import PREFILL_HEAD_DIMS, pad, padded_head_dim
 
 BLOCK = 128  # tokens, of queries and of keys
 
 
-@_register_choices
+@register_choices
 class Gqa(enum.IntEnum):
     """PER_HEAD: each query head has its own blocks. UNION: the query heads of a KV head share the union of theirs."""
 
@@ -24,7 +25,7 @@ class Gqa(enum.IntEnum):
     UNION = 1
 
 
-@_register_choices
+@register_choices
 class Selection(enum.IntEnum):
     """PAPER: columns and slashes by two separate covers. JOINT: together, by mass gained per added block."""
 
@@ -95,8 +96,8 @@ def sample_select(
 
     Source: SampleAttention (arXiv 2406.15486; with slashes as in its MLSys 2025 version).
     """
-    _check_tensor("q", q)
-    _check_tensor("k", k)
+    check_tensor("q", q)
+    check_tensor("k", k)
     sm_scale = real("sm_scale", sm_scale, optional=True)
     if q.dim() == k.dim() == 4 and q.shape[-1] == k.shape[-1] and q.shape[-1] not in PREFILL_HEAD_DIMS:
         sm_scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None and q.shape[-1] else sm_scale
@@ -112,8 +113,8 @@ def sample_select(
         sink_blocks=int64("sink_blocks", sink_blocks),
         window_blocks=int64("window_blocks", window_blocks),
         sm_scale=sm_scale,
-        gqa=_choice("gqa", gqa, Gqa),
-        selection=_choice("selection", selection, Selection),
+        gqa=value_of("gqa", gqa, Gqa),
+        selection=value_of("selection", selection, Selection),
         min_mass=real("min_mass", min_mass),
     )
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from santa.ops import Budget, KvLayout, Sampler, _check_tensor, _choice, decode_paged, int64, real
+from santa.arguments import Budget, KvLayout, Sampler, check_tensor, int64, real, value_of
+from santa.ops import decode_paged
 
 _LOG2_E = 1 / math.log(2)
 _BACKENDS = ("auto", "fa2", "fa3", "trtllm-gen")
@@ -97,12 +98,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
         *,
         max_kv_len: int | None = None,
     ) -> None:
-        _check_tensor("float_workspace_buffer", float_workspace_buffer)
+        check_tensor("float_workspace_buffer", float_workspace_buffer)
         if backend not in _BACKENDS:
             raise ValueError(f"santa: backend is {backend!r}; it needs to be one of {', '.join(map(repr, _BACKENDS))}")
         _refuse("jit_args", jit_args, "None: santa compiles nothing at run time")
         self.device = float_workspace_buffer.device
-        self._kv_layout = KvLayout(_choice("kv_layout", kv_layout, KvLayout))
+        self._kv_layout = KvLayout(value_of("kv_layout", kv_layout, KvLayout))
         self._use_cuda_graph = use_cuda_graph
         self._use_tensor_cores = use_tensor_cores or backend == "trtllm-gen"
         self._max_kv_len = None if max_kv_len is None else int64("max_kv_len", max_kv_len)
@@ -115,7 +116,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         }
         for name, buffer in buffers.items():
             if not use_cuda_graph:
-                _check_tensor(name, buffer, optional=True)
+                check_tensor(name, buffer, optional=True)
                 if buffer is not None:
                     raise ValueError(f"santa: {name} is given with use_cuda_graph=False; it needs use_cuda_graph=True")
                 continue
@@ -148,7 +149,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             ("float_workspace_buffer", float_workspace_buffer),
             ("int_workspace_buffer", int_workspace_buffer),
         ):
-            _check_tensor(name, buffer)
+            check_tensor(name, buffer)
             if buffer.device != self.device:
                 raise ValueError(f"santa: {name} is on {buffer.device}; it needs to be on {self.device}, as before")
 
@@ -241,7 +242,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         lens = _row_lens(indptr, indices, last_page_len, page_size)
         longest = int(lens.max()) if len(lens) else 0
         if seq_lens is not None:
-            _check_tensor("seq_lens", seq_lens)
+            check_tensor("seq_lens", seq_lens)
             if seq_lens.tolist() != lens.tolist():
                 raise ValueError(
                     f"santa: seq_lens is {seq_lens.tolist()}; it needs to be what indptr and last_page_len say, "
@@ -261,8 +262,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             "sm_scale": real("sm_scale", sm_scale, optional=True),
             "options": {
                 "num_samples": int64("num_samples", num_samples),
-                "sampler": _choice("sampler", sampler, Sampler),
-                "budget": None if budget is None else _choice("budget", budget, Budget),
+                "sampler": value_of("sampler", sampler, Sampler),
+                "budget": None if budget is None else value_of("budget", budget, Budget),
                 "min_sampled_len": None if min_sampled_len is None else int64("min_sampled_len", min_sampled_len),
             },
         }
@@ -440,7 +441,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return self._plan
 
     def _check_as_planned(self, plan: _Plan, q: Tensor, k_cache: Tensor, q_len: int) -> None:
-        _check_tensor("q", q)
+        check_tensor("q", q)
         if q.device != self.device:
             raise ValueError(f"santa: q is on {q.device}; it needs to be on the wrapper's device, {self.device}")
         needed = (plan.batch * q_len, plan.num_qo_heads, plan.head_dim)
@@ -520,7 +521,7 @@ def _planned_dtypes(q_data_type: Any, kv_data_type: Any, o_data_type: Any, data_
 
 
 def _check_list(name: str, tensor: Any) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dtype != torch.int32:
         raise ValueError(
             f"santa: {name} is {_name_of(tensor.dtype)}; it needs to be int32: pass {name}.to(torch.int32)"
@@ -573,7 +574,7 @@ def _unpack(cache: Any, kv_layout: KvLayout) -> tuple[Tensor, Tensor]:
         raise TypeError(f"santa: paged_kv_cache is {got}; it needs to be (k_cache, v_cache) or one tensor of both")
     page_axis = -2 if kv_layout == KvLayout.HND else -3
     for name, tensor in zip(("k_cache", "v_cache"), both, strict=True):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() not in (3, 4):
             raise ValueError(
                 f"santa: {name} has shape {list(tensor.shape)}; it needs 4 dimensions, or 3 for pages of one key"
@@ -586,7 +587,7 @@ def _by_row(name: str, tensor: Tensor, batch: int, q_len: int) -> Tensor:
     """[batch * q_len, ...] as [batch, q_len, ...], where there are several tokens."""
     if q_len == 1:
         return tensor
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dim() == 0 or tensor.shape[0] != batch * q_len:
         raise ValueError(
             f"santa: {name} has shape {list(tensor.shape)}; dimension 0 needs to be batch * q_len_per_req, "
