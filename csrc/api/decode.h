@@ -161,7 +161,9 @@ inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads,
   if (num_qo_heads < 1) fail("q has shape ", shape_of(q), "; it needs at least one head");
   if (!heads_fit(num_qo_heads, num_kv_heads)) {
     fail(name, " has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads,
-         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times", where);
+         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times", where,
+         q.dim() == 4 && num_qo_heads == 1 ? "; q's dimension 1 has its tokens: pass q.squeeze(2) if it has the heads"
+                                           : "");
   }
   if (q_len * (num_qo_heads / num_kv_heads) > kMaxGroupSize) {
     fail("q has ", q_len, " tokens of ", num_qo_heads / num_kv_heads,

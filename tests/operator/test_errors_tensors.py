@@ -300,3 +300,11 @@ def test_float32_on_cuda(operator):
         ValueError,
         r"santa: q is float32; it needs to be bfloat16 or float16 on CUDA",
     )
+
+
+def test_heads_where_tokens_are(device):
+    """q as torch's attention has it, with few enough heads to be taken for tokens."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k = (torch.zeros(*sizes, dtype=dtype, device=device) for sizes in ((2, 8, 1, 64), (2, 100, 2, 64)))
+    with pytest.raises(ValueError, match=r"k has 2 KV heads; num_qo_heads \(1\).*: pass q\.squeeze\(2\) if"):
+        santa.decode(q, k, k)
