@@ -14,6 +14,8 @@ import torch
 from helpers.errors import BATCH, assert_refused, empty, qkv
 from helpers.inputs import repeat_rows
 
+import santa
+
 
 class Case(NamedTuple):
     name: str
