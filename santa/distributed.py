@@ -143,7 +143,7 @@ def decode_context_parallel(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
-    rank, world_size = _place_in(group)
+    world_size = _size_of(group)
     _check_cache(q, k, k_scale, kv_layout, paged=page_table is not None)
     rows = {"kv_lens": kv_lens, "whole_lens": whole_lens, "shard_starts": shard_starts}
     for name, tensor in (rows if kv_starts is None else {**rows, "kv_starts": kv_starts}).items():
@@ -154,6 +154,13 @@ def decode_context_parallel(
         raise ValueError(f"santa: max_kv_len is {max_kv_len} without page_table; it goes with pages alone")
     if int64("window_left", window_left) != -1:
         raise ValueError(f"santa: window_left is {window_left}; rows in slices need -1")
+    if sinks is not None and (
+        sinks.dtype != torch.float32 or sinks.shape != q.shape[-2:-1] or sinks.device != q.device
+    ):
+        raise ValueError(
+            f"santa: sinks is {sinks.dtype} {list(sinks.shape)} on {sinks.device}; it needs to be torch.float32 "
+            f"[num_qo_heads], [{q.shape[-2]}], on {q.device}"
+        )
     streaming = _check_sampling(int64("num_samples", num_samples), sampler, budget)
     if wants_derivative((q, k, v, k_scale, v_scale, sinks)):
         raise no_derivative("decode_context_parallel")
@@ -197,8 +204,6 @@ def decode_context_parallel(
         k_scale=k_scale,
         v_scale=v_scale,
         logits_soft_cap=logits_soft_cap,
-        # They count once.
-        sinks=sinks if rank == 0 else None,
         first_kv_head=first_kv_head,
         whole_lens=whole_lens,
         shard_starts=shard_starts,
@@ -208,7 +213,7 @@ def decode_context_parallel(
     if len(q) == 0:
         return out, lse, *rows_read
     gathered = _gather(_pack(out, lse, kv_lens), group, world_size)
-    return *_merge_gathered(gathered, out, lse, whole_lens), *rows_read
+    return *_merge_gathered(gathered, out, lse, whole_lens, sinks), *rows_read
 
 
 # The pilot ----------------------------------------------------------------------------------------------
@@ -321,8 +326,11 @@ def _gather(packed: Tensor, group: dist.ProcessGroup | None, world_size: int) ->
     return gathered.view(world_size, -1)
 
 
-def _merge_gathered(gathered: Tensor, out: Tensor, lse: Tensor, whole_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """From what `_pack` made on all ranks. out and lse, those of one rank, say what is in it."""
+def _merge_gathered(
+    gathered: Tensor, out: Tensor, lse: Tensor, whole_lens: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """From what `_pack` made on all ranks. out and lse, those of one rank, say what is in it. Sinks are one more state,
+    without values: none of the ranks' calls, whose own sums may be too small to be numbers, has to add them."""
     shape = (len(whole_lens), lse.shape[1] if lse.dim() == 3 else 1, lse.shape[-1])  # batch, q_len, num_qo_heads
     sizes = [4 * lse.numel(), 4 * len(whole_lens), out.numel() * out.element_size()]
     parts = gathered[:, : sum(sizes)].split(sizes, dim=1)
@@ -332,6 +340,9 @@ def _merge_gathered(gathered: Tensor, out: Tensor, lse: Tensor, whole_lens: Tens
         _check_whole(whole, lens, whole_lens)
     lses = lses.unflatten(1, shape).masked_fill(~whole.view(-1, 1, 1), math.nan).flatten(1, 2)
     outs = outs.unflatten(1, (*shape, out.shape[-1])).flatten(1, 2)
+    if sinks is not None:
+        outs = torch.cat([outs, torch.zeros_like(outs[:1])])
+        lses = torch.cat([lses, sinks.expand(1, *lses.shape[1:])])
     merged, merged_lse = merge_states(outs.transpose(0, 1), lses.transpose(0, 1))
     return merged.reshape(out.shape), merged_lse.reshape(lse.shape)
 
@@ -350,17 +361,16 @@ def _check_whole(whole: Tensor, lens: Tensor, whole_lens: Tensor) -> None:
 # What is used here before the operator, which checks all, sees it.
 
 
-def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's rank in the group, and the ranks of the group."""
+def _size_of(group: dist.ProcessGroup | None) -> int:
+    """The ranks of the group, which has this process."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"santa: group is {group}; it needs to be a group of torch.distributed, where "
             "torch.distributed.init_process_group was not called"
         )
-    rank = dist.get_rank(group)
-    if rank < 0:
+    if dist.get_rank(group) < 0:
         raise ValueError(f"santa: group is one without this process, rank {dist.get_rank()}; it needs to be in it")
-    return rank, dist.get_world_size(group)
+    return dist.get_world_size(group)
 
 
 def _check_cache(q: Tensor, k: Tensor, k_scale: Any, kv_layout: KvLayout | int | str, *, paged: bool) -> None:

@@ -24,7 +24,8 @@ constexpr int64_t kMaxGroupSize = 1024;  // with kMaxNumSamples: draws per strea
 constexpr int64_t kMaxQueryLen = 8;
 constexpr int64_t kMaxPageSize = 256;
 constexpr int64_t kMaxBatch = 65535;
-constexpr double kMaxScale = 1e30;  // float32, with room for log2(e)
+constexpr double kMaxScale = 1e30;     // float32, with room for log2(e)
+constexpr double kMinSoftCap = 1e-30;  // its inverse is a float32
 constexpr int64_t kMaxKvLen = 2147483647;
 
 template <std::size_t RANK>
@@ -155,13 +156,14 @@ inline bool heads_fit(int64_t num_qo_heads, int64_t num_kv_heads) {
 }
 
 // The batch and heads of q against the KV heads of `name`; `where` says where the latter were looked for.
-inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads, const std::string& where = "") {
+template <typename Where>
+void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads, const Where& where) {
   const int64_t batch = q.size(0), num_qo_heads = q.size(q.dim() - 2), q_len = q.dim() == 4 ? q.size(1) : 1;
   if (batch > kMaxBatch) fail("q has batch ", batch, "; it needs to be at most ", kMaxBatch);
   if (num_qo_heads < 1) fail("q has shape ", shape_of(q), "; it needs at least one head");
   if (!heads_fit(num_qo_heads, num_kv_heads)) {
     fail(name, " has ", num_kv_heads, " KV heads; num_qo_heads (", num_qo_heads,
-         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times", where,
+         ") needs to be a multiple of it, at most ", kMaxGroupSize, " times", where(),
          q.dim() == 4 && num_qo_heads == 1 ? "; q's dimension 1 has its tokens: pass q.squeeze(2) if it has the heads"
                                            : "");
   }
@@ -169,6 +171,10 @@ inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads,
     fail("q has ", q_len, " tokens of ", num_qo_heads / num_kv_heads,
          " heads per KV head; their product needs to be at most ", kMaxGroupSize);
   }
+}
+
+inline void check_heads(const Tensor& q, const char* name, int64_t num_kv_heads) {
+  check_heads(q, name, num_kv_heads, [] { return std::string(); });
 }
 
 // Where kv_layout has the heads of k, and whether they fit in the other layout, which a caller may have meant.
@@ -211,8 +217,9 @@ inline void check_options(const DecodeArguments& a, int64_t num_kv_heads) {
     fail("min_sampled_len is ", *a.min_sampled_len, "; it needs to be at least 0");
   }
   check_range("window_left", a.window_left, -1, kMaxKvLen);
-  if (!(a.logits_soft_cap >= 0.0 && a.logits_soft_cap <= kMaxScale)) {
-    fail("logits_soft_cap is ", a.logits_soft_cap, "; it needs to be in [0, ", kMaxScale, "], 0 for none");
+  if (a.logits_soft_cap != 0.0 && !(a.logits_soft_cap >= kMinSoftCap && a.logits_soft_cap <= kMaxScale)) {
+    fail("logits_soft_cap is ", a.logits_soft_cap, "; it needs to be in [", kMinSoftCap, ", ", kMaxScale,
+         "], or 0 for none");
   }
   if (a.sinks) {
     check_dtype("sinks", *a.sinks, ScalarType::Float, "");
@@ -317,7 +324,7 @@ inline void check_decode(const DecodeArguments& a) {
   check_size(k_name, a.k, 3, a.head_dim(), "head_dim");
   for (int dim = 0; dim < 4; ++dim) check_size(v_name, a.v, dim, a.k.size(dim), a.paged ? "as in k_cache" : "as in k");
   const int64_t num_kv_heads = a.k.size(a.head_axis());
-  check_heads(a.q, k_name, num_kv_heads, where_heads_are(a));
+  check_heads(a.q, k_name, num_kv_heads, [&] { return where_heads_are(a); });
   if (!a.paged && a.k.size(a.token_axis()) > kMaxKvLen) {
     fail("k has max_kv_len ", a.k.size(a.token_axis()), "; it needs to be at most ", kMaxKvLen);
   }
@@ -379,6 +386,9 @@ inline void check_outputs(const DecodeArguments& a, const DecodeOutputs& outputs
   for (int64_t dim = 0; dim < a.q.dim(); ++dim) check_size("out", outputs.out, dim, a.q.size(dim), "as in q");
   check_same_device("out", outputs.out, a.q);
   check_contiguous("out", outputs.out);
+  if (outputs.out.is_cuda() && reinterpret_cast<uintptr_t>(outputs.out.const_data_ptr()) % 16 != 0) {
+    fail("out starts at an address that is no multiple of 16 bytes, which it needs to be on CUDA");
+  }
   check_per_query("lse", outputs.lse, a.q);
 }
 
@@ -547,7 +557,13 @@ inline DecodeArguments next_decode_arguments(ArgumentStack& stack, bool paged) {
 // The four operators: contiguous or paged, with outputs of their own or given ones. The arguments would otherwise be
 // listed four times.
 template <typename Backend, bool PAGED, bool GIVEN>
-void boxed_decode(StableIValue* arguments, uint64_t, uint64_t) {
+void boxed_decode(StableIValue* arguments, uint64_t num_arguments, uint64_t num_outputs) {
+  // The schemas are in one library and the CUDA kernels in another: both have to be of the same version.
+  constexpr uint64_t kExpected = (PAGED ? 29 : 24) + (GIVEN ? 2 : 0);
+  if (num_arguments != kExpected || num_outputs != (GIVEN ? 0 : 2)) {
+    fail("the operator has ", static_cast<int64_t>(num_arguments), " arguments where its kernel takes ",
+         static_cast<int64_t>(kExpected), ": the two libraries are not of one build; reinstall santa");
+  }
   ArgumentStack stack(arguments);
   if constexpr (GIVEN) {
     const Tensor out = stack.next<Tensor>(), lse = stack.next<Tensor>();

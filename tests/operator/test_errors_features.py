@@ -54,9 +54,15 @@ def feature_cases() -> list[Case]:
             (
                 "logits_soft_cap",
                 value,
-                rf"santa: logits_soft_cap is {text}; it needs to be in \[0, 1e\+30\], 0 for none",
+                rf"santa: logits_soft_cap is {text}; it needs to be in \[1e-30, 1e\+30\], or 0 for none",
             )
-            for value, text in ((-1.0, "-1"), (math.nan, "-?nan"), (math.inf, "inf"), (1e31, r"1e\+31"))
+            for value, text in (
+                (-1.0, "-1"),
+                (1e-39, "1e-39"),
+                (math.nan, "-?nan"),
+                (math.inf, "inf"),
+                (1e31, r"1e\+31"),
+            )
         ),
         *(
             ("first_kv_head", value, rf"santa: first_kv_head is {value}; it needs to be in \[0, 2097149\]")
@@ -192,6 +198,7 @@ def test_numbers_at_the_ends_of_their_ranges():
         {"logits_soft_cap": None},
         {"logits_soft_cap": 0},
         {"logits_soft_cap": 1e30},
+        {"logits_soft_cap": 1e-30},
         {"first_kv_head": 2097149},
     ]:
         call(santa.decode, qkv() | accepted)
