@@ -515,3 +515,17 @@ def test_two_gpus_give_what_one_gives(tmp_path: Path) -> None:
             same_bits(a[x], b[x]) for a, b in zip(*(f[name, "steps"] for f in found), strict=True) for x in (0, 1)
         )
         assert not torch.equal(steps[0][0], steps[1][0])
+
+
+def test_sinks_beside_a_slice_without_weight() -> None:
+    """A slice whose scores lie far below the row's level has sums too small to be numbers: out is NaN, lse -inf. Its
+    merge with the others and the sinks is what the others and the sinks are."""
+    q, k, v = make_qkv(1, 4, 2, 256, 64, seed=5)
+    sinks, lens = torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([256], dtype=torch.int32)
+    expected, expected_lse = santa.decode(q, k, v, num_samples=0, sinks=sinks)
+    out, lse = santa.decode(q, k, v, num_samples=0)
+    states = [(torch.full_like(out, math.nan), torch.full_like(lse, -math.inf), lens), (out, lse, lens)]
+    gathered = torch.stack([distributed._pack(*state) for state in states])
+    merged, merged_lse = distributed._merge_gathered(gathered, out, lse, 2 * lens, sinks)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(merged_lse, expected_lse, rtol=0, atol=2e-6)
