@@ -189,7 +189,7 @@ def test_autocast(device, call):
 def test_output_off_16_bytes_is_refused_on_cuda():
     q, k, v = make_qkv(1, 4, 2, 50, 64, dtype=torch.bfloat16, device="cuda")
     out = torch.empty(q.numel() + 1, dtype=q.dtype, device="cuda")[1:].view_as(q)
-    with pytest.raises(ValueError, match="^santa: out starts at an address that is no multiple of 16 bytes"):
+    with pytest.raises(ValueError, match=r"^santa: out starts at an address that is no multiple of 16 bytes"):
         santa.decode(q, k, v, out=out, lse=torch.empty(1, 4, device="cuda"))
 
 
