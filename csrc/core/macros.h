@@ -9,7 +9,7 @@
 
 namespace santa {
 
-// A condition that hardly ever holds: what depends on it is kept out of the way of the rest.
+// A condition that hardly ever holds. A hint, no more: what must be out of the way is a function out of line.
 SANTA_HD bool unlikely(bool condition) { return __builtin_expect(condition, 0); }
 
 }  // namespace santa

@@ -77,4 +77,6 @@ def test_agrees_with_flashinfer(flashinfer: Any, kind: str, layout: str, page_si
             results.append(made.run(problem.q, kv, return_lse=True, **scales))
         (ours, our_lse), (theirs, their_lse) = results
         assert relative_rms(ours, theirs) < 2 * torch.finfo(q_dtype).eps + (0.01 if cap else 0.0)
-        torch.testing.assert_close(our_lse, their_lse, rtol=0, atol=4e-3 + cap * 2.0**-10)
+        # Ours is held against float64 in test_flashinfer_wrapper.py; theirs is off by 1.3e-3 with tensor cores.
+        close = 4e-3 if tensor_cores else 1e-3 + cap * 2.0**-10
+        torch.testing.assert_close(our_lse, their_lse, rtol=0, atol=close)
