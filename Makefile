@@ -82,7 +82,7 @@ format: $(LINT) ## apply the style
 
 ci: lint $(INSTALL) $(GATE) ## everything that .ci/run checks
 	$(BIN)/python tools/check_symbols.py santa/_ops.so santa/_ops_cuda.so
-	$(BIN)/python tools/check_spills.py santa/_ops_cuda.so sm_89 sm_90
+	$(BIN)/python tools/check_kernels.py santa/_ops_cuda.so sm_89 sm_90
 	$(MAKE) wheel
 	$(BIN)/python tools/check_wheel.py dist/*.whl $(TORCH)
 	SANTA_CUDA=0 $(PIP) wheel $(LOCAL) --wheel-dir build/from_sdist dist/*.tar.gz

@@ -17,7 +17,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import check_spills
+import check_kernels
 import check_symbols
 import pytest
 import torch
@@ -122,13 +122,24 @@ def test_spill_check_reads_usage(monkeypatch):
         "arch = sm_90\n Function _Z4goodv:\n  REG:32 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:600\n"
         " Function _Z3badv:\n  REG:255 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:600\n"
     )
-    monkeypatch.setattr(check_spills, "find_cuobjdump", lambda: "cuobjdump")
-    monkeypatch.setattr(check_spills.subprocess, "check_output", lambda *_, **__: text)
-    good, bad = check_spills.usages(Path("library.so"))
+    monkeypatch.setattr(check_kernels, "find_cuobjdump", lambda: "cuobjdump")
+    monkeypatch.setattr(check_kernels.subprocess, "check_output", lambda *_, **__: text)
+    good, bad = check_kernels.usages(Path("library.so"))
     assert good == ("sm_90", "good", 32, 1024, 0, 0)
     assert (bad.kernel, bad.stack) == ("bad", 16)
-    monkeypatch.setattr(sys, "argv", ["check_spills.py", "library.so", "sm_90"])
-    assert check_spills.main() == 1
+    monkeypatch.setattr(sys, "argv", ["check_kernels.py", "library.so", "sm_90"])
+    assert check_kernels.main() == 1
+
+
+def test_kernel_check_finds_copies_to_nowhere(monkeypatch):
+    copy = "  /*2f00*/  @P0 LDGSTS.E.BYPASS.128 [R75+UR0], desc[UR1][R24.64] ;  /* 0x0000000018457fae */\n"
+    text = (
+        "arch = sm_90\n  Function : _Z3badv\n" + copy + "  Function : _Z4goodv\n"
+        "  /*0010*/  ULDC UR0, c[0x0][0x210] ;\n" + copy + "arch = sm_120\n  Function : _Z3badv\n" + copy + copy
+    )
+    monkeypatch.setattr(check_kernels, "find_cuobjdump", lambda: "cuobjdump")
+    monkeypatch.setattr(check_kernels.subprocess, "check_output", lambda *_, **__: text)
+    assert check_kernels.broken_copies(Path("library.so")) == {("sm_90", "bad"): 1, ("sm_120", "bad"): 2}
 
 
 def test_environment_report(tmp_path):

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   const int64_t first_key = static_cast<int64_t>(tile) * row.tile_kv;
   const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
   const float* scores = d.scores + group * d.scores_per_row + first_key * d.group_pitch + first_head;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int warp = warp_index(), lane = threadIdx.x & 31;
 
   // The tile's softmax states, in every thread.
   float max[kAttendHeads];

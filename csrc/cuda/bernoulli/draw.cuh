@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2) draw_kernel(const __grid_cons
   __shared__ int num_listed;
   launch_dependents();
   const DecodeParams& d = p.decode;
-  const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int kv_head = blockIdx.x, batch_index = blockIdx.y, warp = warp_index(), lane = threadIdx.x & 31;
   const RowShape row = row_shape_of(d, batch_index);
   const int64_t group = d.group_index(batch_index, kv_head);
   int16_t* const counts = p.counts + p.counts_offset(group);

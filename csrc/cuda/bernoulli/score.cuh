@@ -63,7 +63,7 @@ __device__ __forceinline__ void reduce_tiles(const BernoulliParams& p, const Row
                                              int64_t first_key, int first_head, int num_heads,
                                              const float (&scores)[HEADS][kThreadKeys], ScoreShared<HEADS>& shared) {
   const DecodeParams& d = p.decode;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile_threads = row.tile_kv / kThreadKeys;
+  const int warp = warp_index(), lane = threadIdx.x & 31, tile_threads = row.tile_kv / kThreadKeys;
   const bool whole = tile_threads == kScoreThreads;  // else a tile is a warp or half of one
   SoftmaxState states[HEADS];
 #pragma unroll

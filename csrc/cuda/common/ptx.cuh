@@ -24,17 +24,22 @@ __device__ __forceinline__ Value opaque(Value value) {
   return value;
 }
 
+// The number of the warp in its CTA, from lane 0, so that the compiler sees that all lanes agree on it: what follows
+// from it then needs no care for lanes that have gone another way, which costs two instructions for every shuffle.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }
+
 // The pointer of another lane.
 template <typename T>
 __device__ __forceinline__ const T* shuffle(const T* pointer, int lane) {
   return reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(pointer), lane));
 }
 
-// L2 policies: read once, first to be evicted; and the usual one. They are what createpolicy with a fraction of 1 makes
-// on sm_80 to sm_120, written out so that they stay in uniform registers: from createpolicy every copy would fetch its
-// own.
+// L2 policies: read once, first to be evicted; the usual one; to be read again soon. They are what createpolicy with a
+// fraction of 1 makes on sm_80 to sm_120, written out so that they stay in uniform registers: from createpolicy every
+// copy would fetch its own.
 __device__ __forceinline__ uint64_t evict_first_policy() { return 0x12F0000000000000ull; }
 __device__ __forceinline__ uint64_t evict_normal_policy() { return 0x16F0000000000000ull; }
+__device__ __forceinline__ uint64_t evict_last_policy() { return 0x14F0000000000000ull; }
 
 // 16 bytes from global to shared memory, asynchronously. With `valid` false nothing is read and zeros are written.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_t policy) {
@@ -83,23 +88,21 @@ __device__ __forceinline__ void store_shared_pair_if(bool there, uint32_t addres
                : "memory");
 }
 
-// 4 bytes times WORDS from memory that no kernel writes, if `there`; else `words` stay what they are.
+// WORDS floats to global memory, with an L2 policy.
 template <int WORDS>
-__device__ __forceinline__ void load_global_if(bool there, uint32_t (&words)[WORDS], const void* source) {
-  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4);
-  const uint32_t p = there;
-  if constexpr (WORDS == 4) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
-                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
-                 : "l"(source), "r"(p));
-  } else if constexpr (WORDS == 2) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
-                 : "+r"(words[0]), "+r"(words[1])
-                 : "l"(source), "r"(p));
+__device__ __forceinline__ void store_global(float* to, const float (&values)[WORDS], uint64_t policy) {
+  static_assert(WORDS == 2 || WORDS % 4 == 0);
+  if constexpr (WORDS == 2) {
+    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(values[0]), "f"(values[1]),
+                 "l"(policy)
+                 : "memory");
   } else {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
-                 : "+r"(words[0])
-                 : "l"(source), "r"(p));
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4) {
+      asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to + i), "f"(values[i]),
+                   "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3]), "l"(policy)
+                   : "memory");
+    }
   }
 }
 

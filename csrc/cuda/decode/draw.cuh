@@ -86,6 +86,10 @@ struct TileScores {
 // in draw_tile.
 static __device__ __noinline__ void change_scores(const DecodeParams* p, const RowUnit* unit, float* scores, int pitch,
                                                   int num_keys, int first_key) {
+  // Most tiles are seen by all.
+  const int all_see = unit->row.end() - (p->q_len - 1);
+  const bool hides = first_key + num_keys > all_see || (p->window_left >= 0 && first_key < p->q_len - 1);
+  if (!(p->soft_cap > 0.0f) && !hides) return;
   const int lane = threadIdx.x & 31;
   __syncwarp();  // all scores are there
   for (int h = 0; h < unit->heads.count; ++h) {

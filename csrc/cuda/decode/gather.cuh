@@ -28,18 +28,18 @@ struct LaneValues {
   static constexpr int kWords = ELEMENTS * sizeof(V) < 4 ? 1 : ELEMENTS * sizeof(V) / 4;
   uint32_t words[kWords];
 
-  // Zeros where there is no row. Loads do not wait for each other.
-  __device__ __forceinline__ void load(const V* source, bool there, bool aligned) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = 0;
-    if constexpr (ELEMENTS * sizeof(V) >= 4) {
-      if (aligned) return load_global_if(there, words, source);
-    }
-    if (!there) return;
-    if (aligned) {
-      words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
+  // Of a row that is aligned.
+  __device__ __forceinline__ void load(const V* source) {
+    if constexpr (kWords == 4) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(source));
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else if constexpr (kWords == 2) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(source));
+      words[0] = two.x, words[1] = two.y;
+    } else if constexpr (ELEMENTS * sizeof(V) == 4) {
+      words[0] = __ldg(reinterpret_cast<const uint32_t*>(source));
     } else {
-      *this = by_elements(source);
+      words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
     }
   }
 
@@ -106,7 +106,7 @@ struct RowBatch {
   __device__ __forceinline__ void add_four(float (&acc)[kHeadBlock][ELEMENTS], int first_head) const {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      if (i > 0 && i % 2 == 0 && count <= i) break;
+      if (i > 0 && count <= i) break;
       const uint4 bits = load_shared_16(__shfl_sync(0xffffffffu, weights, i) + first_head * 4);
       const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                           __uint_as_float(bits.w)};
@@ -275,10 +275,17 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         if (scaled && lane < batch.count) {
           scale_weights(batch.weights, address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
         }
+        const auto source = [&](int i) {
+          return reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i)) + lane_element;
+        };
+        // Past the end the last row is read again, for nothing: no branch keeps the loads from being in flight
+        // together.
+        if (p.aligned) {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-          const auto row = reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i));
-          batch.rows[i].load(row + lane_element, i < batch.count, p.aligned);
+          for (int i = 0; i < ROWS; ++i) batch.rows[i].load(source(i));
+        } else {
+#pragma unroll
+          for (int i = 0; i < ROWS; ++i) batch.rows[i] = LaneValues<V, kElements>::by_elements(source(i));
         }
         next += kGatherWarps * ROWS;
         batch.held = next < num_draws ? 0 : held;
@@ -316,7 +323,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
       if (h >= num_heads || lane >= Lanes::kLanes) break;
 #pragma unroll
       for (int d = 0; d < kElements; ++d) acc[h][d] += neighbour[h * HEAD_DIM + lane_offset + d];
-      store_elements(p.o_accum + (stats + h) * HEAD_DIM + lane_offset, acc[h]);
+      store_global(p.o_accum + (stats + h) * HEAD_DIM + lane_offset, acc[h], evict_last_policy());
     }
     if (p.rows_read != nullptr && lane == 0) {
       p.tile_rows[(unit.group * p.num_head_blocks() + unit.block) * p.max_tiles + part] = rows_read;

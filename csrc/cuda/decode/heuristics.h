@@ -29,6 +29,13 @@ struct ScoreNeeds {
 // head_dim of 128.
 constexpr int max_key_warps(bool float8, int head_dim) { return float8 && head_dim <= 128 ? kMaxScoreWarps : 4; }
 
+// What __launch_bounds__ is told of threads: more than there are where that leaves them registers enough, 128 with two
+// CTAs on a multiprocessor, for then there is room for one of the next kernel's CTAs beside them. It is set up before
+// they end, which is worth a microsecond.
+constexpr int bound_threads(int score_warps, int head_dim) {
+  return head_dim <= 128 ? 256 : (score_warps + kGatherWarps) * 32;
+}
+
 // Elements from one row of a slot to the next. Rows of 96 are stored with the pitch of 128, so that the permutation of
 // their chunks (load.cuh) stays inside the row.
 constexpr int slot_row_pitch(int head_dim) { return head_dim == 96 ? 128 : head_dim; }

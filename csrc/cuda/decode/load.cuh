@@ -41,7 +41,7 @@ __device__ __forceinline__ const T* own_row(const KvRows<T>& rows, int64_t first
 
 // load_slot for rows in float8.
 template <int HEAD_DIM>
-__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first, int64_t limit,
+__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first, int num_rows,
                                            bool aligned, uint64_t policy, int lane) {
   constexpr int kChunks = HEAD_DIM / 16;
   if (!aligned) {
@@ -49,16 +49,15 @@ __device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& 
     for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
       const int row = item / HEAD_DIM, column = item % HEAD_DIM;
       store_shared_1(slot + CodedSlot<HEAD_DIM>::kFirst + item,
-                     first + row < limit ? rows.row(first + row)[column].code : 0);
+                     row < num_rows ? rows.row(first + row)[column].code : 0);
     }
     return;
   }
-  const int there = static_cast<int>(min(max(limit - first, int64_t{0}), int64_t{kSlotRows}));
-  const Float8* const own = own_row(rows, first, there, lane);
+  const Float8* const own = own_row(rows, first, num_rows, lane);
 #pragma unroll
   for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
     const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const bool valid = row < there;
+    const bool valid = row < num_rows;
     const Float8* source =
         unlikely(rows.paged()) ? shuffle(own, row) : rows.base + (valid ? first + row : 0) * rows.stride_token;
     cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, source + chunk * 16, valid, policy);
@@ -110,8 +109,17 @@ __device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk) {
   }
 }
 
+// The slot after `slot` in a ring. Slots are known by their addresses, which start from one that is not the same in all
+// lanes to the compiler (threadIdx.x, not warp_index()): of a uniform number of a slot it would make a uniform register
+// that is added to the lane's, and ptxas 13.0 makes copies to such a sum that are no instructions, if that register is
+// UR16 or higher. tools/check_kernels.py looks for them.
+template <int SLOT_BYTES, int NUM_SLOTS>
+__device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
+  return slot + SLOT_BYTES == ring + NUM_SLOTS * SLOT_BYTES ? ring : slot + SLOT_BYTES;
+}
+
 // Starts the copy of the rows row_of(0) to row_of(num_rows - 1) to a slot of ROWS; zeros for the others, which are not
-// read. Rows that are not aligned to 16 bytes are copied element by element.
+// read. Rows that are not aligned to 16 bytes are copied element by element. All lanes call row_of at once.
 template <typename K, int HEAD_DIM, int ROWS, typename RowOf>
 __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_of, int num_rows, bool aligned,
                                                uint64_t policy, int lane) {
@@ -126,6 +134,7 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
     }
     return;
   }
+  static_assert(HEAD_DIM % 32 == 0);  // the lanes are in the same row
 #pragma unroll 1
   for (int item = lane; item < ROWS * HEAD_DIM; item += 32) {
     const int row = item / HEAD_DIM, column = item % HEAD_DIM;
@@ -139,14 +148,6 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
   }
 }
 
-// The same for rows at a constant distance, out of line: hardly ever needed.
-template <typename K, int HEAD_DIM, int ROWS>
-__device__ __noinline__ void load_some_neighbours(uint32_t slot, const K* rows, int64_t stride, int num_rows,
-                                                  bool aligned, uint64_t policy) {
-  load_some_rows<K, HEAD_DIM, ROWS>(
-      slot, [&](int row) { return rows + row * stride; }, num_rows, aligned, policy, threadIdx.x & 31);
-}
-
 // The same for the rows `first` and on, fast if they are all there. `own`: where rows are paged, the
 // address of row `lane`.
 template <typename K, int HEAD_DIM, int ROWS>
@@ -158,9 +159,7 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
     if (rows.paged()) {
       const auto row_of = [&](int row) { return aligned ? shuffle(own, row) : rows.row(first + row); };
       load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
-    } else if constexpr (HEAD_DIM > 64) {
-      load_some_neighbours<K, HEAD_DIM, ROWS>(slot, rows.base + first * stride, stride, num_rows, aligned, policy);
-    } else {  // a call costs the tile kernel of sm_89 a stack
+    } else {
       const auto row_of = [&](int row) { return rows.base + (first + row) * stride; };
       load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
     }
@@ -211,13 +210,13 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
   }
 }
 
-// Of 16 rows, `first` and on, for kernels whose slots are as small; rows at and past `limit` become zeros.
+// Of 16 rows, `first` and on, for kernels whose slots are as small; those past the first num_rows, which may be none
+// and more than there are, become zeros.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int64_t limit,
+__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int num_rows,
                                           bool aligned, uint64_t policy, int lane) {
-  const int there = static_cast<int>(min(max(limit - first, int64_t{0}), int64_t{kSlotRows}));
-  load_rows<T, HEAD_DIM, kSlotRows>(slot, rows, own_row(rows, first, there, lane), there > 0 ? first : 0, there,
-                                    aligned, policy, lane);
+  const T* const own = own_row(rows, first, min(num_rows, kSlotRows), lane);
+  load_rows<T, HEAD_DIM, kSlotRows>(slot, rows, own, num_rows > 0 ? first : 0, num_rows, aligned, policy, lane);
 }
 
 }  // namespace santa::cuda

@@ -25,22 +25,6 @@ struct OnePassShared {
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
 
-// Keys in pages, out of line (__noinline__): what is not run must not push out of the instruction cache what is.
-template <typename K>
-__device__ __noinline__ int32_t page_of_key(const DecodeParams* p, int batch_index, int kv_head, int kv_start,
-                                            int key) {
-  return key_rows<K>(*p, batch_index, kv_head, kv_start).page_of(key);
-}
-
-// A slot of the keys from `begin` on. `page`: that of key begin + lane.
-template <typename K, int HEAD_DIM, int ROWS>
-__device__ __noinline__ void load_pages(uint32_t slot, const DecodeParams* p, int batch_index, int kv_head,
-                                        int kv_start, int32_t page, int begin, int there, uint64_t policy) {
-  const int lane = threadIdx.x & 31;
-  const KvRows<K> keys = key_rows<K>(*p, batch_index, kv_head, kv_start);
-  load_rows<K, HEAD_DIM, ROWS>(slot, keys, keys.row_in(page, begin + lane), begin, there, p->aligned, policy, lane);
-}
-
 // Scores of keys that lie in rows. T of q, K of keys: T or Float8.
 template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
@@ -49,22 +33,27 @@ struct KeyScorer {
   static constexpr int kSlotBytes = key_slot_bytes(kFloat8, HEAD_DIM), kPilotBytes = kSlotBytes, kOnceBytes = 0;
 
   const DecodeParams& p;
-  const K* base;  // of keys that are not paged
-  int batch_index, kv_head, kv_start;
+  const void* origin;  // the first key of the row or, where keys are paged, its pages: registers are few
+  int kv_head, kv_start;
   int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
   float scale[2];    // of the lane's heads, 2 t and the next
   QueryFragments<T, HEAD_DIM, kFloat8> query;
 
   __device__ __forceinline__ KeyScorer(const DecodeParams& p, const RowUnit& unit, unsigned char*)
-      : p(p),
-        base(first_row<K>(p.k, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_k_batch, p.stride_k_token,
-                          p.stride_k_head)),
-        batch_index(unit.batch_index),
-        kv_head(unit.kv_head),
-        kv_start(unit.row.kv_start) {}
+      : p(p), kv_head(unit.kv_head), kv_start(unit.row.kv_start) {
+    const KvRows<K> all = key_rows<K>(p, unit.batch_index, kv_head, kv_start);
+    origin = p.paged ? static_cast<const void*>(all.pages) : all.base;
+  }
+  __device__ __forceinline__ KvRows<K> rows() const {
+    if (!p.paged) return {static_cast<const K*>(origin), p.stride_k_token, nullptr, 0, 0, 0};
+    return {static_cast<const K*>(p.k) + kv_head * p.stride_k_head,
+            p.stride_k_token,
+            static_cast<const int32_t*>(origin),
+            p.stride_k_batch,
+            p.page_shift,
+            kv_start};
+  }
 
-  // Of paged keys. Made anew where they are needed: registers are few.
-  __device__ __forceinline__ KvRows<K> rows() const { return key_rows<K>(p, batch_index, kv_head, kv_start); }
   __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
     query.load(p, unit.batch_index, unit.kv_head, unit.heads.first, unit.heads.count, lane);
     scale[0] = scale[1] = score_scale_of<K>(p, unit.kv_head);
@@ -79,20 +68,15 @@ struct KeyScorer {
 
   // Of slot `index` of the tile whose first key is `first`: finds its pages, long before they are needed.
   __device__ __forceinline__ void look_up(int first, int num_keys, int index, int lane) {
-    if (!p.paged) return;
-    page = page_of_key<K>(&p, batch_index, kv_head, kv_start, first + min(index * kSlotKeys + lane, num_keys - 1));
+    if (p.paged) page = rows().page_of(first + min(index * kSlotKeys + lane, num_keys - 1));
   }
 
   // Starts the copy of that slot.
   __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
                                        int lane) const {
     const int begin = first + index * kSlotKeys, there = num_keys - index * kSlotKeys;
-    if (p.paged) {
-      load_pages<K, HEAD_DIM, kSlotKeys>(slot, &p, batch_index, kv_head, kv_start, page, begin, there, policy);
-    } else {
-      const KvRows<K> keys = {base, p.stride_k_token, nullptr, 0, 0, 0};
-      load_rows<K, HEAD_DIM, kSlotKeys>(slot, keys, nullptr, begin, there, p.aligned, policy, lane);
-    }
+    const K* const own = p.paged ? rows().row_in(page, begin + lane) : nullptr;
+    load_rows<K, HEAD_DIM, kSlotKeys>(slot, rows(), own, begin, there, p.aligned, policy, lane);
   }
 
   __device__ __forceinline__ void begin(int, int) {}
@@ -120,17 +104,11 @@ struct KeyScorer {
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
-    const auto row_at = [&](int position) {
-      return unlikely(p.paged) ? rows().row(position) : base + position * p.stride_k_token;
-    };
-    const K* const own_row = row_at(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
+    const K* const own_row = rows().row(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
 #pragma unroll 1
     for (int turn = 0; turn < kPilotWarpKeys / kSlotKeys; ++turn) {
       const int first = part * kPilotWarpKeys + turn * kSlotKeys;
-      // All lanes ask at once where rows are aligned; elsewhere each works it out.
-      const auto row_of = [&](int row) {
-        return p.aligned ? shuffle(own_row, turn * kSlotKeys + row) : row_at(pilot_position(first + row, kv_len, 1));
-      };
+      const auto row_of = [&](int row) { return shuffle(own_row, turn * kSlotKeys + row); };
       load_some_rows<K, HEAD_DIM, kSlotKeys>(slot, row_of, size - first, p.aligned, evict_normal_policy(), lane);
       cp_async_commit();
       if (turn == 0) load_query(unit, lane);
@@ -243,7 +221,7 @@ template <typename Scorer, typename T, int HEAD_DIM>
 __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* shared_bytes, Scorer& scorer,
                                          const Work& work) {
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
+  const int warp = warp_index(), lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
   const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, pitch),
             chunk_bytes = chunk_bytes_of(pitch);
@@ -264,8 +242,9 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     const int first_key = first_part * work.unit.row.tile_kv;
     const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
                                  static_cast<int64_t>(work.unit.row.kv_len - first_key));
-    score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer, areas + warp * area_bytes,
-                first_key, static_cast<int>(num_keys), shared.values, queue_of(warp), warp, lane);
+    score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer,
+                areas + (threadIdx.x >> 5) * area_bytes, first_key, static_cast<int>(num_keys), shared.values,
+                queue_of(warp), warp, lane);
     return;
   }
   cta_barrier();
@@ -291,7 +270,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_co
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__((max_key_warps(std::is_same_v<K, Float8>, HEAD_DIM) + kGatherWarps) * 32, 2)
+__global__ void __launch_bounds__(bound_threads(max_key_warps(std::is_same_v<K, Float8>, HEAD_DIM), HEAD_DIM), 2)
     one_pass_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char one_pass_bytes[];
   using Scorer = KeyScorer<T, K, HEAD_DIM>;

@@ -51,12 +51,12 @@ __device__ __forceinline__ uint32_t inclusive_scan(uint32_t value) {
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ DecodeParams p) {
-  wait_for_previous();
   const int kv_head = blockIdx.x, batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
+  wait_for_previous();  // all do: the next kernel waits for this one alone
   if (!row.proportional()) return;
   const int64_t group = p.group_index(batch_index, kv_head);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group_size = p.group_size;
+  const int warp = warp_index(), lane = threadIdx.x & 31, group_size = p.group_size;
   float* row_lse = p.row_lse + group * group_size;
 
   for (int h = warp; h < group_size; h += kPlanWarps) {

@@ -113,18 +113,16 @@ template <typename V, int HEAD_DIM>
 __global__ void __launch_bounds__(kSelectThreads, 4)
     proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ SelectShared all_shared[kSelectWarps];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int warp = warp_index(), lane = threadIdx.x & 31;
   SelectShared& shared = all_shared[warp];
-  wait_for_previous();
 
-  // Streams fastest, then KV heads, then tiles.
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp;
-  const int num_streams = p.num_streams();
-  const int stream = static_cast<int>(item % num_streams);
-  const int kv_head = static_cast<int>(item / num_streams % p.num_kv_heads);
-  const int64_t tile = item / num_streams / p.num_kv_heads;
+  // Streams fastest, then KV heads, then tiles. There are fewer than 2^32: each has a place in the workspace.
+  const uint32_t item = blockIdx.x * kSelectWarps + warp, num_streams = p.num_streams(), kv_heads = p.num_kv_heads;
+  const int stream = static_cast<int>(item % num_streams), kv_head = static_cast<int>(item / num_streams % kv_heads);
+  const int64_t tile = item / num_streams / kv_heads;
   const int batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
+  wait_for_previous();  // all do: the next kernel waits for this one alone
   if (!row.proportional() || tile >= row.num_tiles) return;
 
   const int group_size = p.group_size;

@@ -37,6 +37,14 @@ struct TileShared {
   float sum[kWarps][kHeadBlock];
 };
 
+// CTAs of a multiprocessor that registers have to have room for: as many as its shared memory holds, 228 KB of sm_90
+// and sm_100 or less than two of the larger rings elsewhere.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int min_tile_ctas(int head_dim) { return head_dim <= 64 ? 2 : 1; }
+#else
+constexpr int min_tile_ctas(int) { return 2; }
+#endif
+
 // What a CTA works on.
 template <typename K>
 struct TileWork {
@@ -44,28 +52,29 @@ struct TileWork {
   int first_head;     // within the group
   int num_heads;      // of this CTA, up to 8
   int64_t first_key;  // of the tile
-  int64_t limit;      // end of the tile's valid keys
+  int num_keys;       // of the tile
   float score_scale;  // beside float8 keys
   KvRows<K> keys;
   KvRows<K> values;  // beside float8 keys: of what p.v_dtype says
 
   int end;  // RowShape::end
 
-  // The logit of a key for query vector first_head + head.
-  __device__ __forceinline__ float logit(const DecodeParams& p, float product, int64_t key, int head) const {
+  // The logit of a key of the tile for query vector first_head + head.
+  __device__ __forceinline__ float logit(const DecodeParams& p, float product, int key, int head) const {
     const float logit = logit_of(product, std::is_same_v<K, Float8> ? score_scale : p.scale_log2);
-    return changes_logits(p) ? attended_logit(p, visible_keys(p, end, first_head + head), key, logit) : logit;
+    return changes_logits(p) ? attended_logit(p, visible_keys(p, end, first_head + head), first_key + key, logit)
+                             : logit;
   }
 };
 
-// Keys of a tile to a slot.
+// Keys of a tile, `first` and on, to a slot.
 template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, const TileWork<K>& work, int64_t first,
+__device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, const TileWork<K>& work, int first,
                                           uint64_t policy, int lane) {
   if constexpr (std::is_same_v<K, Float8>) {
-    load_codes<HEAD_DIM>(slot, work.keys, first, work.limit, p.aligned, policy, lane);
+    load_codes<HEAD_DIM>(slot, work.keys, work.first_key + first, work.num_keys - first, p.aligned, policy, lane);
   } else {
-    load_slot<T, HEAD_DIM>(slot, work.keys, first, work.limit, p.aligned, policy, lane);
+    load_slot<T, HEAD_DIM>(slot, work.keys, work.first_key + first, work.num_keys - first, p.aligned, policy, lane);
   }
 }
 
@@ -77,39 +86,38 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   const int num_slots = tile_kv / (kSlotRows * kWarps);
-  const auto key_of = [&](int i) { return work.first_key + (i * kWarps + warp) * kSlotRows; };
+  const auto key_of = [&](int i) { return (i * kWarps + warp) * kSlotRows; };  // within the tile
   const uint32_t ring = shared_address(&shared.ring[warp][0]);
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
 
-#pragma unroll
-  for (int i = 0; i < kRingSlots - 1; ++i) {
-    if (i < num_slots) load_keys<T, K, HEAD_DIM>(ring + i * kSlotBytes, p, work, key_of(i), policy, lane);
-    cp_async_commit();
-  }
-
-  float* scores_out = p.scores + work.group * p.scores_per_row;
+  float* scores_out = p.scores + work.group * p.scores_per_row + work.first_key * p.group_pitch;
   const int head = work.first_head + 2 * t;
   const bool has_first = 2 * t < work.num_heads, has_second = 2 * t + 1 < work.num_heads;
   SoftmaxState state[2] = {empty_softmax_state(), empty_softmax_state()};
 
-  int slot = 0;
-  for (int i = 0; i < num_slots; ++i) {
-    cp_async_wait<kRingSlots - 2>();
-    __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
+  uint32_t slot = ring, next_slot = ring;
+  // The first turns only fill the ring: code that is there twice has to be fetched twice.
+#pragma unroll 1
+  for (int i = 1 - kRingSlots; i < num_slots; ++i) {
+    if (i >= 0) {
+      cp_async_wait<kRingSlots - 2>();
+      __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
+    }
     const int next = i + kRingSlots - 1;
-    const int next_slot = slot == 0 ? kRingSlots - 1 : slot - 1;
     if (next < num_slots) {
-      load_keys<T, K, HEAD_DIM>(ring + next_slot * kSlotBytes, p, work, key_of(next), policy, lane);
+      load_keys<T, K, HEAD_DIM>(next_slot, p, work, key_of(next), policy, lane);
     }
     cp_async_commit();
+    next_slot = slot_after<kSlotBytes, kRingSlots>(next_slot, ring);
+    if (i < 0) continue;
 
-    if constexpr (std::is_same_v<K, Float8>) expand_codes<T, HEAD_DIM>(ring + slot * kSlotBytes, lane);
+    if constexpr (std::is_same_v<K, Float8>) expand_codes<T, HEAD_DIM>(slot, lane);
     float scores[4];
-    score_slot<T, HEAD_DIM>(scores, ring + slot * kSlotBytes, query, lane);
+    score_slot<T, HEAD_DIM>(scores, slot, query, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t key = key_of(i) + g + half * 8;
-      const bool valid = key < work.limit;
+      const int key = key_of(i) + g + half * 8;
+      const bool valid = key < work.num_keys;
       scores[2 * half] = valid ? work.logit(p, scores[2 * half], key, 2 * t) : -INFINITY;
       scores[2 * half + 1] = valid ? work.logit(p, scores[2 * half + 1], key, 2 * t + 1) : -INFINITY;
       float* out = scores_out + key * p.group_pitch + head;
@@ -126,7 +134,7 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
           state[j].sum * exp2_below(state[j].max, max) + exp2_below(scores[j], max) + exp2_below(scores[2 + j], max);
       state[j].max = max;
     }
-    slot = slot + 1 == kRingSlots ? 0 : slot + 1;
+    slot = slot_after<kSlotBytes, kRingSlots>(slot, ring);
   }
 
 #pragma unroll
@@ -150,14 +158,15 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
                                             uint64_t policy) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
-  const int num_slots = 2 * ceil_div_int(static_cast<int>(work.limit - work.first_key), kSlotRows * kWarps);
-  const auto key_of = [&](int i) { return work.first_key + ((i >> 1) * kWarps + warp) * kSlotRows; };
+  const int num_slots = 2 * ceil_div_int(work.num_keys, kSlotRows * kWarps);
+  const auto key_of = [&](int i) { return ((i >> 1) * kWarps + warp) * kSlotRows; };  // within the tile
   const uint32_t ring = shared_address(&shared.ring[warp][0]);
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
   constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   const auto is_coded = [&](int i) { return kFloat8 && ((i & 1) == 0 || p.v_dtype == Dtype::kFloat8E4M3); };
-  const auto load = [&](int i, int slot) {
+  const auto load = [&](int i, uint32_t slot) {
     if (i < num_slots) {
+      const int first = key_of(i), there = work.num_keys - first;
       KvRows<K> view = work.keys;
       if (i & 1) {
         view.base = work.values.base, view.stride_token = work.values.stride_token;
@@ -165,7 +174,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
       }
       if constexpr (kFloat8) {
         if (is_coded(i)) {
-          load_codes<HEAD_DIM>(ring + slot * kSlotBytes, view, key_of(i), work.limit, p.aligned, policy, lane);
+          load_codes<HEAD_DIM>(slot, view, work.first_key + first, there, p.aligned, policy, lane);
         }
       }
       if (!is_coded(i)) {
@@ -175,25 +184,28 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
                                     view.stride_page,
                                     view.page_shift,
                                     view.first_position};
-        load_slot<T, HEAD_DIM>(ring + slot * kSlotBytes, elements, key_of(i), work.limit, p.aligned, policy, lane);
+        load_slot<T, HEAD_DIM>(slot, elements, work.first_key + first, there, p.aligned, policy, lane);
       }
     }
     cp_async_commit();
   };
-#pragma unroll
-  for (int i = 0; i < kRingSlots - 1; ++i) load(i, i);
-
   float o[HEAD_DIM / 16][4] = {};
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
   uint32_t p_fragment[2] = {0, 0};  // probabilities as B operand: keys x heads
 
-  int slot = 0;
-  for (int i = 0; i < num_slots; ++i) {
-    cp_async_wait<kRingSlots - 2>();
-    __syncwarp();
-    load(i + kRingSlots - 1, slot == 0 ? kRingSlots - 1 : slot - 1);
-    const uint32_t address = ring + slot * kSlotBytes;
-    slot = slot + 1 == kRingSlots ? 0 : slot + 1;
+  uint32_t slot = ring, next_slot = ring;
+  // As in score_tile.
+#pragma unroll 1
+  for (int i = 1 - kRingSlots; i < num_slots; ++i) {
+    if (i >= 0) {
+      cp_async_wait<kRingSlots - 2>();
+      __syncwarp();
+    }
+    load(i + kRingSlots - 1, next_slot);
+    next_slot = slot_after<kSlotBytes, kRingSlots>(next_slot, ring);
+    if (i < 0) continue;
+    const uint32_t address = slot;
+    slot = slot_after<kSlotBytes, kRingSlots>(slot, ring);
     if (is_coded(i)) expand_codes<T, HEAD_DIM>(address, lane);
 
     if ((i & 1) == 0) {
@@ -206,9 +218,9 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
       for (int j = 0; j < 2; ++j) {
         float& low = scores[j];
         float& high = scores[2 + j];
-        const int64_t key = key_of(i) + g;
-        low = key < work.limit ? work.logit(p, low, key, 2 * t + j) : -INFINITY;
-        high = key + 8 < work.limit ? work.logit(p, high, key + 8, 2 * t + j) : -INFINITY;
+        const int key = key_of(i) + g;
+        low = key < work.num_keys ? work.logit(p, low, key, 2 * t + j) : -INFINITY;
+        high = key + 8 < work.num_keys ? work.logit(p, high, key + 8, 2 * t + j) : -INFINITY;
         const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high)));
         factor[j] = exp2_below(max[j], new_max);
         rescale |= factor[j] != 1.0f;
@@ -291,7 +303,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   work.first_head = head_block * kHeadBlock;
   work.num_heads = min(kHeadBlock, p.group_size - work.first_head);
   work.first_key = static_cast<int64_t>(tile) * row.tile_kv;
-  work.limit = min(work.first_key + row.tile_kv, static_cast<int64_t>(row.kv_len));
+  work.num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - work.first_key));
   work.score_scale = score_scale_of<K>(p, kv_head);
   work.end = row.end();
   work.keys = key_rows<K>(p, batch_index, kv_head, row.kv_start);
@@ -343,7 +355,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
 // for all. Beside rows in one pass it starts before their kernel has ended, and ends after it: who waits for this
 // kernel has waited for both.
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, 2)
+__global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, min_tile_ctas(HEAD_DIM))
     tile_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(512) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/softmax_state.h"
+#include "cuda/common/ptx.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/prefill/choose.cuh"
 #include "select_params.h"
@@ -17,7 +18,7 @@ constexpr int kStatsThreads = 256;
 __global__ void __launch_bounds__(kExpandWarps * 32)
     expand_kernel(const __grid_constant__ SampleSelectParams p, int num_heads) {
   const int lane = threadIdx.x & 31, nk = p.nk;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kExpandWarps + (threadIdx.x >> 5);
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kExpandWarps + warp_index();
   if (item >= static_cast<int64_t>(num_heads) * p.nq) return;
   const int head = static_cast<int>(item / p.nq), diagonal = static_cast<int>(item % p.nq) + p.offset;
   const uint8_t* columns = p.chosen + static_cast<int64_t>(head) * 2 * nk;

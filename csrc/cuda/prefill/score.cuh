@@ -140,16 +140,17 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
   constexpr uint32_t kStageBytes = sizeof(shared.keys[0]);
   constexpr uint32_t kSlotBytes = kStageBytes / kScoreWarps;
   const int num_stages = (end_block - first_block) * kStagesPerBlock;
-  const auto load = [&](int stage, int slot) {
+  const uint32_t own_ring = ring + warp * kSlotBytes;  // what the warp fills
+  const auto load = [&](int stage, uint32_t slot) {
     if (stage < num_stages) {
       const KvRows<T> keys = {first_key, p.stride_k_token};
-      load_slot<T, HEAD_DIM>(ring + slot * kStageBytes + warp * kSlotBytes, keys, stage * kStageKeys + warp * kSlotRows,
-                             num_keys, p.aligned, evict_normal_policy(), lane);
+      const int first = stage * kStageKeys + warp * kSlotRows;
+      load_slot<T, HEAD_DIM>(slot, keys, first, num_keys - first, p.aligned, evict_normal_policy(), lane);
     }
     cp_async_commit();
   };
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load(stage, stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) load(stage, own_ring + stage * kStageBytes);
 
   // query[m][h]: rows 16 m + 8 h + g of the warp's. Rows past the end of the prompt are zeros and count for nothing.
   uint4 query[2][2][HEAD_DIM / 32];
@@ -172,23 +173,24 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
       p.block_lse + ((static_cast<int64_t>(local_head) * p.num_chunks + chunk) * p.nk + first_block) * kSelectBlock;
   const int diagonal_stage = (diagonal - first_block) * kStagesPerBlock;
   RowStates states;
-  int slot = 0;
+  uint32_t slot = ring, next_slot = own_ring + (kStages - 1) * kStageBytes;
 #pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // every warp's part of the stage is there, and all are done with the one filled next
-    load(stage + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+    load(stage + kStages - 1, next_slot);
+    next_slot = slot_after<kStageBytes, kStages>(next_slot, own_ring);
     if (stage % kStagesPerBlock == 0) states = empty_states();
 #pragma unroll 1
     for (int tile = 0; tile < kStageKeys / kTileKeys; ++tile) {
-      const uint32_t tile_keys = ring + slot * kStageBytes + tile * (kStageBytes / kStageKeys * kTileKeys);
+      const uint32_t tile_keys = slot + tile * (kStageBytes / kStageKeys * kTileKeys);
       const int tile_start = (stage - diagonal_stage) * kStageKeys + tile * kTileKeys;  // in the diagonal block
       ScoreTile score;
       multiply<T, HEAD_DIM>(score, query, tile_keys, lane);
       scale_and_mask(score, p.scale_log2, warp * 32 - tile_start, stage >= diagonal_stage);
       accumulate(states, score);
     }
-    slot = slot + 1 == kStages ? 0 : slot + 1;
+    slot = slot_after<kStageBytes, kStages>(slot, ring);
     if (stage % kStagesPerBlock != kStagesPerBlock - 1) continue;
 
     // Of a row's four lanes, each writes the result of one of their four rows.

@@ -1,7 +1,9 @@
-"""Prints what each kernel uses, and fails if one spills: python tools/check_spills.py LIBRARY [ARCH...]
+"""Prints what each kernel uses, and fails if one spills or is broken: python tools/check_kernels.py LIBRARY [ARCH...]
 
-A kernel may use neither stack nor local memory on the given architectures (default: sm_89 and sm_90). Read with
-cuobjdump, from PATH or from the nvidia-cuda-cuobjdump package.
+A kernel may use neither stack nor local memory on the given architectures (default: sm_89 and sm_90), and on none may
+it have a copy to shared memory at an address that nothing computes: ptxas 13.0 makes those where it would have to name
+a uniform register from UR16 on, and a GPU stops at them with an illegal instruction. Read with cuobjdump, from PATH or
+from the nvidia-cuda-cuobjdump package.
 """
 
 from __future__ import annotations
@@ -58,6 +60,20 @@ def usages(library: Path) -> list[Usage]:
     return found
 
 
+def broken_copies(library: Path) -> dict[tuple[str, str], int]:
+    """How many copies of a kernel, by architecture and name, are relative to UR0 where nothing ever sets it."""
+    text = subprocess.check_output([find_cuobjdump(), "--dump-sass", library], text=True)
+    found, arch = {}, ""
+    for part in re.split(r"(?=Function : |^arch = )", text, flags=re.MULTILINE):
+        if match := re.match(r"arch = (\S+)", part):
+            arch = match[1]
+        elif match := re.match(r"Function : (\S+)", part):
+            copies = len(re.findall(r"LDGSTS\S* \[R\d+\+UR0\b", part))
+            if copies and not re.search(r"^\s*/\*\w+\*/\s+(@\S+ )?U?[A-Z0-9.]+ (UP\w+, )*UR0\b", part, re.MULTILINE):
+                found[arch, kernel_name(match[1])] = copies
+    return found
+
+
 def main() -> int:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
@@ -74,7 +90,10 @@ def main() -> int:
         )
     spilling = sum(map(spills, checked))
     print(f"{len(checked)} kernels, {spilling} of them spill")
-    return int(spilling > 0)
+    broken = broken_copies(Path(sys.argv[1]))
+    for (arch, kernel), copies in sorted(broken.items()):
+        print(f"{arch} {kernel}: {copies} copies are no instructions")
+    return int(spilling > 0 or bool(broken))
 
 
 if __name__ == "__main__":
