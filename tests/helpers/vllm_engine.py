@@ -17,8 +17,8 @@ from vllm import LLM, SamplingParams
 from helpers.models import VOCAB, make_model
 
 MAX_LEN = 1024
-# Where the best token leads by less, rounding may choose the other: of logits of order 10, float16 has 8 bits behind the
-# point.
+# Where the best token leads by less, rounding may choose the other: logits of order 10 have 7 bits behind the
+# point in float16.
 NEAR_TIE = 0.05
 
 
