@@ -61,7 +61,7 @@ def dense(model: str) -> dict[str, list[Any]]:
 
 
 def test_as_it_is_installed(model: str, dense: dict[str, list[Any]]) -> None:
-    """Compiled, with full and piecewise graphs: mixed batches in chunks, then the same prompts from the prefix cache."""
+    """Compiled, with full and piecewise graphs: mixed batches in chunks, then the same from the prefix cache."""
     sizes = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     with engine(model, santa=EXACT, enforce_eager=False, compilation_config=sizes) as llm:
         check_same_tokens(generate(llm, PROMPTS, NEW_TOKENS), dense["prompts"])
