@@ -3,12 +3,12 @@
     python bench/bench_vllm.py --json out/vllm.json
     python bench/bench_vllm.py --caches fp8 --shapes 8x32768 --engines dense santa exact
 
-The model has the shape of Llama 3.1 8B and dummy weights, in bfloat16. Engines have vLLM's defaults, so decode steps are
+The model has the shape of Llama 3.1 8B and dummy weights, in bfloat16. Engines have vLLM's defaults: decode steps are
 full CUDA graphs. They run one after the other, each in a process of its own.
 
 Prompts are not prefilled, which would take minutes: a KV connector (vllm_random_cache.py) fills the whole cache with
-N(0, 1) and says that all but the last token of each prompt are computed. Every request has blocks of its own: nothing is
-shared, and no step finds its keys in the L2. Decode steps do what they would after a prefill. With dummy weights and
+N(0, 1) and says that all but the last token of each prompt are computed. Every request has blocks of its own: nothing
+is shared, and no step finds its keys in the L2. Decode steps do what they would after a prefill. With dummy weights and
 random keys softmax is almost uniform, so santa reads about as many different rows of V as it can.
 
 * ms per step: the median time between a step's tokens and the next step's, while all requests are running.
