@@ -1,7 +1,7 @@
 """As much of vLLM as its FlashAttention backend shows to santa's, on the CPU: for tests of the layer and the builder.
 
-The parent's attention is exact attention in plain PyTorch. tests/integrations/test_vllm_interface.py holds the names and
-signatures against vLLM's own.
+The parent's attention is exact attention in plain PyTorch. tests/integrations/test_vllm_interface.py holds the names
+and signatures against vLLM's own.
 """
 
 from __future__ import annotations

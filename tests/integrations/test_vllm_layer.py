@@ -163,7 +163,7 @@ def test_a_captured_step_holds_for_later_ones(monkeypatch: pytest.MonkeyPatch) -
     step.seq_lens.copy_(torch.tensor([150, 150, 0, 0]))
     step.block_table_tensor[1].copy_(step.block_table_tensor[0])
     step.block_table_tensor[2:] = 0
-    now = builder.build(0, step)
+    now = builder.build(0, step.replace(max_seq_len=150))
     assert captured.decode.row_seeds.data_ptr() == now.decode.row_seeds.data_ptr()
     assert captured.decode.row_seeds.tolist() == [11, -5, 0, 0]
     query = torch.randn(1, HEADS, DIM).bfloat16().expand(4, -1, -1)
