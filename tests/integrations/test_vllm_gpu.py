@@ -6,6 +6,7 @@ vLLM has to be installed; tests/integrations/test_vllm.py and test_vllm_interfac
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ pytest.importorskip("vllm", minversion="0.25", reason="needs vLLM >= 0.25: pip i
 pytest.importorskip("transformers", minversion="5.4.0")
 
 from helpers.vllm_engine import (
+    NEAR_TIE,
     best_logprobs,
     check_same_tokens,
     engine,
@@ -31,6 +33,8 @@ from helpers.vllm_engine import (
     save_model,
 )
 
+from santa.integrations.vllm.requests import StepRows
+
 pytestmark = pytest.mark.gpu
 
 EXACT = {"num_samples": 0}
@@ -39,8 +43,6 @@ SAMPLED = {"num_samples": 4, "min_context": 64}
 PROMPTS = make_prompts([3, 17, 64, 129, 250, 333, 500, 700])
 NEW_TOKENS = [40, 8, 24, 31, 16, 40, 12, 28]
 CROWD = make_prompts([200, 201, 202, 203], seed=1)
-# Of log-probabilities that only rounding tells apart.
-NEAR = 0.02
 REPETITIVE = [[5, 6, 7, 8] * 30, *make_prompts([90], seed=2), ([9] * 7 + [11]) * 12]
 
 
@@ -84,7 +86,8 @@ def test_eager_with_blocks_of(block_size: int, model: str, dense: dict[str, list
 
 def test_preempted_requests(model: str, dense: dict[str, list[Any]]) -> None:
     """Blocks for 992 tokens; four requests come to 1,046."""
-    with engine(model, santa=EXACT, num_gpu_blocks_override=63, disable_log_stats=False) as llm:
+    stats = {"disable_log_stats": False}
+    with engine(model, santa=EXACT, max_model_len=512, num_gpu_blocks_override=63, **stats) as llm:
         check_same_tokens(generate(llm, CROWD, 60), dense["crowd"])
         assert metric(llm, "num_preemptions") > 0
 
@@ -97,13 +100,21 @@ def test_speculated_tokens_are_verified(model: str, dense: dict[str, list[Any]])
         assert metric(llm, "spec_decode_num_draft_tokens") > 0
 
 
-def test_windows_and_soft_caps(tmp_path: Path) -> None:
-    """Gemma 2: every other layer has a window, and all cap their logits."""
-    path = save_model(tmp_path, "gemma2", sliding_window=48)
+def test_windows(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "mistral", sliding_window=48)
     with engine(path) as llm:
         expected = generate(llm, PROMPTS, NEW_TOKENS)
     with engine(path, santa=EXACT, graphs=True) as llm:
         check_same_tokens(generate(llm, PROMPTS, NEW_TOKENS), expected)
+
+
+def test_windows_in_some_layers_and_soft_caps(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "gemma2", sliding_window=48)
+    options = {"dtype": "bfloat16"}  # vLLM refuses float16 for Gemma 2
+    with engine(path, **options) as llm:
+        expected = generate(llm, PROMPTS, NEW_TOKENS)
+    with engine(path, santa=EXACT, graphs=True, **options) as llm:
+        check_same_tokens(generate(llm, PROMPTS, NEW_TOKENS), expected, least_share=0.4, near_tie=8 * NEAR_TIE)
 
 
 def test_float8_cache(model: str) -> None:
@@ -140,10 +151,11 @@ def test_sampled_requests_replay(runner: str, model: str, dense: dict[str, list[
         assert pair[0].logprobs[1] != pair[1].logprobs[1]
         assert [x.token_ids for x in generate(llm, [prompt, prompt], 12)] == [x.token_ids for x in pair]
 
-        # In another batch the matrix products may round otherwise, but the draws are the same.
-        batch = generate(llm, [*PROMPTS[:3], prompt], 12)
-        check_same_tokens(batch[3:], [first], least_share=0.2)
-        assert abs(best_logprobs(batch[3])[1] - best_logprobs(first)[1]) < NEAR
+        # In another batch the matrix products may round otherwise, and the row seed is the same.
+        generate(llm, [prompt], 12)
+        alone = StepRows.row_seeds
+        generate(llm, [*PROMPTS[:3], prompt], [4, 4, 4, 12])
+        assert StepRows.row_seeds == alone and len(alone) == 1 and alone[0] != 0
 
         seeded = generate(llm, [prompt, prompt], 12, seeds=[1, 2])
         swapped = generate(llm, [prompt, prompt], 12, seeds=[2, 1])
@@ -177,10 +189,12 @@ def test_heads_of_80_are_refused(tmp_path: Path) -> None:
 def test_two_gpus_draw_as_one(model: str, dense: dict[str, list[Any]]) -> None:
     with engine(model, santa=EXACT, tensor_parallel_size=2, graphs=True) as llm:
         check_same_tokens(generate(llm, PROMPTS, NEW_TOKENS), dense["prompts"])
-    with engine(model, santa=SAMPLED) as llm:
-        one = generate(llm, PROMPTS[3:], 8)
-    with engine(model, santa=SAMPLED, tensor_parallel_size=2) as llm:
-        two = generate(llm, PROMPTS[3:], 8)
-    # Other draws would move the second token's logits by more than rounding does.
-    close = [abs(best_logprobs(a)[1] - best_logprobs(b)[1]) < NEAR for a, b in zip(one, two, strict=True)]
-    assert sum(close) >= len(close) - 1
+    seconds = []
+    for settings, gpus in (({}, 1), ({}, 2), ({"seed": 1000}, 1)):
+        with engine(model, santa=SAMPLED | settings, tensor_parallel_size=gpus) as llm:
+            seconds.append([best_logprobs(output)[1] for output in generate(llm, PROMPTS[3:], 2)])
+    one, two, other = seconds
+    # Rounding moves the first sampled step by less than other draws do.
+    near = statistics.median(abs(a - b) for a, b in zip(one, two, strict=True))
+    far = statistics.median(abs(a - b) for a, b in zip(one, other, strict=True))
+    assert near < far / 4

@@ -111,7 +111,10 @@ MIXED = ([50, 131, 7, 90, 33], [1, 1, 1, 40, 33])
 def test_exact_steps(monkeypatch: pytest.MonkeyPatch, layout: str, lens: list[int], new_tokens: list[int]) -> None:
     package = load(monkeypatch, EXACT)
     impl, cache, step = make_impl(package), make_cache(layout), make_step(lens, new_tokens)
-    metadata = make_builder(package).build(0, step)
+    builder = make_builder(package)
+    assert builder._cudagraph_support is vllm_stub.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert builder.reorder_batch_threshold == 1 and not builder.supports_update_block_table
+    metadata = builder.build(0, step)
     assert metadata.num_decodes == sum(n == 1 for n in new_tokens)
     assert (metadata.decode is None) == (1 not in new_tokens)
     assert (metadata.prefill is None) == (max(new_tokens) == 1)
