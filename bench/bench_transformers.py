@@ -3,12 +3,12 @@
     python bench/bench_transformers.py --json out/transformers.json
     python bench/bench_transformers.py --device cpu --quick
 
-The model has the shape of Llama 3.1 8B and random weights, in bfloat16. The static cache holds N(0, 1) from the start, so
-that `generate` computes new tokens alone, with the decode step that it compiles. ms per step is the difference between
-calls with many and with few new tokens, over the difference of the tokens: the median of --repeats.
+The model has the shape of Llama 3.1 8B and random weights, in bfloat16. The static cache holds N(0, 1) from the start:
+`generate` computes new tokens alone, with the decode step that it compiles. ms per step is the difference between calls
+with many and with few new tokens, over the difference of the tokens: the median of --repeats.
 
-attention, matrix products and rest are kernel times of a step by torch.profiler, in a call of their own. What is left of
-the step is idle: the GPU waits for the host.
+attention, matrix products and rest are kernel times of a step by torch.profiler, in a call of their own. What is left
+of the step is idle: the GPU waits for the host.
 """
 
 from __future__ import annotations
