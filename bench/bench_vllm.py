@@ -3,8 +3,8 @@
     python bench/bench_vllm.py --json out/vllm.json
     python bench/bench_vllm.py --caches fp8 --shapes 8x32768 --engines dense santa exact
 
-The model has the shape of Llama 3.1 8B and dummy weights, in bfloat16. Engines have vLLM's defaults: decode steps are
-full CUDA graphs. They run one after the other, each in a process of its own.
+The model has the shape of Llama 3.1 8B and dummy weights, in bfloat16. Engines have vLLM's defaults, but for room for
+16 requests and CUDA graphs of the batches alone: decode steps are full graphs. They run one after the other, each in a process of its own.
 
 Prompts are not prefilled, which would take minutes: a KV connector (vllm_random_cache.py) fills the whole cache with
 N(0, 1) and says that all but the last token of each prompt are computed. Every request has blocks of its own: nothing
@@ -189,7 +189,7 @@ def run_one(a: argparse.Namespace) -> None:
         for shape in a.shapes:
             batch, context = sizes_of(shape)
             fitting = min(batch, room // (context + 32))
-            if 1 < fitting < batch:
+            if 4 < fitting < batch:
                 fitting -= fitting % 2  # the same for engines that leave a little more or less
             if fitting == 0:
                 say(shape=shape, batch=0)

@@ -17,7 +17,7 @@ import santa
 from santa.integrations.vllm.cache import LayerCache, layer_cache
 from santa.integrations.vllm.decode import DecodeLayer, DecodeRows
 from santa.integrations.vllm.requests import RequestStreams, StepRows, watch_runner
-from santa.integrations.vllm.settings import check_engine, first_kv_head, layer_index, settings_of
+from santa.integrations.vllm.settings import check_engine, describe, first_kv_head, layer_index, settings_of
 
 # Settings -------------------------------------------------------------------------------------------
 
@@ -31,6 +31,11 @@ def test_settings_are_those_of_santa_config() -> None:
     fields = {"num_samples": 64, "sampler": "systematic", "budget": "uniform", "seed": 7, "layers": [1, 0]}
     assert settings_of({"santa": fields, "gdn_prefill_backend": "auto"}) == santa.SantaConfig(**fields)
     assert settings_of({"santa": {"min_context": 100}}).min_sampled_len == 100
+
+
+def test_settings_are_described() -> None:
+    text = describe(settings_of({"santa": {"num_samples": 64, "budget": "uniform", "layers": [1]}}))
+    assert text == "budget uniform, layers (1,), min_sampled_len none, num_samples 64, sampler grouped, seed 0"
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"santa": {}}, {"gdn_prefill_backend": "auto"}])
@@ -77,6 +82,12 @@ def test_engine() -> None:
     assert check_engine(make_engine({"layers": [0, 3]})).layers == (0, 3)
     with pytest.raises(ValueError, match=r"layers has \[4, 9\]; it needs to name layers of the model, 0 to 3"):
         check_engine(make_engine({"layers": [0, 4, 9]}))
+
+
+def test_layers_are_not_about_a_draft_model() -> None:
+    config = make_engine({"layers": [9]})
+    config.speculative_config = SimpleNamespace(draft_model_config=config.model_config)
+    assert check_engine(config).layers == (9,)
 
 
 @pytest.mark.parametrize(

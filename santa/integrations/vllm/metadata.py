@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from .compat import watch_runners
 from .decode import DecodeRows
 from .requests import StepRows
-from .settings import NAMES, check_engine
+from .settings import check_engine, describe
 
 logger = logging.getLogger("vllm.santa")
 
@@ -70,8 +70,7 @@ class SantaMetadataBuilder(FlashAttentionMetadataBuilder):
         self._row_seeds = torch.zeros(max_rows(vllm_config), dtype=torch.int64, device=device)
         self._written: tuple[int, ...] = ()
         watch_runners()
-        used = ", ".join(f"{name} {getattr(settings, name)}" for name in NAMES if name != "min_context")
-        logger.info("santa: %d attention layers decode with %s", len(layer_names), used)
+        logger.info("santa: %d attention layers decode with %s", len(layer_names), describe(settings))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any

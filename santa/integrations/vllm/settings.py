@@ -73,10 +73,19 @@ def check_engine(config: Any) -> SantaConfig:
             raise ValueError(f"santa: {name} is {got}; the backend needs it to be {wanted}")
     if getattr(model, "rswa_window", None) is not None:
         raise ValueError(f"santa: rswa_window is {model.rswa_window}; the backend needs a model without one")
+    speculative = getattr(config, "speculative_config", None)
+    if speculative is not None and model is getattr(speculative, "draft_model_config", None):
+        return settings  # `layers` is about the model that it drafts for
     num_layers = model.get_total_num_hidden_layers()
     if unknown := [i for i in settings.layers or () if i >= num_layers]:
         raise ValueError(f"santa: layers has {unknown}; it needs to name layers of the model, 0 to {num_layers - 1}")
     return settings
+
+
+def describe(settings: SantaConfig) -> str:
+    """The settings that the backend has, as its log says them."""
+    values = {name: getattr(settings, name) for name in NAMES if name != "min_context"}
+    return ", ".join(f"{name} {getattr(value, 'name', str(value)).lower()}" for name, value in values.items())
 
 
 def layer_index(layer_name: str) -> int:
