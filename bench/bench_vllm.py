@@ -3,8 +3,9 @@
     python bench/bench_vllm.py --json out/vllm.json
     python bench/bench_vllm.py --caches fp8 --shapes 8x32768 --engines dense santa exact
 
-The model has the shape of Llama 3.1 8B and dummy weights, in bfloat16. Engines have vLLM's defaults, but for room for
-16 requests and CUDA graphs of the batches alone: decode steps are full graphs. They run one after the other, each in a process of its own.
+The model has the shape of Llama 3.1 8B and dummy weights, in bfloat16. Engines have vLLM's defaults, but room for 16
+requests and CUDA graphs of the batches alone; decode steps are full graphs. They run one after the other, each in a
+process of its own.
 
 Prompts are not prefilled, which would take minutes: a KV connector (vllm_random_cache.py) fills the whole cache with
 N(0, 1) and says that all but the last token of each prompt are computed. Every request has blocks of its own: nothing
