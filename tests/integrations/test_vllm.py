@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 import santa
+from santa.integrations import vllm as vllm_package
 from santa.integrations.vllm.cache import LayerCache, layer_cache
 from santa.integrations.vllm.decode import DecodeLayer, DecodeRows
 from santa.integrations.vllm.requests import RequestStreams, StepRows, watch_runner
@@ -375,6 +379,15 @@ def test_claiming_memory_runs(dtype: torch.dtype) -> None:
     layer.claim_memory(torch.randn(3, HEADS * GROUP, DIM).bfloat16(), HEADS, dtype, rows=5, max_kv_len=20000)
 
 
+def test_the_entry_point_is_register() -> None:
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    line = re.search(r'\[project.entry-points."vllm.general_plugins"\]\nsanta = "(.*):(.*)"', text)
+    assert line is not None
+    assert callable(getattr(importlib.import_module(line[1]), line[2]))
+    name, backend = vllm_package.BACKEND_PATH.rsplit(".", 1)
+    assert f"class {backend}(" in (Path(vllm_package.__file__).parent / f"{name.rsplit('.', 1)[1]}.py").read_text()
+
+
 def test_register_leaves_a_name_that_is_taken(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     taken: dict[str, str] = {}
 
@@ -391,12 +404,10 @@ def test_register_leaves_a_name_that_is_taken(monkeypatch: pytest.MonkeyPatch, c
     registry.AttentionBackendEnum = SimpleNamespace(CUSTOM=Custom)
     registry.register_backend = lambda _, path: taken.update(path=path)
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", registry)
-    from santa.integrations import vllm as integration
-
-    integration.register()
-    integration.register()
-    assert taken == {"path": integration.BACKEND_PATH} and not caplog.records
+    vllm_package.register()
+    vllm_package.register()
+    assert taken == {"path": vllm_package.BACKEND_PATH} and not caplog.records
     taken["path"] = "other.Backend"
-    integration.register()
+    vllm_package.register()
     assert taken == {"path": "other.Backend"}
     assert "CUSTOM is already other.Backend" in caplog.text

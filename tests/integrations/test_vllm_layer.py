@@ -13,6 +13,7 @@ from helpers import vllm_stub
 from helpers.vllm_stub import Common, layer_rows, make_config, reference
 from torch import Tensor
 
+from santa.integrations.vllm.decode import DecodeLayer
 from santa.integrations.vllm.requests import StepRows
 
 HEADS, KV_HEADS, DIM, BLOCK, BLOCKS = 8, 2, 64, 16, 100
@@ -150,8 +151,18 @@ def test_float8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_measurement_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     impl = make_impl(load(monkeypatch, {"num_samples": 8}))
-    _, output = run(impl, make_layer(), torch.empty(0), None, 5)
-    assert torch.equal(output, torch.zeros_like(output))
+    rows: list[int] = []
+    original = DecodeLayer.run
+
+    def spy(self: DecodeLayer, out: Tensor, *rest: Any) -> None:
+        rows.append(len(out))
+        original(self, out, *rest)
+
+    monkeypatch.setattr(DecodeLayer, "run", spy)
+    for tokens in (5, 20):
+        _, output = run(impl, make_layer(), torch.empty(0), None, tokens)
+        assert torch.equal(output, torch.zeros_like(output))
+    assert rows == [8]  # max_num_seqs is 6, and graphs are padded to 8
 
 
 def test_a_captured_step_holds_for_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,9 @@ class SantaImpl(FlashAttentionImpl):
         if self._layer is None:
             self._set_up(layer, query)
         if attn_metadata is None:
-            self._layer.claim_memory(query, self.num_kv_heads, self._cache_dtype, self._max_rows, self._max_kv_len)
+            # With as many tokens as there can be it is the measurement; ranks without work run a few as well.
+            if query.shape[0] >= self._max_rows:
+                self._layer.claim_memory(query, self.num_kv_heads, self._cache_dtype, self._max_rows, self._max_kv_len)
             return output.fill_(0)
         rows = attn_metadata.num_decodes
         if attn_metadata.decode is not None:
