@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-_INTEGRATIONS = ("transformers",)
+_INTEGRATIONS = ("transformers", "vllm")
 
 
 def __getattr__(name: str) -> ModuleType:
