@@ -261,6 +261,16 @@ inline void check_shards(const DecodeArguments& a) {
   }
 }
 
+// The pilot's estimates, which only one budget asks for.
+inline void check_levels(const DecodeArguments& a) {
+  if (!a.levels || a.num_samples == 0) return;
+  const Budget budget = budget_of(a);
+  if (budget != Budget::kStreaming) {
+    fail("levels is given with budget='", budget == Budget::kUniform ? "uniform" : "proportional",
+         "', which has no use for them; it needs budget='streaming'");
+  }
+}
+
 // How rows find their pages.
 inline void check_pages(const DecodeArguments& a) {
   const int64_t page_size = a.k.size(a.token_axis());
@@ -337,6 +347,7 @@ inline void check_decode(const DecodeArguments& a) {
   if (a.paged) check_pages(a);
   check_options(a, num_kv_heads);
   check_shards(a);
+  check_levels(a);
   if (a.k_scale) check_scale("k_scale", *a.k_scale, k_name, a.k, a.q, num_kv_heads);
   if (a.v_scale) check_scale("v_scale", *a.v_scale, v_name, a.v, a.q, num_kv_heads);
 }

@@ -157,6 +157,17 @@ def part_cases() -> list[Case]:
             r"santa: whole_lens is given with budget='proportional'; it needs budget='streaming' or 'uniform'",
         ),
         Case(
+            "levels, uniform",
+            changed(budget=1),
+            r"santa: levels is given with budget='uniform', which has no use for them; it needs budget='streaming'",
+        ),
+        Case(
+            "levels of whole rows, proportional",
+            changed("whole_lens", "shard_starts", budget=0),
+            r"santa: levels is given with budget='proportional', which has no use for them; "
+            r"it needs budget='streaming'",
+        ),
+        Case(
             "whole_lens without levels",
             changed("levels"),
             r"santa: whole_lens is given without levels, which budget='streaming' needs to be the same for all shards",

@@ -6,6 +6,7 @@ Everything that is not a row's key is NaN and every entry that is not a row's pa
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -304,6 +305,9 @@ class GraphStep:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1", reason="a capture needs the caching allocator"
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_cuda_graph_follows_lengths_and_pages(form, options):
     """Results of a replay are those of an eager call on what the tensors hold by then; a longer row draws fresh

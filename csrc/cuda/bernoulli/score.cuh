@@ -132,14 +132,13 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
   const bool aligned = p.aligned_keys && row.kv_start % kThreadKeys == 0;
   const uint64_t policy = p.num_blocks == 1 ? evict_first_policy() : evict_normal_policy();
   const uint32_t places = shared_address(&shared.ring[0][0][threadIdx.x]);
-  constexpr uint32_t kPlaceBytes = kScoreThreads * 16;
+  constexpr uint32_t kPlaceBytes = kScoreThreads * 16, kStageBytes = kScoreFeatures * kPlaceBytes;
   // What a last stage lacks stays what it is in the ring: its weights are 0.
   const bool whole = aligned && first_key + kScoreKeys <= row.kv_len;
-  const auto load_stage = [&](int stage) {
+  const auto load_stage = [&](int stage, uint32_t place) {
     if (stage < num_stages) {
       const short4 listed = *reinterpret_cast<const short4*>(shared.features + stage * kScoreFeatures);
       const int features[kScoreFeatures] = {listed.x, listed.y, listed.z, listed.w};
-      const uint32_t place = places + stage % kScoreStages * kScoreFeatures * kPlaceBytes;
       const int count = num_features - stage * kScoreFeatures;
       if (whole) {
 #pragma unroll
@@ -161,16 +160,18 @@ __global__ void __launch_bounds__(kScoreThreads, score_ctas_per_sm(HEADS))
 
   float acc[HEADS][kThreadKeys] = {};
 #pragma unroll
-  for (int stage = 0; stage < kScoreStages - 1; ++stage) load_stage(stage);
+  for (int stage = 0; stage < kScoreStages - 1; ++stage) load_stage(stage, places + stage * kStageBytes);
+  uint32_t slot = places, next_slot = places + (kScoreStages - 1) * kStageBytes;
 #pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage) {
     cp_async_wait<kScoreStages - 2>();
-    load_stage(stage + kScoreStages - 1);
+    load_stage(stage + kScoreStages - 1, next_slot);
+    next_slot = slot_after<kStageBytes, kScoreStages>(next_slot, places);
 #pragma unroll
     for (int u = 0; u < kScoreFeatures; ++u) {
-      const uint32_t place = places + (stage % kScoreStages * kScoreFeatures + u) * kPlaceBytes;
-      add_feature<T, HEADS>(acc, load_shared_16(place), shared.weights[stage * kScoreFeatures + u]);
+      add_feature<T, HEADS>(acc, load_shared_16(slot + u * kPlaceBytes), shared.weights[stage * kScoreFeatures + u]);
     }
+    slot = slot_after<kStageBytes, kScoreStages>(slot, places);
   }
   cp_async_wait<0>();
   __syncthreads();  // the scores take the ring's place

@@ -81,6 +81,15 @@ __device__ __forceinline__ void cp_async_wait_but(int pending) {
   }
 }
 
+// The slot after `slot` in a ring. Slots are known by their addresses, which start from one that is not the same in all
+// lanes to the compiler (threadIdx.x, not warp_index()): of a uniform number of a slot it would make a uniform register
+// that is added to the lane's, and ptxas 13.0 makes copies to such a sum that are no instructions, if that register is
+// UR16 or higher. tools/check_kernels.py looks for them.
+template <int SLOT_BYTES, int NUM_SLOTS>
+__device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
+  return slot + SLOT_BYTES == ring + NUM_SLOTS * SLOT_BYTES ? ring : slot + SLOT_BYTES;
+}
+
 // A pair to shared memory, if `there`, without a branch around it.
 __device__ __forceinline__ void store_shared_pair_if(bool there, uint32_t address, float first, float second) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1, %2};}" ::"r"(address), "f"(first),

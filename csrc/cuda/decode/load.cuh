@@ -109,15 +109,6 @@ __device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk) {
   }
 }
 
-// The slot after `slot` in a ring. Slots are known by their addresses, which start from one that is not the same in all
-// lanes to the compiler (threadIdx.x, not warp_index()): of a uniform number of a slot it would make a uniform register
-// that is added to the lane's, and ptxas 13.0 makes copies to such a sum that are no instructions, if that register is
-// UR16 or higher. tools/check_kernels.py looks for them.
-template <int SLOT_BYTES, int NUM_SLOTS>
-__device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
-  return slot + SLOT_BYTES == ring + NUM_SLOTS * SLOT_BYTES ? ring : slot + SLOT_BYTES;
-}
-
 // Starts the copy of the rows row_of(0) to row_of(num_rows - 1) to a slot of ROWS; zeros for the others, which are not
 // read. Rows that are not aligned to 16 bytes are copied element by element. All lanes call row_of at once.
 template <typename K, int HEAD_DIM, int ROWS, typename RowOf>
