@@ -31,7 +31,7 @@ constexpr int max_key_warps(bool float8, int head_dim) { return float8 && head_d
 
 // What __launch_bounds__ is told of threads: more than there are where that leaves them registers enough, 128 with two
 // CTAs on a multiprocessor, for then there is room for one of the next kernel's CTAs beside them. It is set up before
-// they end, which is worth a microsecond.
+// they end, which shows in single rows.
 constexpr int bound_threads(int score_warps, int head_dim) {
   return head_dim <= 128 ? 256 : (score_warps + kGatherWarps) * 32;
 }
