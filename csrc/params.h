@@ -321,6 +321,14 @@ SANTA_HD const T* first_row(const void* data, int batch_index, int kv_head, int 
   return static_cast<const T*>(data) + batch_index * stride_batch + kv_head * stride_head + kv_start * stride_token;
 }
 
+// Of one that is, with the row's list of pages.
+template <typename T>
+SANTA_HD KvRows<T> paged_rows(const DecodeParams& p, const void* data, const int32_t* pages, int kv_head, int kv_start,
+                              int64_t stride_page, int64_t stride_token, int64_t stride_head) {
+  return {
+      static_cast<const T*>(data) + kv_head * stride_head, stride_token, pages, stride_page, p.page_shift, kv_start};
+}
+
 // T: of the elements, or of bytes, with strides in bytes.
 template <typename T>
 SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int batch_index, int kv_head, int kv_start,
@@ -334,8 +342,7 @@ SANTA_HD KvRows<T> make_kv_rows(const DecodeParams& p, const void* data, int bat
             0};
   }
   const int64_t pages = p.has_lists ? p.kv_indptr[batch_index] : batch_index * p.stride_page_table;
-  const T* base = static_cast<const T*>(data) + kv_head * stride_head;
-  return {base, stride_token, p.page_table + pages, stride_batch, p.page_shift, kv_start};
+  return paged_rows<T>(p, data, p.page_table + pages, kv_head, kv_start, stride_batch, stride_token, stride_head);
 }
 
 template <typename T>

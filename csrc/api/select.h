@@ -2,7 +2,7 @@
 // one pass. They exist so that tests can show that both backends draw the same rows.
 #pragma once
 
-#include "api/decode.h"
+#include "api/decode_checks.h"
 #include "core/draw.h"
 #include "core/samplers.h"
 

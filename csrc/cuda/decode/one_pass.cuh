@@ -46,12 +46,8 @@ struct KeyScorer {
   }
   __device__ __forceinline__ KvRows<K> rows() const {
     if (!p.paged) return {static_cast<const K*>(origin), p.stride_k_token, nullptr, 0, 0, 0};
-    return {static_cast<const K*>(p.k) + kv_head * p.stride_k_head,
-            p.stride_k_token,
-            static_cast<const int32_t*>(origin),
-            p.stride_k_batch,
-            p.page_shift,
-            kv_start};
+    return paged_rows<K>(p, p.k, static_cast<const int32_t*>(origin), kv_head, kv_start, p.stride_k_batch,
+                         p.stride_k_token, p.stride_k_head);
   }
 
   __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
@@ -242,6 +238,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     const int first_key = first_part * work.unit.row.tile_kv;
     const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
                                  static_cast<int64_t>(work.unit.row.kv_len - first_key));
+    // Slots must not start from `warp`: slot_after says why.
     score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer,
                 areas + (threadIdx.x >> 5) * area_bytes, first_key, static_cast<int>(num_keys), shared.values,
                 queue_of(warp), warp, lane);

@@ -37,8 +37,8 @@ struct TileShared {
   float sum[kWarps][kHeadBlock];
 };
 
-// CTAs of a multiprocessor that registers have to have room for: as many as its shared memory holds, 228 KB of sm_90
-// and sm_100 or less than two of the larger rings elsewhere.
+// CTAs of a multiprocessor that registers have to have room for, as many as its shared memory holds: two with the 228
+// KB of sm_90 and sm_100; elsewhere one of the larger rings.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int min_tile_ctas(int head_dim) { return head_dim <= 64 ? 2 : 1; }
 #else
