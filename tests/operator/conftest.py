@@ -20,3 +20,12 @@ def operator(request) -> Callable[..., Any]:
 def kind(request) -> str:
     """What is in float8: K alone, or K and V."""
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Until there are CUDA kernels for proposal keys."""
+    skip = pytest.mark.skip(reason="proposal keys are not on CUDA yet")
+    for item in items:
+        on_cuda = getattr(item, "callspec", None) is not None and item.callspec.params.get("device") == "cuda"
+        if item.path.name.startswith("test_proposal") and on_cuda:
+            item.add_marker(skip)
