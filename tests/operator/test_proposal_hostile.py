@@ -125,6 +125,23 @@ def test_extreme_logits(device, magnitude):
     torch.testing.assert_close(lse, torch.full_like(lse, 2 * magnitude), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("num_samples", [32, 16 * 600])
+def test_exact_logits_far_above_those_of_the_codes(device, num_samples):
+    """By thousands, of a key that the codes take for any other: sums are relative to what is drawn, too. Exact where the
+    floor draws every key."""
+    q, k, v, _ = inputs(device, batch=1, kv_len=600)
+    q[:], k[:] = 1.0, 0.0
+    proposal = santa.make_proposal_keys(k)
+    k[0, 77, :, 0] = 2.0
+    for seed in range(8):
+        out, lse = decode(q, k, v, proposal, sm_scale=1e4, num_samples=num_samples, seed=seed)
+        assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+        if num_samples > 32:
+            value = v[0, 77, :, None].expand(2, 2, 64)
+            torch.testing.assert_close(out[0].unflatten(0, (2, 2)), value, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(lse, torch.full_like(lse, 2e4), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("scale", [0.0, 6e-8, 1.0, 100.0, 65504.0])
 def test_garbage_codes_give_finite_results(device, scale):
     """Whatever bytes are taken for codes, and scales up to the largest float16: finite, at most twice the largest
