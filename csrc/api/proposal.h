@@ -12,12 +12,6 @@ struct ProposalArguments {
   Tensor codes, scales, center, channel_scale;
 };
 
-inline void check_head_dim_of_keys(const char* name, int64_t head_dim) {
-  if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
-    fail(name, " has head_dim ", head_dim, "; it needs to be one of 64, 96, 128, 192, 256");
-  }
-}
-
 // `whose`: what they are to be on the device of.
 inline void check_statistics(const char* name, const Tensor& tensor, int64_t batch, bool shared, int64_t num_kv_heads,
                              int64_t head_dim, const Tensor& like, const char* whose) {
@@ -128,7 +122,7 @@ inline Dtype check_k_new(const Tensor& k_new) {
       dtype != ScalarType::Float8_e4m3fn) {
     fail("k_new is ", name_of(dtype), "; it needs to be bfloat16, float16, float32 or float8_e4m3fn");
   }
-  check_head_dim_of_keys("k_new", k_new.size(3));
+  check_head_dim("k_new", k_new.size(3), "");
   check_last_dim_contiguous("k_new", k_new);
   for (int dim = 0; dim < 4; ++dim) {
     if (k_new.size(dim) > kMaxKvLen) fail("k_new has shape ", shape_of(k_new), "; its sizes need to be below 2^31");

@@ -127,8 +127,8 @@ def test_extreme_logits(device, magnitude):
 
 @pytest.mark.parametrize("num_samples", [32, 16 * 600])
 def test_exact_logits_far_above_those_of_the_codes(device, num_samples):
-    """By thousands, of a key that the codes take for any other: sums are relative to what is drawn, too. Exact where the
-    floor draws every key."""
+    """By thousands, of a key that the codes take for any other: sums are relative to what is drawn, too. Exact where
+    the floor draws every key."""
     q, k, v, _ = inputs(device, batch=1, kv_len=600)
     q[:], k[:] = 1.0, 0.0
     proposal = santa.make_proposal_keys(k)
