@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging import version
 
 pytest.importorskip("transformers", minversion="5.4.0")
 
+import evaluate
+import transformers
 from helpers.models import (
     NEW_TOKENS,
     NUM_LAYERS,
@@ -78,7 +81,8 @@ def by_hand(keys: torch.Tensor, prompt_len: int, starts: torch.Tensor) -> santa.
     """Proposal keys of [batch, num_kv_heads, kv_len, head_dim], with statistics of the first prompt_len."""
     lens = prompt_len - starts
     made = santa.make_proposal_keys(keys[:, :, :prompt_len], lens, kv_starts=starts, kv_layout="HND")
-    return santa.make_proposal_keys(keys, kv_layout="HND", center=made.center, channel_scale=made.channel_scale)
+    scale = torch.where((lens < 16)[:, None, None], 1.0, made.channel_scale)
+    return santa.make_proposal_keys(keys, kv_layout="HND", center=made.center, channel_scale=scale)
 
 
 def padded(batch: int, padding: int = 0) -> torch.Tensor:
@@ -118,6 +122,14 @@ def decode_calls(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(santa, "decode", instead)
         yield calls
+
+
+def reset(session: Session) -> None:
+    with torch.inference_mode():
+        session.cache.reset()
+    session.length = 0
+    if int(session.cache.get_seq_length()) > 0:
+        pytest.skip("growing caches of this release of Transformers are not empty after a reset")
 
 
 def of_prompt(prompt_len: int) -> Any:
@@ -194,12 +206,12 @@ def test_assisted_decoding(max_sampled_q_len: int, monkeypatch: pytest.MonkeyPat
     """Verification steps of several tokens, and crops of what they reject. Statistics are of what the first steps
     verified too."""
     model = attached(max_sampled_q_len=max_sampled_q_len)
-    prompt = {name: x[:1] for name, x in make_prompt().items()}
-    prompt = {name: torch.cat([x, x], dim=1) for name, x in prompt.items()}
+    prompt = {name: x[:1].repeat(1, 2) for name, x in make_prompt().items()}
+    options = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCAB}  # early releases need an end, here never made
     crops, crop = [], proposals._FollowedLayer.crop
     monkeypatch.setattr(proposals._FollowedLayer, "crop", lambda *args: (crops.append(args[1]), crop(*args)))
     with decode_calls() as calls:
-        tokens, logits = generate(model, prompt, prompt_lookup_num_tokens=3)
+        tokens, logits = generate(model, prompt, **options)
     assert any(crops) and any(call["q"].dim() == 4 for call in calls) == (max_sampled_q_len > 1)
 
     def make(k: torch.Tensor, options: dict[str, Any]) -> santa.ProposalKeys:
@@ -207,7 +219,7 @@ def test_assisted_decoding(max_sampled_q_len: int, monkeypatch: pytest.MonkeyPat
         return santa.make_proposal_keys(k, kv_layout="HND", center=given.center, channel_scale=given.channel_scale)
 
     with decode_calls(make):
-        expected_tokens, expected = generate(model, prompt, prompt_lookup_num_tokens=3)
+        expected_tokens, expected = generate(model, prompt, **options)
     assert torch.equal(tokens, expected_tokens) and torch.equal(logits, expected)
 
 
@@ -247,9 +259,7 @@ def test_a_cache_that_is_reset(kind: str) -> None:
     session.step(some_tokens(PROMPT_LEN))
     session.steps(some_tokens(3))
     for length in (11, 1, 30):
-        with torch.inference_mode():
-            session.cache.reset()
-        session.length = 0
+        reset(session)
         fresh = Session(model, make_cache(kind, model))
         for each in (session, fresh):
             each.step(some_tokens(length, seed=length))
@@ -263,8 +273,7 @@ def test_a_growing_cache_that_is_reset_may_have_another_batch() -> None:
     model = attached()
     session = Session(model, make_cache("dynamic", model))
     session.step(some_tokens(PROMPT_LEN))
-    session.cache.reset()
-    session.length = 0
+    reset(session)
     session.step(some_tokens(9, batch=3))
     session.step(some_tokens(1, batch=3))
     check_codes(session.cache, 10, 9)
@@ -394,17 +403,18 @@ def test_a_mask_of_ones_own_sets_no_limits_to_codes() -> None:
     """Padding may be anywhere: codes are of all keys, statistics of those that the last query sees."""
     model = attached()
     cache = make_cache("dynamic", model)
-    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    mask = torch.ones(1, 1, PROMPT_LEN, PROMPT_LEN, dtype=torch.bool).tril()
     mask[..., 2] = False
     with torch.inference_mode():
-        model(some_tokens(6, batch=1), attention_mask=mask, past_key_values=cache)
+        model(some_tokens(PROMPT_LEN, batch=1), attention_mask=mask, past_key_values=cache)
     for layer in cache.layers:
-        seen = [0, 1, 3, 4, 5]
+        seen = [i for i in range(PROMPT_LEN) if i != 2]
         made = santa.make_proposal_keys(layer.keys[:, :, seen], kv_layout="HND")
-        found = proposals.codes_of(layer.keys).keys(6)
-        torch.testing.assert_close(found.center, made.center)
-        torch.testing.assert_close(found.codes[:, :, seen].int(), made.codes.int(), atol=17, rtol=0)
-        assert bool((found.scales > 0).all())
+        found = proposals.codes_of(layer.keys).keys(PROMPT_LEN)
+        statistics = {"center": found.center, "channel_scale": found.channel_scale}
+        torch.testing.assert_close(statistics, {name: made.tensors()[name] for name in statistics})
+        of_all = santa.make_proposal_keys(layer.keys, kv_layout="HND", **statistics)
+        assert torch.equal(found.codes, of_all.codes) and torch.equal(found.scales, of_all.scales)
 
 
 def test_memory_is_12_9_percent_more_at_head_dim_128() -> None:
@@ -440,7 +450,9 @@ def test_config() -> None:
 
 
 def test_continuous_batching_is_refused() -> None:
-    with pytest.raises((ValueError, ImportError), match="keys is 'proposal' with paged=True; it needs to be 'exact'"):
+    if version.parse(transformers.__version__) < version.parse("5.17"):
+        pytest.skip("this release of Transformers has no continuous batching that santa knows")
+    with pytest.raises(ValueError, match="keys is 'proposal' with paged=True; it needs to be 'exact'"):
         integration.attach(make_model(), settings(), paged=True)
 
 
@@ -465,8 +477,7 @@ def test_keys_that_the_model_changes_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_no_cache_is_no_error() -> None:
     model, prompt = attached(), make_prompt(3)["input_ids"]
     with torch.no_grad():
-        assert torch.isfinite(model(prompt, use_cache=False).logits).all()
-        assert torch.isfinite(model(prompt[:, :1], use_cache=False).logits).all()
+        assert all(torch.isfinite(model(x, use_cache=False).logits).all() for x in (prompt, prompt[:, :1]))
 
 
 @pytest.mark.gpu
@@ -480,9 +491,8 @@ def test_cuda_raises_the_operators_error() -> None:
 
 
 def test_retrieval_of_the_bundled_model() -> None:
-    """Question and answer decoded, 4 prompts of 2048 bytes come out as with exact attention. The runs crop the cache
+    """Question and answer decoded, 2 prompts of 2048 bytes come out as with exact attention. The runs crop the cache
     to use it again."""
-    evaluate = pytest.importorskip("evaluate")
     model = evaluate.load_model(device="cpu")
     [exact, sampled] = evaluate.sampled_accuracy(model, 2048, 2, [settings(num_samples=256)], batch_size=2)
     assert exact.accuracy == 1.0

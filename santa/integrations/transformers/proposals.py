@@ -25,6 +25,10 @@ from .layers import keeps_codes
 
 # center and channel_scale are made anew by steps of several tokens until a cache holds so many.
 SETTLED_LEN = 256
+# Rows of fewer keys have a channel_scale of 1. The spread of two keys says little of that of others: on the bundled
+# model, at 4,096 keys, it makes the error of estimates 3.2 times that of exact scores. A scale of 1 makes it 1.4 times,
+# the spread of 16 keys or more 1.1 to 1.3.
+_LEAST_SPREAD = 16
 # Codes of a growing cache have room for a multiple of so many keys.
 _ROOM = 256
 
@@ -153,6 +157,8 @@ class CacheCodes:
         if self.length is not None:
             there = there & (torch.arange(count, device=key.device) < self.length)
         center, channel_scale = _statistics(key.transpose(1, 2), there, shared=False)
+        few = there.sum(dim=1) < _LEAST_SPREAD
+        channel_scale = torch.where(few[:, None, None], 1.0, channel_scale)
         self.proposal.center.copy_(center)
         self.proposal.channel_scale.copy_(channel_scale)
 
@@ -266,7 +272,7 @@ def _note(keys: torch.Tensor, codes: CacheCodes) -> None:
 @functools.cache
 def _followed(kind: type) -> type:
     # Transformers registers classes of a _layer_type, which this one is not to take the place of.
-    return type(f"Followed{kind.__name__}", (_FollowedLayer, kind), {"_layer_type": None})
+    return type(f"Followed{kind.__name__}", (_FollowedLayer, kind), {"_layer_type": None, "__module__": __name__})
 
 
 def _restore(kind: type) -> Any:
