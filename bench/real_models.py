@@ -227,7 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of a Hugging Face model, instead")
     parser.add_argument("--size", choices=list(SIZES), help="default: full on CUDA, else default")
     parser.add_argument("--context", type=int, nargs="+", help="tokens read before the first that is decoded")
-    parser.add_argument("--texts", type=int, help="decoded in one batch")
+    parser.add_argument("--texts", type=int, help="decoded in one batch; 0: none, retrieval alone")
     parser.add_argument("--steps", type=int, help="tokens decoded of each text")
     parser.add_argument("--samples", type=int, nargs="+", help="S")
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS], metavar="NAME")
@@ -283,7 +283,7 @@ def main() -> None:
         sys.exit(str(error))
     for title, folder, contexts in models:
         model, tokenizer = load(folder, arguments.device, getattr(torch, arguments.dtype))
-        for context in contexts:
+        for context in contexts if arguments.texts else ():
             tokens = texts(tokenizer, arguments.texts, context + arguments.steps + 1, arguments.seed)
             results.append(
                 measure_context(title, prefill(model, tokens, context, f"{title}, {context:,} tokens"), arguments)
@@ -297,6 +297,8 @@ def main() -> None:
             save(arguments, results, retrieval, time.perf_counter() - start)
         del model
     points = [point for result in results for point in result["points"]]
+    if not points:
+        return
     print("\nSmallest S that holds TV 0.02 on average, and perplexity within 0.5%, and all larger ones measured too\n")
     print(output.advice_table(advise(points)))
     print(f"\n{output.plot(points, arguments.out / 'real_models.png')}; {time.perf_counter() - start:.0f} s")
