@@ -94,7 +94,7 @@ def plot(points: Sequence[Point], path: Path) -> str:
     methods = list(dict.fromkeys(point.method for point in points))
     columns = min(2, len(panels))
     figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(6.2 * columns, 5 * -(-len(panels) // columns)), squeeze=False
+        -(-len(panels) // columns), columns, figsize=(6.2 * columns, 4.6 * -(-len(panels) // columns)), squeeze=False
     )
     markers = "osD^vP*Xh<>d"
     for panel, axis in zip(panels, axes.flat, strict=False):
@@ -122,8 +122,11 @@ def plot(points: Sequence[Point], path: Path) -> str:
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=8, ncols=4 if columns > 1 else 2, loc="upper center", bbox_to_anchor=(0.5, 0)
+    )
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return f"plot: {path}"
