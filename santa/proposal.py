@@ -117,7 +117,7 @@ def make_proposal_keys(
     nhd = k.transpose(1, 2) if layout == KvLayout.HND else k
     valid = _valid_keys(nhd, kv_lens, kv_starts, page_table)
     if center is None or channel_scale is None:
-        center, channel_scale = _statistics(nhd, valid, shared=shared or page_table is not None)
+        center, channel_scale = key_statistics(nhd, valid, shared=shared or page_table is not None)
     codes = torch.zeros((*k.shape[:-1], k.shape[-1] // 2), dtype=torch.uint8, device=k.device)
     scales = torch.zeros(k.shape[:-1], dtype=torch.float16, device=k.device)
     proposal = ProposalKeys(codes, scales, center, channel_scale, "HND" if layout == KvLayout.HND else "NHD")
@@ -194,8 +194,11 @@ def _valid_keys(nhd: Tensor, kv_lens: Tensor | None, kv_starts: Tensor | None, p
     return marked[:last].view(nhd.shape[0], page_size)
 
 
-def _statistics(nhd: Tensor, valid: Tensor, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """center and channel_scale: [batch or 1, num_kv_heads, head_dim]. A head at a time, in float32."""
+def key_statistics(nhd: Tensor, valid: Tensor, *, shared: bool) -> tuple[Tensor, Tensor]:
+    """center and channel_scale: [batch or 1, num_kv_heads, head_dim]. A head at a time, in float32.
+
+    nhd: keys, [batch, n, num_kv_heads, head_dim]; valid: bool [batch, n].
+    """
     axes = (0, 1) if shared else (1,)
     valid = valid[:, :, None]
     count = valid.sum(axes, keepdim=True).clamp(min=1)

@@ -18,7 +18,7 @@ if isinstance(LIBRARY, str):
 
 # Outputs are rounded to 16 bits; exact rows round probabilities as well.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3}
-# One in which some parts end in the middle of a tile; one for which rows have several parts.
+# Rows of several parts, which end in the middle of a tile.
 LENS = [1437, 700]
 
 

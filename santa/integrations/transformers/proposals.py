@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 import santa
-from santa.proposal import _statistics
+from santa.proposal import key_statistics
 
 from .layers import keeps_codes
 
@@ -156,7 +156,7 @@ class CacheCodes:
         there = torch.ones(batch, count, dtype=torch.bool, device=key.device) if valid is None else valid[:, :count]
         if self.length is not None:
             there = there & (torch.arange(count, device=key.device) < self.length)
-        center, channel_scale = _statistics(key.transpose(1, 2), there, shared=False)
+        center, channel_scale = key_statistics(key.transpose(1, 2), there, shared=False)
         few = there.sum(dim=1) < _LEAST_SPREAD
         channel_scale = torch.where(few[:, None, None], 1.0, channel_scale)
         self.proposal.center.copy_(center)
