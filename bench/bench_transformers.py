@@ -123,6 +123,7 @@ def run(a: argparse.Namespace) -> list[dict[str, Any]]:
         if a.device == "cuda":
             row |= case.breakdown()
         rows.append(row)
+        tqdm.write(report(rows).splitlines()[-1])
         save_run(a, rows)
         del case
     return rows
@@ -164,7 +165,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in environment(a.device).items()))
     print(f"Llama 3.1 8B shape, random weights, bfloat16; santa S = {a.samples}")
     with torch.inference_mode():
-        print(report(run(a)))
+        run(a)
 
 
 if __name__ == "__main__":

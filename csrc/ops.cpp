@@ -1,5 +1,5 @@
 // Every operator schema, and nothing else. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cu; fakes: santa/ops.py,
-// santa/bernoulli.py and santa/select.py.
+// santa/proposal.py, santa/bernoulli.py and santa/select.py.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -23,6 +23,20 @@ STABLE_TORCH_LIBRARY(santa, m) {
   m.def(("decode_paged(" + pages + ") -> (Tensor out, Tensor lse)").c_str());
   m.def(("decode_out(Tensor(a!) out, Tensor(b!) lse, " + rows + ") -> ()").c_str());
   m.def(("decode_paged_out(Tensor(a!) out, Tensor(b!) lse, " + pages + ") -> ()").c_str());
+  // The same with proposal keys (core/proposal.h). codes uint8 [..., head_dim / 2] and scales float16, laid out as k;
+  // center and channel_scale float32 [batch or 1, num_kv_heads, head_dim].
+  const std::string proposal = "Tensor codes, Tensor scales, Tensor center, Tensor channel_scale";
+  const auto with_proposal = [&](std::string arguments) {
+    return arguments.insert(arguments.find("*, ") + 3, proposal + ", ");
+  };
+  m.def(("decode_proposal(" + with_proposal(rows) + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(("decode_proposal_paged(" + with_proposal(pages) + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(("decode_proposal_out(Tensor(a!) out, Tensor(b!) lse, " + with_proposal(rows) + ") -> ()").c_str());
+  m.def(("decode_proposal_paged_out(Tensor(a!) out, Tensor(b!) lse, " + with_proposal(pages) + ") -> ()").c_str());
+  // positions: int32 or int64 [batch, n], negative for keys to leave out; by_slot: page page_size + offset.
+  m.def(
+      "append_proposal_keys(Tensor(a!) codes, Tensor(b!) scales, Tensor center, Tensor channel_scale, Tensor k_new, "
+      "Tensor positions, *, bool by_slot=False, int kv_layout=0) -> ()");
   m.def(
       "decode_bernoulli(Tensor q, Tensor k_features, Tensor v, *, Tensor? kv_lens=None, Tensor? kv_starts=None, "
       "SymInt num_draws=4, int score_sampler=0, SymInt num_samples=256, int sampler=3, int? budget=None, "

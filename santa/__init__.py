@@ -16,6 +16,7 @@ from santa.float8 import quantize_kv  # noqa: E402
 from santa.merge import merge_state, merge_states  # noqa: E402
 from santa.ops import decode, decode_paged, default_min_sampled_len  # noqa: E402
 from santa.prefill import PrefillStats, prefill  # noqa: E402
+from santa.proposal import ProposalKeys, append_proposal_keys, make_proposal_keys  # noqa: E402
 from santa.select import Gqa, Selection, sample_select  # noqa: E402
 from santa.shapes import PaddingWarning, padded_head_dim  # noqa: E402
 from santa.wrapper import BatchDecodeWithPagedKVCacheWrapper  # noqa: E402
@@ -28,17 +29,20 @@ __all__ = [
     "KvLayout",
     "PaddingWarning",
     "PrefillStats",
+    "ProposalKeys",
     "Sampler",
     "SantaConfig",
     "ScoreSampler",
     "Selection",
     "append_k_features",
     "append_k_features_paged",
+    "append_proposal_keys",
     "decode",
     "decode_paged",
     "default_min_sampled_len",
     "distributed",
     "integrations",
+    "make_proposal_keys",
     "merge_state",
     "merge_states",
     "padded_head_dim",

@@ -20,6 +20,10 @@ _library = torch.library.Library("santa", "IMPL")
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# Keyword arguments that could ask for a derivative.
+_DIFFERENTIABLE = ("k_scale", "v_scale", "sinks", "levels", "scales", "center", "channel_scale")
+
+
 class TransformError(RuntimeError):
     """A transform that santa's operators do not have. Not an argument error, which `call` makes a ValueError."""
 
@@ -96,7 +100,7 @@ def _autograd_kernel(name: str, op: Any) -> Any:
 
     def run(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
         # Every tensor that could ask for a derivative; autograd sees those that are positional alone.
-        names = tuple(key for key in ("k_scale", "v_scale", "sinks", "levels") if options.get(key) is not None)
+        names = tuple(key for key in _DIFFERENTIABLE if options.get(key) is not None)
         differentiable = (*(options[key] for key in names), *tensors)
         if not wants_derivative(differentiable):
             with torch._C._AutoDispatchBelowAutograd():

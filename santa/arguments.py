@@ -110,3 +110,10 @@ def real(name: str, value: Any, *, optional: bool = False) -> float | None:
         return float(value)
     needed = "a float or None" if optional else "a float"
     raise TypeError(f"santa: {name} is a {type(value).__name__}; it needs to be {needed}")
+
+
+def check_same_device(q: Tensor, whose: str = "q", /, **others: Tensor | None) -> None:
+    """One meta tensor is enough for the fakes to be called, so they must not let the others pass for it."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"santa: {name} is on {tensor.device}; it needs to be on {whose}'s device, {q.device}")

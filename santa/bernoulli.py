@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from santa._dispatch import call, register
-from santa.arguments import check_tensor
-from santa.ops import _check_same_device, _decode_outputs
+from santa.arguments import check_same_device, check_tensor
+from santa.ops import _decode_outputs
 
 
 def append_k_features(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
@@ -58,7 +58,7 @@ def append_k_features_paged(k_pages: Tensor, k_new: Tensor, positions: Tensor, b
 @torch.library.register_fake("santa::decode_bernoulli")
 def _decode_bernoulli_fake(q: Tensor, k_features: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
-    _check_same_device(q, k_features=k_features, v=v, **tensors)
+    check_same_device(q, k_features=k_features, v=v, **tensors)
     return *_decode_outputs(q), q.new_empty((q.shape[0], k_features.shape[1]), dtype=torch.int32)
 
 
@@ -69,12 +69,12 @@ def _ternary_counts_fake(q: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("santa::append_k_features")
 def _append_k_features_fake(k_features: Tensor, k_new: Tensor, positions: Tensor) -> None:
-    _check_same_device(k_features, "k_features", k_new=k_new, positions=positions)
+    check_same_device(k_features, "k_features", k_new=k_new, positions=positions)
 
 
 @torch.library.register_fake("santa::append_k_features_paged")
 def _append_k_features_paged_fake(k_pages: Tensor, k_new: Tensor, positions: Tensor, block_table: Tensor) -> None:
-    _check_same_device(k_pages, "k_pages", k_new=k_new, positions=positions, block_table=block_table)
+    check_same_device(k_pages, "k_pages", k_new=k_new, positions=positions, block_table=block_table)
 
 
 register("decode_bernoulli")

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from santa._dispatch import autocast, call, no_derivative, register, wants_derivative
-from santa.arguments import Budget, KvLayout, Sampler, ScoreSampler, check_tensor, int64, real, value_of
+from santa.arguments import (
+    Budget,
+    KvLayout,
+    Sampler,
+    ScoreSampler,
+    check_same_device,
+    check_tensor,
+    int64,
+    real,
+    value_of,
+)
+from santa.proposal import ProposalKeys
 from santa.shapes import DECODE_HEAD_DIMS, PaddingWarning, pad, padded_head_dim
 
 
@@ -40,6 +51,7 @@ def decode(
     whole_lens: Tensor | None = None,
     shard_starts: Tensor | None = None,
     levels: Tensor | None = None,
+    proposal: ProposalKeys | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     return_rows_read: bool = False,
@@ -51,7 +63,7 @@ def decode(
     """One decode step of attention, with the value stage sampled (SANTA, arXiv 2605.01910, section 3).
 
     Every key is read; of the values, only rows drawn from the softmax distribution are. The estimate is unbiased for
-    every sampler: its mean over seeds is exact attention. ``lse`` is exact.
+    every sampler: its mean over seeds is exact attention. ``lse`` is exact. (Not so with ``proposal``, below.)
 
     With ``score="bernoulli"`` the key side is sampled as well: of every key only some features are read, and added or
     subtracted. It is the logits that are unbiased then, not the output, and ``lse`` is that of the noisy logits; so is
@@ -100,6 +112,11 @@ def decode(
         whole_lens, shard_starts, levels: rows that are parts of longer ones; `santa.distributed` fills them in.
             int32 [batch]: keys of the whole row, and the position of the first key here, a multiple of 128; float32
             [batch, num_qo_heads]: the pilot's log-sum-exp of the whole row, for the streaming budget.
+        proposal: `ProposalKeys` of k: all keys are then read in 4 bits, and k and v only where rows are drawn. For the
+            sampler "grouped", the streaming budget and rows that are whole alone. ``out`` is then the quotient of two
+            unbiased estimates, with a bias of the order of 1 / S, and ``lse`` the logarithm of one, off by about 0.016
+            (root mean square, S = 128). Rows that take the exact path do not read it. On the CPU alone so far
+            (docs/proposals.md).
         out, lse: tensors to write the results of these names into, contiguous; both or neither.
         return_rows_read: also return the number of V rows read.
         score: "exact" or "bernoulli".
@@ -162,6 +179,9 @@ def decode(
         levels=levels,
     )
     _check_outputs(out, lse)
+    if proposal is not None and score != "exact":
+        raise ValueError(f"santa: proposal is given with score={score!r}; it needs score='exact'")
+    proposal_options = _proposal_options(proposal, options["kv_layout"])
     q, k, v, options["sm_scale"], out_dim = _fit_head_dim(
         q, k, v, options["sm_scale"], by_features=score == "bernoulli"
     )
@@ -187,10 +207,10 @@ def decode(
             raise ValueError(f"santa: {name} is given with score='exact'; it needs score='bernoulli'")
     rows_read = _empty_rows_read(q, k, 1 if options["kv_layout"] == KvLayout.HND else 2) if return_rows_read else None
     outputs = _run(
-        torch.ops.santa.decode,
-        torch.ops.santa.decode_out,
+        torch.ops.santa.decode if proposal is None else torch.ops.santa.decode_proposal,
+        torch.ops.santa.decode_out if proposal is None else torch.ops.santa.decode_proposal_out,
         (q, k, v),
-        {**options, **features, "rows_read": rows_read},
+        {**proposal_options, **options, **features, "rows_read": rows_read},
         (out, lse),
         out_dim,
     )
@@ -227,6 +247,7 @@ def decode_paged(
     whole_lens: Tensor | None = None,
     shard_starts: Tensor | None = None,
     levels: Tensor | None = None,
+    proposal: ProposalKeys | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     return_rows_read: bool = False,
@@ -246,6 +267,7 @@ def decode_paged(
             is a list of keys: whatever a method of KV selection or eviction has left of a row.
         max_kv_len: bound of the keys of a row, which memory and launches are sized for. None: what page_table has room
             for, or all of kv_indices. A longer row raises on the CPU and is NaN on CUDA.
+        proposal: `ProposalKeys` laid out as k_cache, whose center and channel_scale are those of all rows, [1, ...].
 
     The other arguments, returns and errors are those of `decode`, Bernoulli scores excepted. On the CPU a page that is
     not there raises; on CUDA, where looking would stop the stream, it is the caller's to see to. head_dim is one that
@@ -296,12 +318,13 @@ def decode_paged(
         _empty_rows_read(q, k_cache, 1 if options["kv_layout"] == KvLayout.HND else 2) if return_rows_read else None
     )
     outputs = _run(
-        torch.ops.santa.decode_paged,
-        torch.ops.santa.decode_paged_out,
+        torch.ops.santa.decode_paged if proposal is None else torch.ops.santa.decode_proposal_paged,
+        torch.ops.santa.decode_paged_out if proposal is None else torch.ops.santa.decode_proposal_paged_out,
         (q, k_cache, v_cache),
         {
             **pages,
             "max_kv_len": None if max_kv_len is None else int64("max_kv_len", max_kv_len),
+            **_proposal_options(proposal, options["kv_layout"]),
             **options,
             **features,
             "rows_read": rows_read,
@@ -368,6 +391,21 @@ def _decode_features(
         "first_kv_head": int64("first_kv_head", first_kv_head),
         **tensors,
     }
+
+
+def _proposal_options(proposal: ProposalKeys | None, kv_layout: int) -> dict[str, Any]:
+    """What the operators with proposal keys take beside the others; nothing without them."""
+    if proposal is None:
+        return {}
+    if not isinstance(proposal, ProposalKeys):
+        raise TypeError(f"santa: proposal is a {type(proposal).__name__}; it needs to be a santa.ProposalKeys or None")
+    layout = proposal.layout()
+    if layout != kv_layout:
+        names = ("NHD", "HND")
+        raise ValueError(
+            f"santa: proposal has kv_layout {names[layout]!r}; it needs to be {names[kv_layout]!r}, that of k"
+        )
+    return proposal.tensors()
 
 
 def _scale(name: str, value: Any, q: Tensor) -> Tensor | None:
@@ -511,27 +549,20 @@ def default_min_sampled_len(num_samples: int, gqa_group_size: int) -> int:
     return max(8192, 4 * num_samples * gqa_group_size)
 
 
-def _check_same_device(q: Tensor, whose: str = "q", /, **others: Tensor | None) -> None:
-    """One meta tensor is enough for the fakes to be called, so they must not let the others pass for it."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"santa: {name} is on {tensor.device}; it needs to be on {whose}'s device, {q.device}")
-
-
 def _decode_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("santa::decode")
 def _decode_fake(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    _check_same_device(q, k=k, v=v, **{name: x for name, x in options.items() if isinstance(x, Tensor)})
+    check_same_device(q, k=k, v=v, **{name: x for name, x in options.items() if isinstance(x, Tensor)})
     return _decode_outputs(q)
 
 
 @torch.library.register_fake("santa::decode_paged")
 def _decode_paged_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
-    _check_same_device(q, k_cache=k_cache, v_cache=v_cache, **tensors)
+    check_same_device(q, k_cache=k_cache, v_cache=v_cache, **tensors)
     return _decode_outputs(q)
 
 
@@ -547,6 +578,12 @@ def _decode_paged_out_fake(
     _decode_paged_fake(q, k_cache, v_cache, out=out, lse=lse, **options)
 
 
+torch.library.register_fake("santa::decode_proposal", _decode_fake)
+torch.library.register_fake("santa::decode_proposal_paged", _decode_paged_fake)
+torch.library.register_fake("santa::decode_proposal_out", _decode_out_fake)
+torch.library.register_fake("santa::decode_proposal_paged_out", _decode_paged_out_fake)
+
+
 @torch.library.register_fake("santa::_select")
 def _select_fake(tile_mass: Tensor, row_weights: Tensor, *_: Any) -> Tensor:
     return row_weights.new_empty(row_weights.shape)
@@ -557,7 +594,7 @@ def _draw_fake(units: Tensor, *_: Any) -> Tensor:
     return units.new_empty(units.shape)
 
 
-for _name in ("decode", "decode_paged"):
+for _name in ("decode", "decode_paged", "decode_proposal", "decode_proposal_paged"):
     register(_name)
-for _name in ("decode_out", "decode_paged_out"):
+for _name in ("decode_out", "decode_paged_out", "decode_proposal_out", "decode_proposal_paged_out"):
     register(_name, written=2)

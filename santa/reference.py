@@ -232,12 +232,12 @@ def _one_pass_moments(
                 pieces.append((line[:-1], line[1:], terms[tile]))
             if budget == "uniform":
                 pieces = [tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))]
-            moments_of = [_systematic_sums(*piece) for piece in pieces]
+            moments_of = [systematic_sums(*piece) for piece in pieces]
             results.append([sum(parts).reshape(len(together), -1) for parts in zip(*moments_of, strict=True)])
     return torch.cat([mean for mean, _ in results]), torch.cat([variance for _, variance in results])
 
 
-def _systematic_sums(begin: Tensor, end: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+def systematic_sums(begin: Tensor, end: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance over U in [0, 1) of sum_n (floor(end_n + U) - floor(begin_n + U)) terms_n: the sum at U = 0
     and after every jump of a floor, each with how long it lasts."""
     jumps, order = torch.sort(torch.cat([1.0 - end.frac(), 1.0 - begin.frac()]))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from santa._dispatch import call, register
-from santa.arguments import check_tensor, int64, real, register_choices, value_of
-from santa.ops import _check_same_device
+from santa.arguments import check_same_device, check_tensor, int64, real, register_choices, value_of
 from santa.shapes import PREFILL_HEAD_DIMS, pad, padded_head_dim
 
 BLOCK = 128  # tokens, of queries and of keys
@@ -121,7 +120,7 @@ def sample_select(
 
 @torch.library.register_fake("santa::sample_select")
 def _sample_select_fake(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_same_device(q, k=k)
+    check_same_device(q, k=k)
     batch, num_qo_heads = q.shape[:2]
     nq, nk = ((x.shape[2] + BLOCK - 1) // BLOCK for x in (q, k))
     return (

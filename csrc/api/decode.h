@@ -150,6 +150,19 @@ inline DecodeParams params_beside_keys(const DecodeArguments& a, const DecodeOut
   return p;
 }
 
+// With keys that are rows, as values are.
+inline DecodeParams decode_params(const DecodeArguments& a, const DecodeOutputs& outputs) {
+  DecodeParams p = params_beside_keys(a, outputs);
+  p.k = a.k.const_data_ptr();
+  p.k_dtype = dtype_of(a.k);
+  p.k_scale = a.k_scale ? a.k_scale->const_data_ptr<float>() : nullptr;
+  p.stride_k_scale = a.k_scale && a.k_scale->numel() > 1 ? 1 : 0;
+  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(a.token_axis());
+  p.stride_k_head = a.k.stride(a.head_axis());
+  p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
+  return p;
+}
+
 // The one protocol of all backends: `Backend::plan(params, device_index)` settles what depends on the device, then the
 // workspace is placed (`place(params, base)` returns its size, and with a base fills in the addresses), then
 // `Backend::run(params, device_index)` does the work.
@@ -170,14 +183,7 @@ DecodeOutputs decode(const DecodeArguments& a, const DecodeOutputs* given) {
   const DecodeOutputs outputs = given != nullptr ? *given : empty_outputs(a);
   if (a.q.size(0) == 0) return outputs;
 
-  DecodeParams p = params_beside_keys(a, outputs);
-  p.k = a.k.const_data_ptr();
-  p.k_dtype = dtype_of(a.k);
-  p.k_scale = a.k_scale ? a.k_scale->const_data_ptr<float>() : nullptr;
-  p.stride_k_scale = a.k_scale && a.k_scale->numel() > 1 ? 1 : 0;
-  p.stride_k_batch = a.k.stride(0), p.stride_k_token = a.k.stride(a.token_axis());
-  p.stride_k_head = a.k.stride(a.head_axis());
-  p.aligned = rows_are_aligned(a.q) && rows_are_aligned(a.k) && rows_are_aligned(a.v);
+  DecodeParams p = decode_params(a, outputs);
   run_backend<Backend>(p, a.q, place_workspace);
   return outputs;
 }
@@ -198,12 +204,13 @@ class ArgumentStack {
   StableIValue* next_;
 };
 
-// Both schemas have these in common; members are initialised in their order.
-inline DecodeArguments next_decode_arguments(ArgumentStack& stack, bool paged) {
+// All schemas have these in common; members are initialised in their order. take_more(): called behind q, k and v.
+template <typename TakeMore>
+DecodeArguments next_decode_arguments(ArgumentStack& stack, bool paged, const TakeMore& take_more) {
   return {.q = stack.next<Tensor>(),
           .k = stack.next<Tensor>(),
           .v = stack.next<Tensor>(),
-          .paged = paged,
+          .paged = (take_more(), paged),
           .page_table = paged ? stack.tensor() : std::nullopt,
           .kv_lens = stack.tensor(),
           .kv_indptr = paged ? stack.tensor() : std::nullopt,
@@ -232,12 +239,22 @@ inline DecodeArguments next_decode_arguments(ArgumentStack& stack, bool paged) {
           .levels = stack.tensor()};
 }
 
+// What an operator takes beside what all of them take: nothing, in this case.
+template <typename Backend>
+struct DecodeOperator {
+  static constexpr uint64_t kMoreArguments = 0;
+
+  static DecodeOutputs run(ArgumentStack& stack, bool paged, const DecodeOutputs* given) {
+    return decode<Backend>(next_decode_arguments(stack, paged, [] {}), given);
+  }
+};
+
 // The four operators: contiguous or paged, with outputs of their own or given ones. The arguments would otherwise be
 // listed four times.
-template <typename Backend, bool PAGED, bool GIVEN>
+template <typename Operator, bool PAGED, bool GIVEN>
 void boxed_decode(StableIValue* arguments, uint64_t num_arguments, uint64_t num_outputs) {
   // The schemas are in one library and the CUDA kernels in another: both have to be of the same version.
-  constexpr uint64_t kExpected = (PAGED ? 29 : 24) + (GIVEN ? 2 : 0);
+  constexpr uint64_t kExpected = (PAGED ? 29 : 24) + (GIVEN ? 2 : 0) + Operator::kMoreArguments;
   if (num_arguments != kExpected || num_outputs != (GIVEN ? 0 : 2)) {
     fail("the operator has ", static_cast<int64_t>(num_arguments), " arguments where its kernel takes ",
          static_cast<int64_t>(kExpected), ": the two libraries are not of one build; reinstall santa");
@@ -246,9 +263,9 @@ void boxed_decode(StableIValue* arguments, uint64_t num_arguments, uint64_t num_
   if constexpr (GIVEN) {
     const Tensor out = stack.next<Tensor>(), lse = stack.next<Tensor>();
     const DecodeOutputs given{out, lse};
-    decode<Backend>(next_decode_arguments(stack, PAGED), &given);
+    Operator::run(stack, PAGED, &given);
   } else {
-    const DecodeOutputs outputs = decode<Backend>(next_decode_arguments(stack, PAGED), nullptr);
+    const DecodeOutputs outputs = Operator::run(stack, PAGED, nullptr);
     arguments[0] = torch::stable::detail::from(outputs.out);
     arguments[1] = torch::stable::detail::from(outputs.lse);
   }
@@ -256,10 +273,11 @@ void boxed_decode(StableIValue* arguments, uint64_t num_arguments, uint64_t num_
 
 template <typename Backend, typename Library>
 void register_decode(Library& library) {
-  library.impl("decode", &boxed_decode<Backend, false, false>);
-  library.impl("decode_out", &boxed_decode<Backend, false, true>);
-  library.impl("decode_paged", &boxed_decode<Backend, true, false>);
-  library.impl("decode_paged_out", &boxed_decode<Backend, true, true>);
+  using Operator = DecodeOperator<Backend>;
+  library.impl("decode", &boxed_decode<Operator, false, false>);
+  library.impl("decode_out", &boxed_decode<Operator, false, true>);
+  library.impl("decode_paged", &boxed_decode<Operator, true, false>);
+  library.impl("decode_paged_out", &boxed_decode<Operator, true, true>);
 }
 
 }  // namespace santa::api

@@ -138,12 +138,14 @@ inline void check_query_dtype(const Tensor& q) {
   }
 }
 
-inline void check_head_dim(const Tensor& q) {
-  const int64_t head_dim = q.size(q.dim() - 1);
+// `more`: of the message.
+inline void check_head_dim(const char* name, int64_t head_dim, const char* more) {
   if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 192 && head_dim != 256) {
-    fail("q has head_dim ", head_dim,
-         "; it needs to be one of 64, 96, 128, 192, 256 (santa.decode pads narrower ones)");
+    fail(name, " has head_dim ", head_dim, "; it needs to be one of 64, 96, 128, 192, 256", more);
   }
+}
+inline void check_head_dim(const Tensor& q) {
+  check_head_dim("q", q.size(q.dim() - 1), " (santa.decode pads narrower ones)");
 }
 
 inline bool heads_fit(int64_t num_qo_heads, int64_t num_kv_heads) {

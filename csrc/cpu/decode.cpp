@@ -18,28 +18,6 @@
 namespace santa::cpu {
 namespace {
 
-// All queries in float32, [batch, num_kv_heads, group_size, head_dim].
-std::vector<float> widen_queries(const DecodeParams& p) {
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.num_kv_heads * p.group_size;
-  std::vector<float> q(static_cast<size_t>(heads) * p.head_dim);
-  for (int64_t head = 0; head < heads; ++head) {
-    widen_query(p, group_at(p, head / p.group_size), static_cast<int>(head % p.group_size),
-                q.data() + head * p.head_dim);
-  }
-  return q;
-}
-
-// Exact scores: see ScoreKeys. q: of the group.
-void score_exactly(const DecodeParams& p, const float* q, GroupIndex at, const RowShape& row, int64_t first, int count,
-                   float* scores, int64_t stride) {
-  float block[kBlockElements];
-  for (int n = 0; n < count; n += kBlockKv) {
-    const int block_keys = std::min(kBlockKv, count - n);
-    widen_keys(p, at, row, first + n, block_keys, block);
-    score_block(q, p.group_size, block, block_keys, p.head_dim, p.score_scale(at.kv_head), scores + n, stride);
-  }
-}
-
 // One tile of an exact row: its softmax states and its weighted sum of V.
 void attend_tile(const DecodeParams& p, GroupIndex at, int tile, const RowShape& row, const ScoreKeys& score_keys) {
   const int group_size = p.group_size, head_dim = p.head_dim, tile_kv = row.tile_kv;
@@ -94,12 +72,11 @@ int rows_read(const DecodeParams& p, int64_t group, const RowShape& row) {
   }
 }
 
-// One query head of one batch row, from the partial results of its tiles.
-void combine_head(const DecodeParams& p, int64_t group, int h, const RowShape& row) {
+// One query head of one batch row, from the partial results of its tiles. lse: of its row, base 2.
+void combine_head(const DecodeParams& p, int64_t group, int h, const RowShape& row, float lse) {
   const int head_dim = p.head_dim, group_size = p.group_size;
   const GroupIndex at = group_at(p, group);
   const int64_t head = p.output_index(at.batch_index, at.kv_head, h);
-  const float lse = row.proportional() ? p.row_lse[group * group_size + h] : lse_of_tiles(p, group, h, row.num_tiles);
   std::vector<float> sum(head_dim, 0.0f);
   for (int tile = 0; tile < row.num_tiles; ++tile) {
     const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * group_size + h;
@@ -165,33 +142,31 @@ void check_rows(const DecodeParams& p) {
 void decode(const DecodeParams& p) {
   check_rows(p);
   const std::vector<float> queries = widen_queries(p);
-  const auto score_keys = [&](GroupIndex at, const RowShape& row, int64_t first, int count, float* scores,
-                              int64_t stride) {
-    const float* q = queries.data() + p.group_index(at.batch_index, at.kv_head) * p.group_size * p.head_dim;
-    score_exactly(p, q, at, row, first, count, scores, stride);
-  };
-  decode_with(p, score_keys, /*pilot_run=*/1);
+  decode_with(p, exact_scores(p, queries), /*pilot_run=*/1);
 }
 
 void decode_with(const DecodeParams& p, const ScoreKeys& raw_scores, int pilot_run) {
-  const auto score_keys = [&](GroupIndex at, const RowShape& row, int64_t first, int count, float* scores,
-                              int64_t stride) {
-    raw_scores(at, row, first, count, scores, stride);
-    for (int h = 0; changes_logits(p) && h < p.group_size; ++h) {
-      const KeyRange visible = visible_keys(p, row.end(), h);
-      for (int n = 0; n < count; ++n) {
-        scores[h * stride + n] = attended_logit(p, visible, first + n, scores[h * stride + n]);
-      }
-    }
-  };
+  const ScoreKeys score_keys = attended_scores(p, raw_scores);
+  const OnePassStage one_pass = {
+      [&] { decode_one_pass(p, score_keys, pilot_run); },
+      [&](int64_t group, int h, int num_parts) { return lse_of_tiles(p, group, h, num_parts); }};
+  decode_rows(p, score_keys, one_pass);
+}
+
+void decode_rows(const DecodeParams& p, const ScoreKeys& score_keys, const OnePassStage& one_pass) {
   if (p.plan.exact) {
     for_each_tile(p, RowKind::kExact,
                   [&](GroupIndex at, int tile, const RowShape& row) { attend_tile(p, at, tile, row, score_keys); });
   }
-  if (p.plan.one_pass) decode_one_pass(p, score_keys, pilot_run);
+  if (p.plan.one_pass) one_pass.run();
   if (p.plan.proportional) decode_proportional(p, score_keys);
   for_each_group(p, [&](int64_t group, const RowShape& row) {
-    for (int h = 0; h < p.group_size; ++h) combine_head(p, group, h, row);
+    for (int h = 0; h < p.group_size; ++h) {
+      const float lse = row.proportional() ? p.row_lse[group * p.group_size + h]
+                        : row.one_pass()   ? one_pass.lse(group, h, row.num_tiles)
+                                           : lse_of_tiles(p, group, h, row.num_tiles);
+      combine_head(p, group, h, row, lse);
+    }
     if (p.rows_read != nullptr) p.rows_read[group] = rows_read(p, group, row);
   });
 }

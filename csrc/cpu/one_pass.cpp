@@ -28,63 +28,6 @@ void pilot_levels(const DecodeParams& p, GroupIndex at, const RowShape& row, con
   }
 }
 
-// The running sums of one part: for each head N = sum of exp2(score - reference) v, estimated, and Z = sum of
-// exp2(score - reference), exact. They lie where those of an exact tile do, and `combine_head` sees no difference.
-struct PartSums {
-  float* n;          // [group_size, head_dim]
-  float* reference;  // [group_size]
-  float* z;          // [group_size]
-  int group_size, head_dim;
-
-  PartSums(const DecodeParams& p, int64_t group, int part) : group_size(p.group_size), head_dim(p.head_dim) {
-    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(part) * group_size;
-    n = p.o_accum + stats * head_dim, reference = p.tile_max + stats, z = p.tile_sum + stats;
-    std::fill_n(n, static_cast<int64_t>(group_size) * head_dim, 0.0f);
-    std::fill_n(reference, group_size, -INFINITY);
-    std::fill_n(z, group_size, 0.0f);
-  }
-
-  // Adds a tile to head h's Z and returns what entries of N that are relative to tile_reference are to be multiplied
-  // with. Where the reference rises, what was added before shrinks.
-  float add_tile(int h, SoftmaxState tile, float tile_reference) {
-    const float raised = fmaxf(reference[h], tile_reference);
-    if (raised > reference[h]) {
-      const float factor = exp2_below(reference[h], raised);
-      for (int d = 0; d < head_dim; ++d) n[h * head_dim + d] *= factor;
-      z[h] *= factor;
-      reference[h] = raised;
-    }
-    z[h] += tile.sum * exp2_below(tile.max, raised);
-    return exp2_below(tile_reference, raised);
-  }
-};
-
-// A tile that was scored. Arrays are [group_size], those of keys [group_size, kDrawTileKv].
-struct ScoredTile {
-  int64_t first;
-  int count;
-  std::vector<float> scores, exponentials;  // exp2(score - max)
-  std::vector<SoftmaxState> states;
-  std::vector<float> references, factors;  // PartSums::add_tile
-  std::vector<float> rates;                // draw_rate
-
-  explicit ScoredTile(int group_size)
-      : scores(static_cast<size_t>(group_size) * kDrawTileKv),
-        exponentials(scores.size()),
-        states(group_size),
-        references(group_size),
-        factors(group_size),
-        rates(group_size) {}
-
-  float score(int h, int n) const { return scores[h * kDrawTileKv + n]; }
-  float exponential(int h, int n) const { return exponentials[h * kDrawTileKv + n]; }
-};
-
-uint32_t offset_of(const DecodeParams& p, const RowShape& row, const ScoredTile& tile, RandomStream stream,
-                   int64_t num_draws, int unit_bits) {
-  return tile_offset(p.budget, stream, row.span_first + tile.first, row.draw_kv, row.span_len, num_draws, unit_bits);
-}
-
 // One set of rows for all heads of a block. Returns how many.
 int gather_grouped(const DecodeParams& p, GroupIndex at, const RowShape& row, const ScoredTile& tile, int block_index,
                    PartSums& sums) {
@@ -101,8 +44,7 @@ int gather_grouped(const DecodeParams& p, GroupIndex at, const RowShape& row, co
   int32_t counts[kDrawTileKv];
   const int64_t num_draws = static_cast<int64_t>(p.num_samples) * block.count;
   const RandomStream stream = stream_of(p, at, row, block_index, p.num_head_blocks());
-  draw_counts(units, tile.count, offset_of(p, row, tile, stream, num_draws, kGroupedUnitBits), kGroupedUnitBits,
-              counts);
+  draw_counts(units, tile.count, tile.offset(p, row, stream, num_draws, kGroupedUnitBits), kGroupedUnitBits, counts);
 
   int rows = 0;
   float value[kLargestHeadDim], weights[kHeadBlock];
@@ -112,7 +54,7 @@ int gather_grouped(const DecodeParams& p, GroupIndex at, const RowShape& row, co
     widen_values(p, at, row, tile.first + n, 1, value);
     for (int j = 0; j < block.count; ++j) {
       const int h = block.first + j;
-      weights[j] = inclusion_weight(tile.score(h, n), tile.references[h], units[n]) * tile.factors[h];
+      weights[j] = inclusion_weight(tile.score_of(h, n), tile.references[h], units[n]) * tile.factors[h];
     }
     accumulate_block(weights, 1, block.count, value, 1, p.head_dim, sums.n + block.first * p.head_dim);
   }
@@ -135,7 +77,7 @@ int gather_systematic(const DecodeParams& p, GroupIndex at, const RowShape& row,
       tile_units += units[n];
     }
     const RandomStream stream = stream_of(p, at, row, h, p.group_size);
-    draw_counts(units, tile.count, offset_of(p, row, tile, stream, p.num_samples, unit_bits), unit_bits, counts[j]);
+    draw_counts(units, tile.count, tile.offset(p, row, stream, p.num_samples, unit_bits), unit_bits, counts[j]);
     scales[j] = draw_scale(tile.states[h], tile.references[h], tile_units, unit_bits) * tile.factors[h];
   }
 
@@ -170,18 +112,8 @@ void sample_part(const DecodeParams& p, GroupIndex at, int part, const RowShape&
   ScoredTile tile(p.group_size);
   for (tile.first = begin; tile.first < end; tile.first += row.draw_kv) {
     tile.count = static_cast<int>(std::min<int64_t>(row.draw_kv, end - tile.first));
-    score_keys(at, row, tile.first, tile.count, tile.scores.data(), kDrawTileKv);
-    for (int h = 0; h < p.group_size; ++h) {
-      const float* scores = tile.scores.data() + h * kDrawTileKv;
-      const float max = max_block(scores, tile.count);
-      tile.states[h] = {max, exp2_block(scores, max, tile.exponentials.data() + h * kDrawTileKv, tile.count)};
-      const float share = p.budget == Budget::kStreaming
-                              ? streaming_share(log2_sum(tile.states[h]), levels[h], tile.count, row.span_len)
-                              : uniform_share(tile.count, row.span_len);
-      tile.rates[h] = draw_rate(p.num_samples, share, tile.states[h]);
-      tile.references[h] = tile_reference(p.budget, levels[h], max);
-      tile.factors[h] = sums.add_tile(h, tile.states[h], tile.references[h]);
-    }
+    tile.score(p, at, row, levels, score_keys);
+    for (int h = 0; h < p.group_size; ++h) tile.factors[h] = sums.add_tile(h, tile.states[h], tile.references[h]);
     for (int block = 0; block < p.num_head_blocks(); ++block) {
       rows[block] += p.sampler == Sampler::kGrouped ? gather_grouped(p, at, row, tile, block, sums)
                                                     : gather_systematic(p, at, row, tile, block, sums);
@@ -194,6 +126,53 @@ void sample_part(const DecodeParams& p, GroupIndex at, int part, const RowShape&
 
 }  // namespace
 
+PartSums::PartSums(const DecodeParams& p, int64_t group, int part, float* tile_drawn)
+    : group_size(p.group_size), head_dim(p.head_dim) {
+  const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(part) * group_size;
+  n = p.o_accum + stats * head_dim, reference = p.tile_max + stats, z = p.tile_sum + stats;
+  drawn = tile_drawn != nullptr ? tile_drawn + stats : nullptr;
+  std::fill_n(n, static_cast<int64_t>(group_size) * head_dim, 0.0f);
+  std::fill_n(reference, group_size, -INFINITY);
+  std::fill_n(z, group_size, 0.0f);
+  if (drawn != nullptr) std::fill_n(drawn, group_size, 0.0f);
+}
+
+float PartSums::add_tile(int h, SoftmaxState tile, float tile_reference) {
+  const float raised = fmaxf(reference[h], tile_reference);
+  if (raised > reference[h]) {
+    const float factor = exp2_below(reference[h], raised);
+    for (int d = 0; d < head_dim; ++d) n[h * head_dim + d] *= factor;
+    z[h] *= factor;
+    if (drawn != nullptr) drawn[h] *= factor;
+    reference[h] = raised;
+  }
+  z[h] += tile.sum * exp2_below(tile.max, raised);
+  return exp2_below(tile_reference, raised);
+}
+
+ScoredTile::ScoredTile(int group_size)
+    : scores(static_cast<size_t>(group_size) * kDrawTileKv),
+      exponentials(scores.size()),
+      states(group_size),
+      references(group_size),
+      factors(group_size),
+      rates(group_size) {}
+
+void ScoredTile::score(const DecodeParams& p, GroupIndex at, const RowShape& row, const float* levels,
+                       const ScoreKeys& score_keys) {
+  score_keys(at, row, first, count, scores.data(), kDrawTileKv);
+  for (int h = 0; h < p.group_size; ++h) {
+    const float* of_head = scores.data() + h * kDrawTileKv;
+    const float max = max_block(of_head, count);
+    states[h] = {max, exp2_block(of_head, max, exponentials.data() + h * kDrawTileKv, count)};
+    const float share = p.budget == Budget::kStreaming
+                            ? streaming_share(log2_sum(states[h]), levels[h], count, row.span_len)
+                            : uniform_share(count, row.span_len);
+    rates[h] = draw_rate(p.num_samples, share, states[h]);
+    references[h] = tile_reference(p.budget, levels[h], max);
+  }
+}
+
 void draw_counts(const uint32_t* units, int count, uint32_t offset, int unit_bits, int32_t* counts) {
   uint32_t below = 0;
   for (int n = 0; n < count; ++n) {
@@ -202,7 +181,7 @@ void draw_counts(const uint32_t* units, int count, uint32_t offset, int unit_bit
   }
 }
 
-void decode_one_pass(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_run) {
+void for_each_part(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_run, const SamplePart& sample) {
   std::vector<float> levels(static_cast<size_t>(p.batch) * p.num_kv_heads * p.group_size, 0.0f);
   if (p.has_levels) {
     for_each_group(p, [&](int64_t group, const RowShape&) {
@@ -219,7 +198,13 @@ void decode_one_pass(const DecodeParams& p, const ScoreKeys& score_keys, int pil
   }
   for_each_tile(p, RowKind::kOnePass, [&](GroupIndex at, int part, const RowShape& row) {
     const int64_t group = p.group_index(at.batch_index, at.kv_head);
-    sample_part(p, at, part, row, levels.data() + group * p.group_size, score_keys);
+    sample(at, part, row, levels.data() + group * p.group_size);
+  });
+}
+
+void decode_one_pass(const DecodeParams& p, const ScoreKeys& score_keys, int pilot_run) {
+  for_each_part(p, score_keys, pilot_run, [&](GroupIndex at, int part, const RowShape& row, const float* levels) {
+    sample_part(p, at, part, row, levels, score_keys);
   });
 }
 

@@ -6,11 +6,13 @@
 
 #include "api/bernoulli.h"
 #include "api/decode.h"
+#include "api/proposal.h"
 #include "api/sample_select.h"
 #include "api/select.h"
 #include "cpu/bernoulli.h"
 #include "cpu/decode.h"
 #include "cpu/one_pass.h"
+#include "cpu/proposal.h"
 #include "cpu/proportional.h"
 #include "cpu/sample_select.h"
 
@@ -20,6 +22,12 @@ namespace {
 struct DecodeBackend {
   static void plan(DecodeParams&, int) {}
   static void run(const DecodeParams& p, int) { decode(p); }
+};
+
+struct ProposalBackend {
+  static void plan(ProposalParams&, int) {}
+  static void run(const ProposalParams& p, int) { decode_proposal(p); }
+  static void run_append(const AppendProposalParams& p, int) { append_proposal(p); }
 };
 
 struct SelectBackend {
@@ -82,6 +90,8 @@ struct BernoulliBackend {
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CPU, m) {
   santa::api::register_decode<santa::cpu::DecodeBackend>(m);
+  santa::api::register_decode_proposal<santa::cpu::ProposalBackend>(m);
+  m.impl("append_proposal_keys", TORCH_BOX(&santa::api::append_proposal_keys_op<santa::cpu::ProposalBackend>));
   m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cpu::BernoulliBackend>));
   m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cpu::BernoulliBackend>));
   m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cpu::BernoulliBackend>));

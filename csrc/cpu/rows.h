@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <functional>
+#include <vector>
 
 #include "params.h"
 
@@ -71,5 +72,14 @@ void widen_query(const DecodeParams& p, GroupIndex at, int h, float* q);
 // Keys or values [first, first + count) of the row to block [count, head_dim].
 void widen_keys(const DecodeParams& p, GroupIndex at, const RowShape& row, int64_t first, int count, float* block);
 void widen_values(const DecodeParams& p, GroupIndex at, const RowShape& row, int64_t first, int count, float* block);
+
+// All queries in float32, [batch, num_kv_heads, group_size, head_dim].
+std::vector<float> widen_queries(const DecodeParams& p);
+
+// Exact logits, neither capped nor masked. `queries`, of widen_queries, and p have to outlive it.
+ScoreKeys exact_scores(const DecodeParams& p, const std::vector<float>& queries);
+
+// Logits as they are attended with: attended_logit. p has to outlive it.
+ScoreKeys attended_scores(const DecodeParams& p, ScoreKeys score_keys);
 
 }  // namespace santa::cpu

@@ -5,6 +5,7 @@
 
 #include "core/bernoulli.h"
 #include "core/float8.h"
+#include "core/proposal.h"
 
 // Function multiversioning keeps the wheel portable: one build holds baseline, AVX2 and AVX-512 code.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -159,6 +160,23 @@ SANTA_MULTIVERSION void accumulate_block(const float* weights, int64_t stride, i
 #pragma omp simd
       for (int d = 0; d < head_dim; ++d) a[d] += w * value[d];
     }
+  }
+}
+
+SANTA_MULTIVERSION void code_products(const int16_t* q, int num_heads, const uint8_t* codes, int head_dim,
+                                      int32_t* products) {
+  int16_t key[256];
+  const int half = head_dim / 2;
+  for (int j = 0; j < half; ++j) {
+    key[j] = static_cast<int16_t>(low_code(codes[j]));
+    key[j + half] = static_cast<int16_t>(high_code(codes[j]));
+  }
+  for (int h = 0; h < num_heads; ++h) {
+    const int16_t* query = q + h * head_dim;
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int d = 0; d < head_dim; ++d) sum += query[d] * key[d];
+    products[h] = sum;
   }
 }
 

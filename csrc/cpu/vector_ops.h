@@ -23,6 +23,10 @@ float max_block(const float* x, int count);
 void accumulate_block(const float* weights, int64_t stride, int num_heads, const float* v, int num_keys, int head_dim,
                       float* acc);
 
+// products[h] = <q[h], code> of one key with proposal codes (core/proposal.h): q [num_heads, head_dim], codes
+// [head_dim / 2].
+void code_products(const int16_t* q, int num_heads, const uint8_t* codes, int head_dim, int32_t* products);
+
 // acc[i] += times * x[i], by additions alone: core/bernoulli.h.
 void add_block(const float* x, int times, int count, float* acc);
 

@@ -42,6 +42,7 @@ def engine(model: str, *, santa: dict[str, Any] | None = None, graphs: bool = Fa
     decode steps are full CUDA graphs, and nothing is compiled, which would take most of a test's time.
     """
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     defaults: dict[str, Any] = dict(
         attention_backend="FLASH_ATTN" if santa is None else "CUSTOM",
@@ -70,6 +71,8 @@ def engine(model: str, *, santa: dict[str, Any] | None = None, graphs: bool = Fa
             llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        # The process has one memory pool for graphs, which ended with this engine's.
+        type(current_platform)._global_graph_pool = None
         cleanup_dist_env_and_memory()
 
 

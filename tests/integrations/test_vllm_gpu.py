@@ -27,12 +27,12 @@ from helpers.vllm_engine import (
     check_same_tokens,
     engine,
     generate,
-    lead,
     make_prompts,
     metric,
     save_model,
 )
 
+from santa.integrations.vllm.metadata import SantaMetadataBuilder
 from santa.integrations.vllm.requests import StepRows
 
 pytestmark = pytest.mark.gpu
@@ -118,21 +118,25 @@ def test_windows_in_some_layers_and_soft_caps(tmp_path: Path) -> None:
 
 
 def test_float8_cache(model: str) -> None:
-    """Dense float8 rounds queries and probabilities to 8 bits as well, so tokens may part; logits stay close."""
-    options = {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}  # FlashAttention-3's float8 has no float16 outputs
+    """Dense float8 rounds queries and probabilities to 8 bits as well, so tokens need not be equal. After the first
+    token, which is prefill's, logits are no further from those of a 16-bit cache than dense float8's are."""
+    prompts = make_prompts(range(20, 500, 10), seed=3)
+    options = {"dtype": "bfloat16"}  # FlashAttention-3's float8 has no float16 outputs
     with engine(model, **options) as llm:
-        expected = generate(llm, PROMPTS, NEW_TOKENS)
-    with engine(model, santa=EXACT, graphs=True, **options) as llm:
-        ours = generate(llm, PROMPTS, NEW_TOKENS)
-    compared = 0
-    for a, b in zip(ours, expected, strict=True):
-        for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)):
-            if x != y:
-                assert lead(b.logprobs[i]) < 0.5
-                break
-            assert abs(a.logprobs[i][x].logprob - b.logprobs[i][x].logprob) < 0.5
-            compared += 1
-    assert compared >= 2 * len(PROMPTS)
+        exact = generate(llm, prompts, 2)
+    with engine(model, kv_cache_dtype="fp8", **options) as llm:
+        dense = generate(llm, prompts, 2)
+    with engine(model, santa=EXACT, graphs=True, kv_cache_dtype="fp8", **options) as llm:
+        ours = generate(llm, prompts, 2)
+    ours_off, dense_off = [], []
+    for right, a, b in zip(exact, ours, dense, strict=True):
+        if right.token_ids[0] == a.token_ids[0] == b.token_ids[0]:
+            token, logprob = right.token_ids[1], best_logprobs(right)[1]
+            if token in a.logprobs[1] and token in b.logprobs[1]:
+                ours_off.append(abs(a.logprobs[1][token].logprob - logprob))
+                dense_off.append(abs(b.logprobs[1][token].logprob - logprob))
+    assert len(ours_off) >= len(prompts) // 3, f"{len(ours_off)} of {len(prompts)} prompts can be compared"
+    assert 0 < statistics.mean(ours_off) < 1.25 * statistics.mean(dense_off)
 
 
 @pytest.mark.parametrize("runner", ["0", "1"], ids=["first runner, eager", "second runner, graphs"])
@@ -151,11 +155,20 @@ def test_sampled_requests_replay(runner: str, model: str, dense: dict[str, list[
         assert pair[0].logprobs[1] != pair[1].logprobs[1]
         assert [x.token_ids for x in generate(llm, [prompt, prompt], 12)] == [x.token_ids for x in pair]
 
-        # In another batch the matrix products may round otherwise, and the row seed is the same.
-        generate(llm, [prompt], 12)
-        alone = StepRows.row_seeds
-        generate(llm, [*PROMPTS[:3], prompt], [4, 4, 4, 12])
-        assert StepRows.row_seeds == alone and len(alone) == 1 and alone[0] != 0
+        # In another batch the matrix products may round otherwise, and the row seed is the same. (The last steps have
+        # this request alone; the first runner then takes one without requests.)
+        def last_seeds(prompts: list[list[int]], new_tokens: list[int]) -> tuple[int, ...]:
+            seen: list[tuple[int, ...]] = []
+            build = SantaMetadataBuilder.build
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    SantaMetadataBuilder, "build", lambda *a, **k: (seen.append(StepRows.row_seeds), build(*a, **k))[1]
+                )
+                generate(llm, prompts, new_tokens)
+            return next(seeds for seeds in reversed(seen) if seeds)
+
+        alone = last_seeds([prompt], [12])
+        assert last_seeds([*PROMPTS[:3], prompt], [4, 4, 4, 12]) == alone and len(alone) == 1 and alone[0] != 0
 
         seeded = generate(llm, [prompt, prompt], 12, seeds=[1, 2])
         swapped = generate(llm, [prompt, prompt], 12, seeds=[2, 1])

@@ -35,6 +35,13 @@ def paged(operator):
     return run
 
 
+PROPOSAL = santa.make_proposal_keys(decode_inputs()[1])
+
+
+def proposal(q, k, v):
+    return santa.decode(q, k, v, proposal=PROPOSAL, num_samples=8, min_sampled_len=0)
+
+
 def prefill_inputs(dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 4, 150, 64), (1, 2, 150, 64), (1, 2, 150, 64)]
@@ -57,6 +64,7 @@ OPERATORS = {
     "decode, new tokens": ("decode", lambda q, k, v: santa.decode(q.unsqueeze(1), k, v), decode_inputs),
     "decode_paged": ("decode_paged", paged(santa.decode_paged), decode_inputs),
     "ops.decode_paged": ("decode_paged", paged(torch.ops.santa.decode_paged), decode_inputs),
+    "decode_proposal": ("decode_proposal", proposal, decode_inputs),
     "decode_bernoulli": ("decode_bernoulli", lambda *x: santa.decode(*x, score="bernoulli"), bernoulli_inputs),
     "ops.decode_bernoulli": (
         "decode_bernoulli",

@@ -148,7 +148,7 @@ __device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const KvR
   const char* row = values.row(key);
   const int bytes = p.v_dtype == Dtype::kFloat8E4M3 ? p.head_dim : 2 * p.head_dim;
 #pragma unroll 1
-  for (int byte = 0; byte < bytes; byte += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + byte));
+  for (int byte = 0; byte < bytes; byte += 128) prefetch_l2(row + byte);
   return reinterpret_cast<uint64_t>(row);
 }
 

@@ -421,7 +421,7 @@ struct TileItem {
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, min_tile_ctas(HEAD_DIM))
     tile_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(512) unsigned char shared_bytes[];
+  SANTA_DYNAMIC_SHARED(shared_bytes);
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
   launch_dependents();
 #pragma unroll 1
