@@ -60,6 +60,7 @@ struct CallPlan {
   int most_waves;    // or this many times as many, if decode/runs.cuh finds that better
   int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
   int run_parts;     // of these runs
+  int tile_ctas;     // CUDA, other rows: per line of the grid
 };
 
 // Of a number from 1 to 1024: a query up to 1023 times it, shifted by kInverseBits, is their quotient.

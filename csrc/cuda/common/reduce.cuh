@@ -1,4 +1,4 @@
-// Reductions over the threads of a CTA. Integers alone: their results do not depend on the order.
+// Sums over the threads of a warp or a CTA. Integers alone: their results do not depend on the order.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,18 @@ namespace santa::cuda {
 
 __device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// The sum over the lanes up to one's own.
+template <typename Integer>
+__device__ __forceinline__ Integer inclusive_scan(Integer value) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance <<= 1) {
+    const Integer below = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += below;
+  }
   return value;
 }
 

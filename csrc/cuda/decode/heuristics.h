@@ -142,6 +142,21 @@ inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs)
          p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
 
+// CTAs of the tile kernel, per line of the grid: one for each tile of a row, where the host knows how many there are.
+// Where lengths are on the device, most tiles that there could be may not be there, and CTAs without one cost time too:
+// then there is one line of CTAs that look for tiles, twice as many as live at once, but beside rows in one pass, whose
+// CTAs must have gone before these can come, no more than do.
+
+inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
+  CallPlan& plan = p.plan;
+  const int row_tiles = plan.equal_rows ? plan.row.num_tiles
+                                        : std::max(max_exact_tiles(plan.longest_exact),
+                                                   plan.proportional ? max_num_tiles(p.max_kv_len) : 0);
+  const int64_t row_items = static_cast<int64_t>(std::max(row_tiles, 1)) * p.num_units();
+  const int most = (plan.one_pass ? 2 : 4) * device.num_sms;
+  plan.tile_ctas = static_cast<int>(plan.equal_rows ? row_items : std::min<int64_t>(row_items * p.batch, most));
+}
+
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
 // warps as fit with two slots each, then as many slots as they need.
 inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {

@@ -66,7 +66,9 @@ DeviceLimits device_limits_of(int device_index) {
 }
 
 void plan_decode(DecodeParams& p, int device_index) {
-  if (p.plan.one_pass) plan_one_pass(p, device_limits_of(device_index), key_score_needs(p));
+  const DeviceLimits device = device_limits_of(device_index);
+  plan_one_pass(p, device, key_score_needs(p));
+  plan_tiles(p, device);
 }
 
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {

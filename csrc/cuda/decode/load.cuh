@@ -31,18 +31,10 @@ struct CodedSlot {
   static constexpr uint32_t kFirst = slot_bytes(HEAD_DIM) - kSlotRows * HEAD_DIM;
 };
 
-// Where rows are paged: the address of row first + lane, or of the last that is there. Lanes look up one each.
-template <typename T>
-__device__ __forceinline__ const T* own_row(const KvRows<T>& rows, int64_t first, int there, int lane) {
-  return unlikely(rows.paged()) && there > 0
-             ? rows.row_in(rows.page_of(first + min(lane, there - 1)), first + min(lane, there - 1))
-             : rows.base;
-}
-
 // load_slot for rows in float8.
 template <int HEAD_DIM>
-__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, int64_t first, int num_rows,
-                                           bool aligned, uint64_t policy, int lane) {
+__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, const Float8* own, int64_t first,
+                                           int num_rows, bool aligned, uint64_t policy, int lane) {
   constexpr int kChunks = HEAD_DIM / 16;
   if (!aligned) {
 #pragma unroll 1
@@ -53,7 +45,6 @@ __device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& 
     }
     return;
   }
-  const Float8* const own = own_row(rows, first, num_rows, lane);
 #pragma unroll
   for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
     const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
@@ -202,11 +193,10 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
 }
 
 // Of 16 rows, `first` and on, for kernels whose slots are as small; those past the first num_rows, which may be none
-// and more than there are, become zeros.
+// and more than there are, become zeros. `own`: as in load_rows.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, int64_t first, int num_rows,
-                                          bool aligned, uint64_t policy, int lane) {
-  const T* const own = own_row(rows, first, min(num_rows, kSlotRows), lane);
+__device__ __forceinline__ void load_slot(uint32_t slot, const KvRows<T>& rows, const T* own, int64_t first,
+                                          int num_rows, bool aligned, uint64_t policy, int lane) {
   load_rows<T, HEAD_DIM, kSlotRows>(slot, rows, own, num_rows > 0 ? first : 0, num_rows, aligned, policy, lane);
 }
 

@@ -5,6 +5,7 @@
 #include "core/mixture.h"
 #include "core/softmax_state.h"
 #include "cuda/common/ptx.cuh"
+#include "cuda/common/reduce.cuh"
 #include "params.h"
 
 namespace santa::cuda {
@@ -39,15 +40,6 @@ __device__ __forceinline__ float tile_share(const DecodeParams& p, int64_t group
     if (factor > 0.0f) share += factor * p.tile_sum[stats + h];
   }
   return share / static_cast<float>(last - first);
-}
-
-__device__ __forceinline__ uint32_t inclusive_scan(uint32_t value) {
-  const int lane = threadIdx.x & 31;
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t below = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane >= offset) value += below;
-  }
-  return value;
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ DecodeParams p) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/tiling.h"
+#include "cuda/common/reduce.cuh"
 #include "cuda/decode/heuristics.h"
 #include "params.h"
 
@@ -48,11 +49,7 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
       const int runs = ceil_div_int(num_parts_of(kv_len, 1 << part_shift), parts);
       longest =
           max(longest, static_cast<int>(min(static_cast<int64_t>(parts) << part_shift, static_cast<int64_t>(kv_len))));
-      int end = runs;
-      for (int distance = 1; distance < 32; distance <<= 1) {
-        const int below = __shfl_up_sync(0xffffffffu, end, distance);
-        if (lane >= distance) end += below;
-      }
+      const int end = inclusive_scan(runs);
       const uint32_t ends_after = __ballot_sync(0xffffffffu, index < runs_before + end);
       if (finds && ends_after != 0) {
         const int owner = __ffs(ends_after) - 1;
@@ -64,6 +61,9 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
     }
     if (turn == 0) {
       for (int offset = 16; offset > 0; offset >>= 1) keys += __shfl_xor_sync(0xffffffffu, keys, offset);
+      // No row is in one pass: other kernels wait for this one to be gone. By a vote, so that the compiler sees that
+      // all lanes agree.
+      if (__ballot_sync(0xffffffffu, keys > 0) == 0) break;
     } else if (!finds) {
       for (int offset = 16; offset > 0; offset >>= 1) {
         longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, offset));

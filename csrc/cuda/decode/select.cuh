@@ -4,6 +4,7 @@
 
 #include "core/samplers.h"
 #include "core/tiling.h"
+#include "cuda/common/reduce.cuh"
 
 namespace santa::cuda {
 
@@ -15,15 +16,6 @@ struct SelectShared {
   uint16_t rows[kMaxTileKv];        // rows with draws, in order
 };
 
-__device__ __forceinline__ uint32_t warp_inclusive_scan(uint32_t value, int lane) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t below = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane >= offset) value += below;
-  }
-  return value;
-}
-
 // Fills shared.cumulative and clears shared.counts; returns the sum of the weights.
 __device__ __forceinline__ uint32_t accumulate_weights(const uint32_t (&weights)[kKeysPerLane], int num_steps,
                                                        SelectShared& shared, int lane) {
@@ -31,7 +23,7 @@ __device__ __forceinline__ uint32_t accumulate_weights(const uint32_t (&weights)
 #pragma unroll
   for (int i = 0; i < kKeysPerLane; ++i) {
     if (i >= num_steps) break;
-    const uint32_t inclusive = warp_inclusive_scan(weights[i], lane);
+    const uint32_t inclusive = inclusive_scan(weights[i]);
     shared.cumulative[i * 32 + lane] = sum + inclusive;
     shared.counts[i * 32 + lane] = 0;
     sum += __shfl_sync(0xffffffffu, inclusive, 31);

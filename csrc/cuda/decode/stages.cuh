@@ -10,21 +10,19 @@
 
 namespace santa::cuda {
 
-// Exact and proportional rows. Beside rows in one pass, most tiles may not be there: then there are no more CTAs than
-// live at once, which look for tiles, and need not wait for the one-pass kernel but to end (tile.cuh).
+// Exact and proportional rows. Beside rows in one pass they need not wait for the one-pass kernel but to end
+// (tile.cuh).
 template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   auto* const kernel = tile_kernel<T, K, HEAD_DIM>;
   constexpr int kTileBytes = sizeof(TileShared<HEAD_DIM>), kThreads = TileShared<HEAD_DIM>::kThreads;
+  const dim3 grid(static_cast<unsigned>(p.plan.tile_ctas), p.plan.equal_rows ? p.batch : 1);
   if (p.plan.one_pass) {
-    const int64_t items = static_cast<int64_t>(std::max(max_exact_tiles(p.plan.longest_exact), 1)) * p.num_units();
-    const int64_t ctas = std::min<int64_t>(items * p.batch, p.plan.ctas_at_once);
     share_multiprocessor(kernel, kTileBytes);
-    launch_after(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, kTileBytes, stream, "tile_kernel", p);
+    launch_after(kernel, grid, kThreads, kTileBytes, stream, "tile_kernel", p);
   } else {
-    const unsigned items = static_cast<unsigned>(std::max(p.max_tiles, 1)) * p.num_units();
     allow_shared_memory(kernel, kTileBytes);
-    SANTA_LAUNCH(kernel, dim3(items, p.batch), kThreads, kTileBytes, stream, p);
+    SANTA_LAUNCH(kernel, grid, kThreads, kTileBytes, stream, p);
     check_launch("tile_kernel");
   }
 }

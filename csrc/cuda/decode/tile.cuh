@@ -1,5 +1,5 @@
-// Rows that are not sampled in one pass, by tiles: a CTA does one tile of keys for one KV head (and block of 8 query
-// heads, for larger groups) at a time; beside rows in one pass, where most tiles may not be there, one after the other.
+// Rows that are not sampled in one pass, by tiles: a CTA does a tile of keys for one KV head (and block of 8 query
+// heads, for larger groups) at a time.
 //
 // Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
 // Proportional rows, stage 1: scores of the tile to the workspace, and the softmax state of every head. V is not
@@ -14,6 +14,7 @@
 #pragma once
 
 #include "core/softmax_state.h"
+#include "cuda/common/reduce.cuh"
 #include "cuda/decode/draw.cuh"
 #include "cuda/decode/score.cuh"
 #include "params.h"
@@ -65,16 +66,31 @@ struct TileWork {
     return changes_logits(p) ? attended_logit(p, visible_keys(p, end, first_head + head), first_key + key, logit)
                              : logit;
   }
+
+  // Where rows are paged, of keys `first` and on, a lane's each, up to the last that is there: their pages, which are
+  // looked up before the copies before theirs are waited for, and their addresses.
+  __device__ __forceinline__ int64_t own_key(int first, int lane) const {
+    return first_key + min(first + lane, num_keys - 1);
+  }
+  __device__ __forceinline__ int32_t look_up(int first, int lane) const {
+    return unlikely(keys.paged()) && first < num_keys ? keys.page_of(own_key(first, lane)) : 0;
+  }
+  template <typename E>
+  __device__ __forceinline__ const E* own_row(const KvRows<E>& rows, int32_t page, int first, int lane) const {
+    return unlikely(rows.paged()) ? rows.row_in(page, own_key(first, lane)) : rows.base;
+  }
 };
 
 // Keys of a tile, `first` and on, to a slot.
 template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, const TileWork<K>& work, int first,
-                                          uint64_t policy, int lane) {
+__device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, const TileWork<K>& work, int32_t page,
+                                          int first, uint64_t policy, int lane) {
+  const K* const own = work.own_row(work.keys, page, first, lane);
   if constexpr (std::is_same_v<K, Float8>) {
-    load_codes<HEAD_DIM>(slot, work.keys, work.first_key + first, work.num_keys - first, p.aligned, policy, lane);
+    load_codes<HEAD_DIM>(slot, work.keys, own, work.first_key + first, work.num_keys - first, p.aligned, policy, lane);
   } else {
-    load_slot<T, HEAD_DIM>(slot, work.keys, work.first_key + first, work.num_keys - first, p.aligned, policy, lane);
+    load_slot<T, HEAD_DIM>(slot, work.keys, own, work.first_key + first, work.num_keys - first, p.aligned, policy,
+                           lane);
   }
 }
 
@@ -83,11 +99,11 @@ template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork<K>& work, int tile_kv,
                                            const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                            uint64_t policy) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = warp_index(), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   const int num_slots = tile_kv / (kSlotRows * kWarps);
   const auto key_of = [&](int i) { return (i * kWarps + warp) * kSlotRows; };  // within the tile
-  const uint32_t ring = shared_address(&shared.ring[warp][0]);
+  const uint32_t ring = shared_address(&shared.ring[threadIdx.x >> 5][0]);     // not from `warp`: slot_after says why
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
 
   float* scores_out = p.scores + work.group * p.scores_per_row + work.first_key * p.group_pitch;
@@ -96,6 +112,7 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
   SoftmaxState state[2] = {empty_softmax_state(), empty_softmax_state()};
 
   uint32_t slot = ring, next_slot = ring;
+  int32_t page = work.look_up(key_of(0), lane);
   // The first turns only fill the ring: code that is there twice has to be fetched twice.
 #pragma unroll 1
   for (int i = 1 - kRingSlots; i < num_slots; ++i) {
@@ -105,7 +122,8 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
     }
     const int next = i + kRingSlots - 1;
     if (next < num_slots) {
-      load_keys<T, K, HEAD_DIM>(next_slot, p, work, key_of(next), policy, lane);
+      load_keys<T, K, HEAD_DIM>(next_slot, p, work, page, key_of(next), policy, lane);
+      page = work.look_up(key_of(next + 1), lane);
     }
     cp_async_commit();
     next_slot = slot_after<kSlotBytes, kRingSlots>(next_slot, ring);
@@ -156,25 +174,29 @@ template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<K>& work,
                                             const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
                                             uint64_t policy) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = warp_index(), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   const int num_slots = 2 * ceil_div_int(work.num_keys, kSlotRows * kWarps);
   const auto key_of = [&](int i) { return ((i >> 1) * kWarps + warp) * kSlotRows; };  // within the tile
-  const uint32_t ring = shared_address(&shared.ring[warp][0]);
+  const uint32_t ring = shared_address(&shared.ring[threadIdx.x >> 5][0]);  // not from `warp`: slot_after says why
   constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
   constexpr bool kFloat8 = std::is_same_v<K, Float8>;
   const auto is_coded = [&](int i) { return kFloat8 && ((i & 1) == 0 || p.v_dtype == Dtype::kFloat8E4M3); };
+  int32_t page = 0, next_page = work.look_up(key_of(0), lane);
   const auto load = [&](int i, uint32_t slot) {
     if (i < num_slots) {
       const int first = key_of(i), there = work.num_keys - first;
       KvRows<K> view = work.keys;
-      if (i & 1) {
+      if ((i & 1) == 0) {
+        page = next_page;
+      } else {
         view.base = work.values.base, view.stride_token = work.values.stride_token;
         view.stride_page = work.values.stride_page;
       }
       if constexpr (kFloat8) {
         if (is_coded(i)) {
-          load_codes<HEAD_DIM>(slot, view, work.first_key + first, there, p.aligned, policy, lane);
+          const K* const own = work.own_row(view, page, first, lane);
+          load_codes<HEAD_DIM>(slot, view, own, work.first_key + first, there, p.aligned, policy, lane);
         }
       }
       if (!is_coded(i)) {
@@ -184,8 +206,10 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
                                     view.stride_page,
                                     view.page_shift,
                                     view.first_position};
-        load_slot<T, HEAD_DIM>(slot, elements, work.first_key + first, there, p.aligned, policy, lane);
+        const T* const own = work.own_row(elements, page, first, lane);
+        load_slot<T, HEAD_DIM>(slot, elements, own, work.first_key + first, there, p.aligned, policy, lane);
       }
+      if ((i & 1) == 0) next_page = work.look_up(key_of(i + 2), lane);
     }
     cp_async_commit();
   };
@@ -351,35 +375,62 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   }
 }
 
-// All tiles of all rows that are not in one pass, each CTA in steps of the grid, which has a line for every row or one
-// for all. Beside rows in one pass it starts before their kernel has ended, and ends after it: who waits for this
-// kernel has waited for both.
+// A tile of a row, for a KV head and head block.
+struct TileItem {
+  RowShape row;
+  int batch_index;  // p.batch: there is no such item
+  int tile, kv_head, head_block;
+
+  SANTA_HD static int count_of(const DecodeParams& p, const RowShape& row) {
+    return row.one_pass() ? 0 : (row.num_tiles > 1 ? row.num_tiles : 1) * p.num_units();
+  }
+
+  // Number `index` of the call, or of row blockIdx.y if there is a line of the grid for every row. By whole warps.
+  static __device__ __forceinline__ TileItem find(const DecodeParams& p, int index) {
+    TileItem item{};
+    item.batch_index = blockIdx.y;
+    if (!p.plan.equal_rows) {
+      const int lane = threadIdx.x & 31;
+#pragma unroll 1
+      for (;; item.batch_index += 32) {
+        if (item.batch_index >= p.batch) return {.batch_index = p.batch};
+        const int own = item.batch_index + lane, count = own < p.batch ? count_of(p, row_shape_of(p, own)) : 0;
+        const int end = inclusive_scan(count);
+        const uint32_t ends_after = __ballot_sync(0xffffffffu, index < end);
+        if (ends_after != 0) {
+          const int owner = __ffs(ends_after) - 1;
+          index -= __shfl_sync(0xffffffffu, end - count, owner);
+          item.batch_index += owner;
+          break;
+        }
+        index -= __shfl_sync(0xffffffffu, end, 31);
+      }
+    }
+    // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
+    const int head_blocks = p.num_head_blocks(), unit = index / head_blocks;
+    item.row = row_shape_of(p, item.batch_index);
+    item.head_block = index - unit * head_blocks;
+    item.tile = unit / p.num_kv_heads, item.kv_head = unit - item.tile * p.num_kv_heads;
+    return item;
+  }
+};
+
+// All tiles of all rows that are not in one pass: a CTA for each if rows are known to be equal, else each CTA in steps
+// of the grid. Beside rows in one pass it starts
+// before their kernel has ended, and ends after it: who waits for this kernel has waited for both.
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, min_tile_ctas(HEAD_DIM))
     tile_kernel(const __grid_constant__ DecodeParams p) {
   SANTA_DYNAMIC_SHARED(shared_bytes);
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
   launch_dependents();
-  const int lane = threadIdx.x & 31, head_blocks = p.num_head_blocks(), num_units = p.num_units();
-  int item = blockIdx.x;
-  bool again = false;
-  for (int first = blockIdx.y; first < p.batch; first += 32 * gridDim.y) {
-    const int own = first + lane * gridDim.y;
-    uint32_t rows = __ballot_sync(0xffffffffu, own < p.batch && !row_shape_of(p, min(own, p.batch - 1)).one_pass());
-    for (; rows != 0; rows &= rows - 1) {
-      const int batch_index = first + (__ffs(rows) - 1) * gridDim.y;
-      const RowShape row = row_shape_of(p, batch_index);
-      const int num_items = max(row.num_tiles, 1) * num_units;
-      for (; item < num_items; item += gridDim.x) {
-        if (again) __syncthreads();  // all have read what the tile before left in shared memory
-        again = true;
-        // Head blocks and KV heads fastest: concurrent CTAs read neighbouring memory.
-        const int unit = item / head_blocks;
-        do_tile<T, K, HEAD_DIM>(p, row, batch_index, unit / p.num_kv_heads, unit % p.num_kv_heads,
-                                item - unit * head_blocks, shared);
-      }
-      item -= num_items;  // the next row goes on where this one ends
-    }
+#pragma unroll 1
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    const TileItem item = TileItem::find(p, index);
+    if (item.batch_index >= p.batch) break;
+    if (index != blockIdx.x) __syncthreads();  // all have read what the tile before left in shared memory
+    do_tile<T, K, HEAD_DIM>(p, item.row, item.batch_index, item.tile, item.kv_head, item.head_block, shared);
+    if (p.plan.equal_rows) break;
   }
   wait_for_previous();
 }
