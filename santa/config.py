@@ -19,6 +19,7 @@ _MAX_SAMPLES = 1 << 20
 _MAX_INT32 = (1 << 31) - 1
 _MAX_DRAWS = 4096
 _MAX_QUERY_LEN = 8
+_KEYS = ("exact", "proposal")
 _SCORES = ("exact", "bernoulli")
 _PREFILLS = ("dense", "sample")
 
@@ -52,6 +53,9 @@ class SantaConfig:
         max_sampled_q_len: most new tokens per row of a step that is sampled, 1 to 8. 1: decode steps alone. More:
             verification of that many speculated tokens too, and with it chunks of prefill as short behind tokens that
             the cache holds, which look the same.
+        keys: "exact", or "proposal": the layers that sample keep their keys in 4 bits beside the cache, read all of
+            these, and K and V where rows are drawn (docs/proposals.md). For the sampler "grouped", the streaming budget
+            and exact scores. Layers whose cache forgets keys (sliding windows) read them all, as with "exact".
 
     Raises:
         TypeError, ValueError: naming the field, what it got and what it needs.
@@ -70,6 +74,7 @@ class SantaConfig:
     alpha: float | tuple[float, float] = 0.95
     prefill_backend: str = "auto"
     max_sampled_q_len: int = 1
+    keys: str = "exact"
 
     def __post_init__(self) -> None:
         # The class is frozen for its users; its own normalisation goes around that.
@@ -93,6 +98,7 @@ class SantaConfig:
         object.__setattr__(self, "score_sampler", value_of("score_sampler", self.score_sampler, ScoreSampler))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         for field, known in (
+            ("keys", _KEYS),
             ("score", _SCORES),
             ("prefill", _PREFILLS),
             ("prefill_backend", BACKENDS),
@@ -104,6 +110,16 @@ class SantaConfig:
                 f"santa: max_sampled_q_len is {self.max_sampled_q_len} while score is 'bernoulli', which takes one new "
                 "token per row; it needs to be 1"
             )
+        if self.keys == "proposal":
+            for field, value, needed in (
+                ("sampler", self.sampler.name.lower(), "grouped"),
+                ("budget", "streaming" if self.budget is None else self.budget.name.lower(), "streaming"),
+                ("score", self.score, "exact"),
+            ):
+                if value != needed:
+                    raise ValueError(
+                        f"santa: {field} is {value!r} while keys is 'proposal', which needs {field}={needed!r}"
+                    )
         alphas = check_alpha(self.alpha)
         if not isinstance(self.alpha, (float, int)):
             object.__setattr__(self, "alpha", alphas)  # a list would make the settings mutable
@@ -120,6 +136,10 @@ class SantaConfig:
     def draws_scores(self, layer_idx: int) -> bool:
         """Whether decode steps of one layer draw their scores too."""
         return self.score == "bernoulli" and self._samples(layer_idx)
+
+    def proposes(self, layer_idx: int) -> bool:
+        """Whether decode steps of one layer draw by proposal keys."""
+        return self.keys == "proposal" and self.samples_in_layer(layer_idx) > 0
 
     def prefills_sparsely(self, layer_idx: int | None) -> bool:
         """Whether prefill of one layer goes to `santa.prefill`; None is a layer that does not know its index."""

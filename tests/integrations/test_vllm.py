@@ -57,6 +57,11 @@ def test_default_settings(nothing: Any) -> None:
         ),
         ({"santa": {"num_sample": 8}}, ValueError, "'num_samples' is one"),
         ({"santa": {"prefill": "sample"}}, ValueError, "has 'prefill'; it needs names among"),
+        (
+            {"santa": {"keys": "proposal"}},
+            ValueError,
+            "has keys='proposal'; it needs to be left out: .* no proposal keys",
+        ),
         ({"santa": {"zzz": 8}}, ValueError, "has 'zzz'; it needs names among .*'seed']$"),
         ({"santa": {"num_samples": -1}}, ValueError, "num_samples is -1; it needs to be from 0"),
         ({"santa": {"num_samples": "128"}}, TypeError, "num_samples is '128'; it needs to be an int"),

@@ -246,7 +246,7 @@ struct FeatureScorer {
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32, 1)
     pilot_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
-  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = FeatureScorer<T, HEAD_DIM>;
   wait_for_previous();  // what was drawn; the next kernel, which needs it too, starts later
   launch_dependents();
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32, 1)
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(bound_threads(kFeatureScoreWarps, HEAD_DIM), 2)
     one_pass_bernoulli_kernel(const __grid_constant__ BernoulliParams p) {
-  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = FeatureScorer<T, HEAD_DIM>;
   launch_dependents();
   const Work work(p.decode);

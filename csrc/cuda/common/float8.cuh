@@ -6,29 +6,18 @@
 
 namespace santa::cuda {
 
-// From sm_89 on there is an instruction. Before, the code's bits are moved to where float16 has its own: exponent bias
-// 7 read as bias 15, the number times 2^-8, exactly, subnormals included. NaN has to be looked for (nan_codes).
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-constexpr bool kConvertsFloat8 = true;
-constexpr float kHalvesScale = 1.0f;
-#else
-constexpr bool kConvertsFloat8 = false;
-constexpr float kHalvesScale = 0.00390625f;
-#endif
+// Where there is no instruction, the code's bits are moved to where float16 has its own: exponent bias 7 read as bias
+// 15, the number times 2^-8, exactly, subnormals included. NaN has to be looked for (nan_codes).
+constexpr float kHalvesScale = kConvertsFloat8 ? 1.0f : 0.00390625f;
 
 // Four codes to four float16 numbers, in order, times kHalvesScale.
 __device__ __forceinline__ uint2 halves_of_codes(uint32_t codes) {
-  uint2 halves;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high;}"
-      : "=r"(halves.x), "=r"(halves.y)
-      : "r"(codes));
-#else
-  const uint32_t low = __byte_perm(codes, 0, 0x1404), high = __byte_perm(codes, 0, 0x3424);  // codes in upper bytes
-  halves.x = (low & 0x80008000u) | ((low >> 1) & 0x3f803f80u);
-  halves.y = (high & 0x80008000u) | ((high >> 1) & 0x3f803f80u);
-#endif
-  return halves;
+  if constexpr (kConvertsFloat8) {
+    return convert_float8(codes);
+  } else {
+    const uint32_t low = __byte_perm(codes, 0, 0x1404), high = __byte_perm(codes, 0, 0x3424);  // codes in upper bytes
+    return {(low & 0x80008000u) | ((low >> 1) & 0x3f803f80u), (high & 0x80008000u) | ((high >> 1) & 0x3f803f80u)};
+  }
 }
 
 // The upper bit of every code that is NaN and that halves_of_codes does not show as such.

@@ -5,7 +5,11 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
+#include "cuda/common/head_dims.h"
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments): a macro, so that tests/emulator can do without a GPU.
+#define SANTA_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
 
 namespace santa::cuda {
 
@@ -52,25 +56,6 @@ void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int sha
   config.dynamicSmemBytes = shared_bytes;
   config.attrs = &early, config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
-}
-
-// Calls function(std::integral_constant<int, head_dim>).
-template <typename Function>
-void with_head_dim(int head_dim, const Function& function) {
-  switch (head_dim) {
-    case 64:
-      return function(std::integral_constant<int, 64>{});
-    case 96:
-      return function(std::integral_constant<int, 96>{});
-    case 128:
-      return function(std::integral_constant<int, 128>{});
-    case 192:
-      return function(std::integral_constant<int, 192>{});
-    case 256:
-      return function(std::integral_constant<int, 256>{});
-    default:
-      throw std::runtime_error("santa on CUDA: no kernel for this head_dim");  // the argument check is stricter
-  }
 }
 
 }  // namespace santa::cuda

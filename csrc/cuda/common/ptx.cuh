@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+// The dynamic shared memory of a kernel, as `name`.
+#define SANTA_DYNAMIC_SHARED(name) extern __shared__ __align__(512) unsigned char name[]
+
 namespace santa::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -95,6 +98,11 @@ __device__ __forceinline__ void store_shared_pair_if(bool there, uint32_t addres
   asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1, %2};}" ::"r"(address), "f"(first),
                "f"(second), "r"(static_cast<uint32_t>(there))
                : "memory");
+}
+
+// Starts a line of 128 bytes on its way to the L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // WORDS floats to global memory, with an L2 policy.
@@ -260,6 +268,21 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+
+// Whether there is an instruction for float8, as from sm_89 on: four codes to four float16 numbers, in order.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+constexpr bool kConvertsFloat8 = true;
+__device__ __forceinline__ uint2 convert_float8(uint32_t codes) {
+  uint2 halves;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(codes));
+  return halves;
+}
+#else
+constexpr bool kConvertsFloat8 = false;
+__device__ __forceinline__ uint2 convert_float8(uint32_t) { return {}; }
+#endif
 
 // The two 16-bit types: matrix multiply-accumulate (m16n8k16, float32 accumulators) and conversions.
 template <typename T>

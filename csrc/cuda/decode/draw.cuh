@@ -173,7 +173,7 @@ __device__ __forceinline__ uint64_t fetch_row(const DecodeParams& p, const KvRow
   const char* row = rows.row(key);
   const int bytes = element_bytes(dtype) * p.head_dim;
 #pragma unroll 1
-  for (int byte = 0; byte < bytes; byte += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + byte));
+  for (int byte = 0; byte < bytes; byte += 128) prefetch_l2(row + byte);
   return reinterpret_cast<uint64_t>(row);
 }
 

@@ -293,7 +293,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
 
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  SANTA_DYNAMIC_SHARED(one_pass_bytes);
   launch_dependents();
   const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_co
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(bound_threads(max_key_warps(std::is_same_v<K, Float8>, HEAD_DIM), HEAD_DIM), 2)
     one_pass_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
   const Work work(p);

@@ -24,7 +24,7 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   } else {
     const unsigned items = static_cast<unsigned>(std::max(p.max_tiles, 1)) * p.num_units();
     allow_shared_memory(kernel, kTileBytes);
-    kernel<<<dim3(items, p.batch), kThreads, kTileBytes, stream>>>(p);
+    SANTA_LAUNCH(kernel, dim3(items, p.batch), kThreads, kTileBytes, stream, p);
     check_launch("tile_kernel");
   }
 }
@@ -41,7 +41,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
     share_multiprocessor(pilot, pilot_bytes);
     const dim3 pilot_grid(p.num_units(), p.batch);
     if (is_first) {
-      pilot<<<pilot_grid, kPilotWarps * 32, pilot_bytes, stream>>>(argument);
+      SANTA_LAUNCH(pilot, pilot_grid, kPilotWarps * 32, pilot_bytes, stream, argument);
       check_launch("pilot_kernel");
     } else {
       launch_after(pilot, pilot_grid, kPilotWarps * 32, pilot_bytes, stream, "pilot_kernel", argument);
@@ -53,7 +53,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
   if (needs_pilot) {
     launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
   } else {
-    one_pass<<<grid, threads, shared_bytes, stream>>>(argument);
+    SANTA_LAUNCH(one_pass, grid, threads, shared_bytes, stream, argument);
     check_launch("one_pass_kernel");
   }
 }

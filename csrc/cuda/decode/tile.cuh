@@ -357,7 +357,7 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, min_tile_ctas(HEAD_DIM))
     tile_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(512) unsigned char shared_bytes[];
+  SANTA_DYNAMIC_SHARED(shared_bytes);
   auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
   launch_dependents();
   const int lane = threadIdx.x & 31, head_blocks = p.num_head_blocks(), num_units = p.num_units();

@@ -117,7 +117,7 @@ __device__ __forceinline__ void accumulate(RowStates& states, const ScoreTile& s
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kScoreThreads, 3)
     block_scores_kernel(const __grid_constant__ SampleSelectParams p, int num_ranges) {
-  extern __shared__ __align__(512) unsigned char shared_bytes[];
+  SANTA_DYNAMIC_SHARED(shared_bytes);
   auto& shared = *reinterpret_cast<ScoreShared<HEAD_DIM>*>(shared_bytes);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 

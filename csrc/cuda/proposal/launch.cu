@@ -35,7 +35,8 @@ template <typename T>
 void launch_append_of(const AppendProposalParams& p, cudaStream_t stream) {
   const int64_t ctas = std::min<int64_t>(ceil_div(p.num_keys, kAppendWarps), 4096);
   const dim3 grid(static_cast<unsigned>(ctas), p.num_kv_heads, p.batch);
-  append_proposal_kernel<T><<<grid, kAppendWarps * 32, 0, stream>>>(p);
+  auto* const kernel = append_proposal_kernel<T>;
+  SANTA_LAUNCH(kernel, grid, kAppendWarps * 32, 0, stream, p);
   check_launch("append_proposal_kernel");
 }
 

@@ -9,7 +9,7 @@ namespace santa::cuda {
 
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
-  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  SANTA_DYNAMIC_SHARED(one_pass_bytes);
   launch_dependents();
   const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
@@ -30,7 +30,7 @@ constexpr int proposal_threads(int head_dim) { return bound_threads(max_code_war
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(proposal_threads(HEAD_DIM), 2)
     one_pass_proposal_kernel(const __grid_constant__ ProposalParams p) {
-  extern __shared__ __align__(512) unsigned char one_pass_bytes[];
+  SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = CodeScorer<T, HEAD_DIM>;
   launch_dependents();
   const Work work(p.decode);

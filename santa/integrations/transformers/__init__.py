@@ -31,6 +31,7 @@ constants. Inference only.
     paged.py       the same in continuous batching
     masks.py       the mask function, and what is noted on a mask
     layers.py      which layers are santa's, why the others are not, and the report of it
+    proposals.py   proposal keys beside the caches
     parallel.py    which heads are here, under tensor parallelism
     recording.py   how much the decode steps read
 """
@@ -67,6 +68,7 @@ from .layers import (
 from .masks import step_mask
 from .paged import leave_cache_unread, paged_attention
 from .parallel import note_place
+from .proposals import follow_cache
 from .recording import RowsRead, record_rows_read
 
 __all__ = [
@@ -125,7 +127,7 @@ def attach(model: _Model, config: SantaConfig | None = None, *, paged: bool = Fa
         ValueError: the model has no layer that `santa` can run; config.layers names a layer that it has not or that is
             not santa's; sparse prefill has no kernels for the head_dim; the model returns attention weights; Bernoulli
             scores of capped logits. With paged: some causal layers are not santa's; the model has several parts;
-            Bernoulli scores.
+            Bernoulli scores; proposal keys.
         ImportError: with paged, Transformers is older than 5.17.
     """
     config = SantaConfig() if config is None else config
@@ -180,6 +182,8 @@ def attach(model: _Model, config: SantaConfig | None = None, *, paged: bool = Fa
     for name, module in modules.items():
         set_settings(module, LayerSettings(config, reasons[name]))
         note_place(module)
+        if config.keys == "proposal" and reasons[name] is None:
+            follow_cache(module)
         if paged:
             leave_cache_unread(module)
     result = report(inner)
@@ -204,6 +208,8 @@ def _check_paged(
         )
     if config.score == "bernoulli":
         raise ValueError("santa: score is 'bernoulli' with paged=True; it needs to be 'exact'")
+    if config.keys == "proposal":
+        raise ValueError("santa: keys is 'proposal' with paged=True; it needs to be 'exact'")
     if left:
         name, reason = next(iter(left.items()))
         raise ValueError(

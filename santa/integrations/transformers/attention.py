@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,9 +12,19 @@ import santa
 from santa.config import SantaConfig
 from santa.prefill import BLOCK as PREFILL_BLOCK
 
-from .layers import head_dim_error, settings_of, supports_head_dims
-from .masks import as_mask, derive_ranges, is_causal_mask, ranges_of, ranges_of_several, select_keys, tokens_of
+from .layers import head_dim_error, keeps_codes, settings_of, supports_head_dims
+from .masks import (
+    as_mask,
+    derive_ranges,
+    is_causal_mask,
+    ranges_of,
+    ranges_of_several,
+    select_keys,
+    tokens_of,
+    valid_keys,
+)
 from .parallel import first_kv_head_of
+from .proposals import codes_of
 from .recording import RECORD_ATTRIBUTE, RowsRead
 
 _DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
@@ -64,7 +75,8 @@ def attention(
 
     Raises:
         NotImplementedError: dropout; training with gradients; attention weights asked for.
-        ValueError: unsupported head_dim; a decode step in a module without layer_idx.
+        ValueError: unsupported head_dim; a decode step in a module without layer_idx; proposal keys of keys that are
+            not a cache's.
         TypeError: a dtype that the device has no kernels for (float32 on CUDA).
     """
     check_inference(module, query, dropout, output_attentions)
@@ -75,6 +87,9 @@ def attention(
     tokens, ranges, noted_mask = tokens_of(attention_mask), ranges_of(attention_mask), attention_mask
     if attention_mask is not None and attention_mask.shape[-1] != kv_len:
         ranges = noted_mask = None  # a mask of other keys than these: SDPA says so
+    codes = codes_of(key)
+    if codes is not None and keeps_codes(module):
+        codes.fill(key, functools.partial(valid_keys, noted_mask, ranges, query.shape[0]))
     if is_causal_mask(attention_mask):
         attention_mask, is_causal = None, True
     if attention_mask is not None and attention_mask.dtype not in (torch.bool, query.dtype):
@@ -238,6 +253,8 @@ def _sampled_attention(
             del options[name]  # Bernoulli scores have none of these: `attach` refuses the first and the last
         options |= dict(score=config.score, num_draws=config.num_draws, score_sampler=config.score_sampler)
         options |= dict(return_features_read=record is not None)
+    elif keeps_codes(module):
+        options |= _proposal_options(module, query, key)
     result = santa.decode(
         query.squeeze(2) if one_query else query.transpose(1, 2),
         key,
@@ -260,6 +277,19 @@ def _sampled_attention(
         # A sink adds exp(s_aux) to the softmax's denominator, which is estimated too, and no value row.
         out = (out.float() * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1)).to(out.dtype)
     return out.unsqueeze(1) if one_query else out
+
+
+def _proposal_options(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
+    codes = codes_of(key)
+    if codes is not None:
+        return dict(proposal=codes.keys(key.shape[2]))
+    # Without a cache there are no keys but the new ones, which are too few to draw from.
+    if key.shape[2] == query.shape[2]:
+        return {}
+    raise ValueError(
+        f"santa: keys is 'proposal' while {type(module).__name__}, layer {module.layer_idx}, changes the keys that its "
+        "cache returns, or has none of Transformers' caches; keys needs to be 'exact' for this layer: see layers"
+    )
 
 
 def sparse_prefill(

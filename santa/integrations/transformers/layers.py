@@ -56,6 +56,18 @@ def set_settings(module: torch.nn.Module, settings: LayerSettings) -> None:
     setattr(module, _SETTINGS_ATTRIBUTE, settings)
 
 
+def keeps_codes(module: torch.nn.Module) -> bool:
+    """Whether a layer of `santa`'s has proposal keys beside its cache: if it is to sample by them, and its cache keeps
+    all keys."""
+    settings = settings_of(module)
+    return settings.reason is None and settings.config.proposes(module.layer_idx) and not _forgets_keys(module)
+
+
+def _forgets_keys(module: torch.nn.Module) -> bool:
+    kinds = getattr(module.config, "layer_types", None)
+    return _window(module) is not None or (kinds is not None and kinds[module.layer_idx] == "chunked_attention")
+
+
 def supports_head_dims(head_dim: int, value_dim: int) -> bool:
     """Whether `santa.decode` takes keys of head_dim and values of value_dim as they lie in the cache.
 
@@ -347,9 +359,12 @@ def _status(module: torch.nn.Module, config: SantaConfig) -> tuple[str, str]:
         return "exact", "num_samples is 0" if config.num_samples == 0 else "layers leaves it out"
     if not config.draws_scores(module.layer_idx) and (reason := _never_samples(module, config)):
         return "exact", reason
+    remarks = []
     if not _code_facts(type(module)).handed_over.isdisjoint({"indices", "block_indices"}):
-        return "sampled", "exact where its indexer leaves keys out"
-    return "sampled", ""
+        remarks.append("exact where its indexer leaves keys out")
+    if config.proposes(module.layer_idx) and _forgets_keys(module):
+        remarks.append("reads all keys of its window, without proposal keys")
+    return "sampled", "; ".join(remarks)
 
 
 def _never_samples(module: torch.nn.Module, config: SantaConfig) -> str | None:

@@ -225,6 +225,20 @@ def derive_ranges(mask: torch.Tensor | None, batch_size: int, kv_len: int, devic
     return _pack_ranges(mask, mask.sum(-1))
 
 
+def valid_keys(mask: torch.Tensor | None, ranges: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+    """bool [batch, kv_len]: the keys that the last query sees; None where they are all there are, and of masks that are
+    not bool, or per head. ranges: of `ranges_of`, if there are any."""
+    if mask is None or is_causal_mask(mask) or tokens_of(mask) is not None:
+        return None
+    if ranges is not None:
+        starts, lens, _ = ranges[:, :, None].unbind(0)
+        positions = torch.arange(mask.shape[-1], device=mask.device)
+        return (positions >= starts) & (positions < starts + lens)
+    if mask.dtype != torch.bool or mask.shape[1] != 1:
+        return None
+    return mask[:, 0, -1].expand(batch_size, -1)
+
+
 def note_ranges(mask: torch.Tensor, attention_mask: torch.Tensor | None, q_offset: int | torch.Tensor) -> None:
     """Note the ranges of a bool [batch, 1, 1, kv_len] mask of one range per row.
 

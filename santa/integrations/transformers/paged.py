@@ -254,6 +254,8 @@ def _check_no_more_is_asked(module: torch.nn.Module, arguments: dict[str, Any]) 
         refused = settings.reason
     elif settings.config.draws_scores(getattr(module, "layer_idx", None)):
         refused = "is to draw its scores (score='bernoulli')"
+    elif settings.config.keys == "proposal":
+        refused = "is to have proposal keys (keys='proposal')"
     for name in ("position_bias", "indices", "block_indices", "block_table"):
         if arguments.get(name) is not None:
             refused = f"hands over {name}"

@@ -10,7 +10,8 @@ from typing import Any
 from santa.config import SantaConfig
 
 KEY = "santa"
-# Of `SantaConfig`; the others are about prefill, scores and verification, which are vLLM's own here.
+# Of `SantaConfig`; the others are about prefill, scores and verification, which are vLLM's own here, and about keys,
+# which are exact.
 NAMES = ("budget", "layers", "min_context", "min_sampled_len", "num_samples", "sampler", "seed")
 
 
@@ -43,6 +44,11 @@ def settings_of(additional_config: Any) -> SantaConfig:
         raise TypeError(
             f"santa: additional_config[{KEY!r}] is a {type(fields).__name__}; it needs to be a dict with names among "
             f"{list(NAMES)}"
+        )
+    if "keys" in fields:
+        raise ValueError(
+            f"santa: additional_config[{KEY!r}] has keys={fields['keys']!r}; it needs to be left out: vLLM's backend "
+            "has no proposal keys yet"
         )
     for name in fields:
         if name not in NAMES:
