@@ -17,6 +17,8 @@ struct ProposalParams {
   const uint16_t* scales;  // float16
   int64_t stride_codes_batch, stride_codes_token, stride_codes_head;  // batch: of a page, where there are pages
   int64_t stride_scales_batch, stride_scales_token, stride_scales_head;
+  bool codes_aligned;        // those of a key start on a 16-byte boundary
+  bool scales_side_by_side;  // eight scales, from a position on that is a multiple of 8, are 16 bytes that are aligned
 
   const float* center;         // [batch, num_kv_heads, head_dim], contiguous
   const float* channel_scale;  // the same

@@ -2,6 +2,9 @@
 // backends.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "api/decode.h"
 #include "proposal_params.h"
 
@@ -87,6 +90,14 @@ DecodeOutputs decode_proposal(const DecodeArguments& a, const ProposalArguments&
   p.center = proposal.center.const_data_ptr<float>();
   p.channel_scale = proposal.channel_scale.const_data_ptr<float>();
   p.shared_statistics = proposal.center.size(0) == 1;
+  const auto multiples = [](int64_t of, std::initializer_list<int64_t> values) {
+    return std::all_of(values.begin(), values.end(), [of](int64_t value) { return value % of == 0; });
+  };
+  p.codes_aligned = multiples(
+      16, {reinterpret_cast<int64_t>(p.codes), p.stride_codes_batch, p.stride_codes_token, p.stride_codes_head});
+  p.scales_side_by_side = p.stride_scales_token == 1 && multiples(16, {reinterpret_cast<int64_t>(p.scales)}) &&
+                          multiples(8, {p.stride_scales_batch, p.stride_scales_head}) &&
+                          (!a.paged || scales.size(a.token_axis()) % 8 == 0);
   run_backend<Backend>(p, a.q, place_proposal_workspace);
   return outputs;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,8 +40,10 @@ class Case:
         page_size: int = 0,
         q_len: int = 1,
         seed: int = 3,
+        proposes: bool = False,
         **options: Any,
     ) -> None:
+        self.proposes = proposes
         lens = LENS if lens is None else lens
         batch, width = len(lens), max(lens)
         generator = torch.Generator().manual_seed(seed)
@@ -66,6 +69,14 @@ class Case:
         if layout == "HND":
             k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
         self.k, self.v = k, v
+        if self.proposes:
+            lens = self.options.get("kv_lens")
+            starts, table = self.options.get("kv_starts"), self.options.get("page_table")
+            if starts is not None:
+                lens = lens - starts
+            self.options["proposal"] = santa.make_proposal_keys(
+                k, lens, kv_starts=starts, page_table=table, kv_layout=layout
+            )
 
     @staticmethod
     def _paged(x: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -101,6 +112,7 @@ HOW = {
     "systematic": {"sampler": "systematic"},
     "uniform": {"budget": "uniform", "num_samples": 200},
     "proportional": {"budget": "proportional"},
+    "proposal keys": {"proposes": True},
 }
 CUTS: dict[str, dict[str, Any]] = {
     "group 1": {"group": 1},
@@ -162,6 +174,9 @@ def test_bits_do_not_depend_on_the_batch(how: str) -> None:
     for row in range(3):
         alone = Case(lens=[1437, 2100, 90], **HOW[how])
         alone.q, alone.k, alone.v = (x[row : row + 1] for x in (case.q, case.k, case.v))
+        if case.proposes:
+            tensors = {name: x[row : row + 1] for name, x in case.options["proposal"].tensors().items()}
+            alone.options["proposal"] = replace(case.options["proposal"], **tensors)
         for name in ("kv_lens", "row_seeds"):
             alone.options[name] = case.options[name][row : row + 1]
         for x, y in zip(alone.emulated(), together, strict=True):

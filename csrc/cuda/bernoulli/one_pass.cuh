@@ -36,9 +36,9 @@ __device__ __forceinline__ bool is_finite_element(uint16_t bits) {
 
 template <typename T, int HEAD_DIM>
 struct FeatureScorer {
-  static constexpr bool kFloat8 = false;
+  static constexpr bool kFloat8 = false, kProposes = false;
   static constexpr int kSlotBytes = santa::cuda::kSlotBytesOfFeatures;
-  static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotBytes = 0;
+  static constexpr int kOnceBytes = list_bytes(HEAD_DIM), kPilotBytes = 0, kDrawBytes = 0;
   static constexpr int kSlotKeys = kDrawTileKv;
 
   const BernoulliParams& p;

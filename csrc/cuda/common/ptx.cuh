@@ -138,6 +138,22 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared_float(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint8_t load_shared_1(uint32_t address) {
   uint16_t value;
   asm volatile("ld.shared.u8 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
@@ -237,6 +253,14 @@ __device__ __forceinline__ void gather_warps_barrier() { asm volatile("barrier.s
 
 // One of all, which may be met in different places.
 __device__ __forceinline__ void cta_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
+// Matrix product of m16n8k32 in integers: bytes without a sign times bytes with one, added to the sums.
+__device__ __forceinline__ void mma_u8_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // 2^x, results below 2^-126 flushed to zero.
 __device__ __forceinline__ float exp2_approx(float x) {

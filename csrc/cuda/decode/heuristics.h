@@ -12,16 +12,18 @@ namespace santa::cuda {
 constexpr int kMaxScoreWarps = 6;  // of any kernel
 constexpr int kMaxSlots = 8;       // of a score warp's ring
 constexpr int kGatherWarps = 2;
-constexpr int kChunkDraws = 16;       // draws that a score warp hands on at a time
-constexpr int kQueueChunks = 2;       // of a score warp: full, or being read
-constexpr int kChunkHeadBytes = 352;  // of a DrawChunk, weights apart; draw.cuh checks it
-constexpr int kSharedBytes = 512;     // of OnePassShared; one_pass.cuh checks it
+constexpr int kChunkDraws = 16;         // draws that a score warp hands on at a time
+constexpr int kQueueChunks = 2;         // of a score warp: full, or being read
+constexpr int kChunkHeadBytes = 352;    // of a DrawChunk, weights apart; draw.cuh checks it
+constexpr int kProposedDrawBytes = 16;  // of what a chunk has of a proposed draw beside; draw.cuh checks it
+constexpr int kSharedBytes = 512;       // of OnePassShared; one_pass.cuh checks it
 
 // What scores of one kind need: bytes of shared memory for the slot of a ring, for a warp of the pilot, and once per
-// CTA; slots of a ring; warps, at most.
+// CTA; slots of a ring; warps, at most; bytes of a draw beside its weights.
 struct ScoreNeeds {
   int slot, pilot, once;
   int num_slots, max_warps;
+  int draw = 0;
 };
 
 // Warps that score keys in rows: in 8 bits it is them that limit, otherwise it is memory, and more of them than
@@ -61,11 +63,13 @@ SANTA_HD int score_pitch_of(int num_heads) { return num_heads <= 4 ? 4 : 8; }
 
 SANTA_HD int align_up(int bytes) { return (bytes + 511) / 512 * 512; }
 
-SANTA_HD int chunk_bytes_of(int pitch) { return kChunkHeadBytes + kChunkDraws * pitch * 4; }
+SANTA_HD int chunk_bytes_of(int pitch, int draw_bytes) {
+  return kChunkHeadBytes + kChunkDraws * (pitch * 4 + draw_bytes);
+}
 
 // Of a score warp: its ring, the scores of its tile, its queue of draws.
-SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch) {
-  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * chunk_bytes_of(pitch));
+SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch, int draw_bytes) {
+  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * chunk_bytes_of(pitch, draw_bytes));
 }
 
 // Of a gather warp's sums, for its neighbour.
@@ -139,7 +143,7 @@ inline int pilot_shared_bytes(const ScoreNeeds& needs) {
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
   return kSharedBytes + align_up(needs.once) + sum_bytes_of(p) +
-         p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
+         p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch, needs.draw);
 }
 
 // CTAs of the tile kernel, per line of the grid: one for each tile of a row, where the host knows how many there are.
