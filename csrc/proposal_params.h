@@ -42,6 +42,13 @@ struct ProposalParams {
   }
 };
 
+// Rows are cut another way than without proposal keys. `p` is filled otherwise.
+inline void plan_proposal_call(DecodeParams& p) {
+  p.proposal_tile_kv = proposal_tile_kv_of(head_block_of(p, 0).count);
+  p.most_part_kv = kMostProposalPartKv;
+  p.plan = plan_call(p);
+}
+
 // Fills the workspace fields of p and p.decode and returns the bytes needed at `base`.
 inline int64_t place_proposal_workspace(ProposalParams& p, void* base) {
   const DecodeParams& d = p.decode;

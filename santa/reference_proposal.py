@@ -19,7 +19,13 @@ from santa import reference
 from santa.reference_bernoulli import philox
 
 FLOOR_SHARE = 1 / 16
-UNIT_BITS = 24  # of the boundaries between keys
+UNIT_BITS = 22  # of the boundaries between keys
+
+
+def tile_kv(group: int) -> int:
+    """Keys of a tile: 256 where blocks of query heads have up to 4, else 128."""
+    first = reference.head_blocks(group)[0]
+    return 256 if first.stop - first.start <= 4 else 128
 
 
 def quantise(k: Tensor, center: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +85,8 @@ class Row:
         floor. Not yet cut to 1."""
         group, kv_len = self.proposal.shape
         p = torch.softmax(self.proposal, dim=-1)
-        shares = reference.tile_shares(p, "streaming")
-        tile_kv = reference.tile_kv(kv_len)
-        tiles = self.proposal.split(tile_kv, dim=-1)
+        shares = reference.tile_shares(p, "streaming", tile_keys=tile_kv(group))
+        tiles = self.proposal.split(tile_kv(group), dim=-1)
         within = torch.cat([shares[:, i : i + 1] * torch.softmax(t, dim=-1) for i, t in enumerate(tiles)], dim=-1)
         sums = []
         for block in reference.head_blocks(group):
@@ -98,13 +103,13 @@ class Row:
     def draw(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> Tensor:
         """Which keys the kernels draw for each head: bool [group, n]."""
         group, kv_len = self.exact.shape
-        blocks, tile_kv = reference.head_blocks(group), reference.tile_kv(kv_len)
+        blocks = reference.head_blocks(group)
         units = (self.expected_draws(num_samples).clamp(max=1.0) * 2**UNIT_BITS + 0.5).floor().long().clamp(min=1)
         drawn = []
         for i, block in enumerate(blocks):
             key = _stream_key(seed, row_seed, position, kv_head * len(blocks) + i)
             counts = []
-            for tile, of_tile in enumerate(units[i].split(tile_kv)):
+            for tile, of_tile in enumerate(units[i].split(tile_kv(group))):
                 offset = int(philox([0, tile, 0, 0], key)[1]) >> (32 - UNIT_BITS)
                 ends = torch.cumsum(of_tile, dim=0) + offset
                 counts.append((ends >> UNIT_BITS) - ((ends - of_tile) >> UNIT_BITS))
@@ -142,7 +147,7 @@ class Row:
             for h in range(group)[block]:
                 terms = torch.cat([values[h], corrections[h, :, None]], dim=-1) / m[i, :, None]
                 mean, variance = torch.zeros(terms.shape[-1]).double(), torch.zeros(terms.shape[-1]).double()
-                for tile in torch.arange(kv_len).split(reference.tile_kv(kv_len)):
+                for tile in torch.arange(kv_len).split(tile_kv(group)):
                     line = torch.cat([m.new_zeros(1), torch.cumsum(m[i, tile], dim=0)])
                     of_tile = reference.systematic_sums(line[:-1], line[1:], terms[tile])
                     mean, variance = mean + of_tile[0], variance + of_tile[1]

@@ -80,6 +80,7 @@ DecodeOutputs decode_proposal(const DecodeArguments& a, const ProposalArguments&
 
   ProposalParams p{};
   p.decode = decode_params(a, outputs);
+  plan_proposal_call(p.decode);
   const Tensor &codes = proposal.codes, &scales = proposal.scales;
   p.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   p.scales = static_cast<const uint16_t*>(scales.const_data_ptr());

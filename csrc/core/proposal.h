@@ -136,6 +136,9 @@ SANTA_HD float floor_draws(int num_samples, int num_heads, int kv_len) {
                               static_cast<float>(kv_len));
 }
 
+// A tile of kMostProposalTileKv keys adds up to 2^30 units at most.
+constexpr int kProposalUnitBits = 22;
+
 // ---- sums
 
 // Z of some keys, and what it is guarded with: the plain Horvitz-Thompson sum of exp2(s) / pi over those drawn. Both in

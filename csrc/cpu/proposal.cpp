@@ -79,30 +79,30 @@ int propose(const ProposalParams& p, GroupIndex at, const RowShape& row, ScoredT
   const DecodeParams& d = p.decode;
   const HeadBlock block = head_block_of(d, block_index);
   const float floor = floor_draws(d.num_samples, block.count, row.span_len);
-  uint32_t units[kDrawTileKv];
+  uint32_t units[kMostProposalTileKv];
   for (int n = 0; n < tile.count; ++n) {
     float expected = 0.0f;
     for (int h = block.first; h < block.first + block.count; ++h) {
       // A head that takes no part can have NaN here.
       if (tile.rates[h] > 0.0f) expected += tile.rates[h] * tile.exponential(h, n);
     }
-    units[n] = inclusion_units(expected + floor);
+    units[n] = inclusion_units(expected + floor, kProposalUnitBits);
   }
-  int32_t counts[kDrawTileKv];
+  int32_t counts[kMostProposalTileKv];
   const RandomStream stream = stream_of(d, at, row, block_index, d.num_head_blocks());
-  draw_counts(units, tile.count, tile.offset(d, row, stream, 0, kGroupedUnitBits), kGroupedUnitBits, counts);
+  draw_counts(units, tile.count, tile.offset(d, row, stream, 0, kProposalUnitBits), kProposalUnitBits, counts);
 
   // What is drawn comes first in `exact` and `drawn`.
-  int drawn[kDrawTileKv], rows = 0;
-  std::vector<float> exact(static_cast<size_t>(d.group_size) * kDrawTileKv);
+  int drawn[kMostProposalTileKv], rows = 0;
+  std::vector<float> exact(static_cast<size_t>(d.group_size) * kMostProposalTileKv);
   for (int n = 0; n < tile.count; ++n) {
     if (counts[n] == 0) continue;
-    exact_keys(at, row, tile.first + n, 1, exact.data() + rows, kDrawTileKv);
+    exact_keys(at, row, tile.first + n, 1, exact.data() + rows, kMostProposalTileKv);
     drawn[rows++] = n;
   }
   // An exact logit can be far above all of the proposal's.
   for (int h = block.first; h < block.first + block.count; ++h) {
-    sums.add_tile(h, tile.states[h], fmaxf(tile.references[h], max_block(exact.data() + h * kDrawTileKv, rows)));
+    sums.add_tile(h, tile.states[h], fmaxf(tile.references[h], max_block(exact.data() + h * kMostProposalTileKv, rows)));
   }
 
   float value[kLargestHeadDim], weights[kHeadBlock];
@@ -110,9 +110,9 @@ int propose(const ProposalParams& p, GroupIndex at, const RowShape& row, ScoredT
     const int n = drawn[i];
     for (int j = 0; j < block.count; ++j) {
       const int h = block.first + j;
-      weights[j] = inclusion_weight(exact[h * kDrawTileKv + i], sums.reference[h], units[n]);
+      weights[j] = inclusion_weight(exact[h * kMostProposalTileKv + i], sums.reference[h], units[n], kProposalUnitBits);
       sums.drawn[h] += weights[j];
-      sums.z[h] += weights[j] - inclusion_weight(tile.score_of(h, n), sums.reference[h], units[n]);
+      sums.z[h] += weights[j] - inclusion_weight(tile.score_of(h, n), sums.reference[h], units[n], kProposalUnitBits);
     }
     widen_values(d, at, row, tile.first + n, 1, value);
     accumulate_block(weights, 1, block.count, value, 1, d.head_dim, sums.n + block.first * d.head_dim);

@@ -96,6 +96,7 @@ extern "C" const char* emulate_decode(const Call* call) {
     } else {
       ProposalParams proposal{};
       proposal.decode = p;
+      plan_proposal_call(proposal.decode);
       proposal.codes = call->codes, proposal.scales = call->scales;
       proposal.center = call->center, proposal.channel_scale = call->channel_scale;
       proposal.stride_codes_batch = call->codes_strides[0], proposal.stride_codes_token = call->codes_strides[1];

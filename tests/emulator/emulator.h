@@ -86,7 +86,7 @@ constexpr int kJunk = 0xA5;
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  Barrier all, pair;
+  Barrier all, pair, teams[16];
   int current = 0, stride = 1;
   Dim index{}, size{}, grid{};
   ucontext_t caller;

@@ -251,6 +251,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // A barrier of the last two warps of a CTA alone.
 __device__ __forceinline__ void gather_warps_barrier() { asm volatile("barrier.sync 2, 64;" ::: "memory"); }
 
+// One of whole warps: of `threads` threads, those that know it by the same number, from 1 on.
+__device__ __forceinline__ void team_barrier(int number, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // One of all, which may be met in different places.
 __device__ __forceinline__ void cta_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
 

@@ -36,25 +36,6 @@ struct alignas(16) DrawChunk {
 
   __device__ __forceinline__ float* weights() { return reinterpret_cast<float*>(this + 1); }
 };
-
-// Of a draw from proposal keys, behind the weights: what scores it again, and weighs it.
-struct alignas(16) ProposedDraw {
-  uint64_t row;   // of K: its address
-  float inverse;  // of the probability of the draw
-  int key;        // of the row
-};
-static_assert(sizeof(ProposedDraw) == kProposedDrawBytes, "heuristics.h has to know of it");
-
-// What draw_tile is told of the keys that it draws. Scores are those of the keys themselves, or of codes that propose
-// them (core/proposal.h).
-struct ScoredKeys {
-  static constexpr bool kProposes = false;
-};
-struct ProposedKeys {
-  static constexpr bool kProposes = true;
-  const KvRows<char>* rows;  // of K
-  float floor;               // draws that a key expects beside those of its score
-};
 static_assert(sizeof(DrawChunk) == kChunkHeadBytes, "heuristics.h has to know of it");
 
 // Chunks of one score warp on their way to the gather warps: written in turn, read in turn. Whoever has written or read
@@ -155,23 +136,17 @@ __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t
   }
 }
 
-// K and V by bytes.
-SANTA_HD int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat8E4M3 ? 1 : 2; }
-__device__ __forceinline__ KvRows<char> key_bytes(const DecodeParams& p, const RowUnit& unit) {
-  const int bytes = element_bytes(p.k_dtype);
-  return make_kv_rows<char>(p, p.k, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_k_batch * bytes,
-                            p.stride_k_token * bytes, p.stride_k_head * bytes);
-}
+// V by bytes.
 __device__ __forceinline__ KvRows<char> value_bytes(const DecodeParams& p, const RowUnit& unit) {
-  const int bytes = element_bytes(p.v_dtype);
-  return make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * bytes,
-                            p.stride_v_token * bytes, p.stride_v_head * bytes);
+  const int element_bytes = p.v_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
+  return make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_v_batch * element_bytes,
+                            p.stride_v_token * element_bytes, p.stride_v_head * element_bytes);
 }
 
-// The address of a row, which is started on its way to the L2: gather warps find it there.
-__device__ __forceinline__ uint64_t fetch_row(const DecodeParams& p, const KvRows<char>& rows, Dtype dtype, int key) {
-  const char* row = rows.row(key);
-  const int bytes = element_bytes(dtype) * p.head_dim;
+// The address of a row of V, which is started on its way to the L2: gather warps find it there.
+__device__ __forceinline__ uint64_t fetch_value(const DecodeParams& p, const KvRows<char>& values, int key) {
+  const char* row = values.row(key);
+  const int bytes = p.v_dtype == Dtype::kFloat8E4M3 ? p.head_dim : 2 * p.head_dim;
 #pragma unroll 1
   for (int byte = 0; byte < bytes; byte += 128) prefetch_l2(row + byte);
   return reinterpret_cast<uint64_t>(row);
@@ -180,10 +155,9 @@ __device__ __forceinline__ uint64_t fetch_row(const DecodeParams& p, const KvRow
 // Draws from the tile whose scores are in shared memory. Lane l owns keys 4 l to 4 l + 3; what belongs to head h alone
 // is in lane h (and those 8, 16 and 24 above). Scores become exponentials and then, for systematic draws, weights in
 // their place. `offset`: tile_offset, of the lane's head.
-template <typename Keys>
 __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& unit, const TileScores& scores,
                                           uint32_t offset, float level, int first_key, const KvRows<char>& values,
-                                          const Keys& keys, const DrawQueue& queue, uint32_t& produced, int lane) {
+                                          const DrawQueue& queue, uint32_t& produced, int lane) {
   const int num_heads = unit.heads.count, own_head = lane & 7, num_quads = scores.pitch / 4;
   const auto place_of = [&](int j) { return scores.scores + score_place(4 * lane + j) * scores.pitch; };
   const auto quad_of = [&](int j, int quad) -> float4& { return reinterpret_cast<float4*>(place_of(j))[quad]; };
@@ -259,10 +233,6 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
         expected[j] = fmaf(rates[0], e.x, fmaf(rates[1], e.y, fmaf(rates[2], e.z, fmaf(rates[3], e.w, expected[j]))));
       }
     }
-    if constexpr (Keys::kProposes) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) expected[j] += 4 * lane + j < scores.num_keys ? keys.floor : 0.0f;
-    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) units[j] = inclusion_units(expected[j]);
     count_tile_draws(counts, total, units, offset, kGroupedUnitBits, lane);
@@ -327,14 +297,9 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
     __syncwarp();
     // The weights: a lane a draw.
     if (lane < listed) {
-      const int key = first_key + chunk.key[lane];
-      chunk.row[lane] = fetch_row(p, values, p.v_dtype, key);
+      chunk.row[lane] = fetch_value(p, values, first_key + chunk.key[lane]);
       float* const own = weights + lane * scores.pitch;
       const float inclusion_inverse = own[0];
-      if constexpr (Keys::kProposes) {
-        reinterpret_cast<ProposedDraw*>(weights + kChunkDraws * scores.pitch)[lane] = {
-            fetch_row(p, *keys.rows, p.k_dtype, key), inclusion_inverse, key};
-      }
       const float* key_scores = scores.scores + score_place(chunk.key[lane]) * scores.pitch;
 #pragma unroll 1
       for (int quad = 0; quad < num_quads; ++quad) {

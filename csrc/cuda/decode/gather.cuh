@@ -7,7 +7,6 @@
 
 #include "cuda/decode/draw.cuh"
 #include "cuda/decode/lane_values.cuh"
-#include "cuda/decode/proposals.cuh"
 
 namespace santa::cuda {
 
@@ -27,29 +26,12 @@ __device__ __forceinline__ void scale_weights(uint32_t weights, uint32_t factors
 constexpr int kChunksInSight = 4;  // lane 8 i + h looks at head h of chunk i
 
 // Rows of V that a warp adds up together, on their way from memory.
-template <typename V, int ELEMENTS, int ROWS, typename Proposals>
-struct RowBatch : Proposals::Rows {
+template <typename V, int ELEMENTS, int ROWS>
+struct RowBatch {
   LaneValues<V, ELEMENTS> rows[ROWS];
   int count;         // of rows that are there
   uint32_t weights;  // of row `lane`: their address
   uint32_t held;     // barrier of chunk lane / 8, if the chunk is to be handed back when these rows have been added up
-  uint2 address;     // of row `lane`
-
-  // Asks for the rows. Past the end the last row is read again, for nothing: no branch keeps the loads from being in
-  // flight together.
-  __device__ __forceinline__ void load(const DecodeParams& p, int lane_element) {
-    const uint64_t own = static_cast<uint64_t>(address.y) << 32 | address.x;
-    const auto source = [&](int i) {
-      return reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, own, i)) + lane_element;
-    };
-    if (p.aligned) {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) rows[i].load(source(i));
-    } else {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) rows[i] = LaneValues<V, ELEMENTS>::by_elements(source(i));
-    }
-  }
 
   // Adds weight[h] v to the sums of four heads, first_head on, row by row.
   __device__ __forceinline__ void add_four(float (&acc)[kHeadBlock][ELEMENTS], int first_head) const {
@@ -98,15 +80,12 @@ __device__ __forceinline__ void hand_back(uint32_t held) {
 // Rows take their time to arrive: a batch of them is added up when the next one is on its way, if there are draws for
 // one. Chunks are taken in the order of their tiles, up to four at once, and go back to their score warps when the last
 // of their rows has been added up.
-// With proposal keys the weights of chunks are those of the proposal; see proposals.cuh.
-template <typename V, int HEAD_DIM, int ROWS, typename QueueOf, typename Proposals>
+template <typename V, int HEAD_DIM, int ROWS, typename QueueOf>
 __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUnit& unit, int first_part, int last_part,
-                                             const QueueOf& queue_of, float* neighbour, int gather_warp, int lane,
-                                             Proposals& proposals) {
+                                             const QueueOf& queue_of, float* neighbour, int gather_warp, int lane) {
   using Lanes = ValueLanes<HEAD_DIM>;
   constexpr int kElements = Lanes::kElements;
-  using Batch = RowBatch<V, kElements, ROWS, Proposals>;
-  constexpr bool kProposes = Proposals::kProposes;
+  using Batch = RowBatch<V, kElements, ROWS>;
   const int num_warps = p.plan.num_warps, num_heads = unit.heads.count, part_kv = unit.row.tile_kv,
             draw_kv = unit.row.draw_kv;
   const int own_head = lane & 7, own_chunk = lane >> 3;
@@ -119,7 +98,6 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
   for (int part = first_part; part < last_part; ++part) {
     float acc[kHeadBlock][kElements] = {};
     float reference = -INFINITY, sum = 0.0f;  // of head lane % 8
-    if constexpr (kProposes) proposals.clear();
     int rows_read = 0;
     int tiles_left = ceil_div_int(min(part_kv, unit.row.kv_len - part * part_kv), draw_kv);
 
@@ -165,7 +143,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           reference = risen;
           sum *= scale;
 #pragma unroll
-          for (int h = 0; h < kHeadBlock && !kProposes; ++h) {
+          for (int h = 0; h < kHeadBlock; ++h) {
             const float head_scale = __shfl_sync(0xffffffffu, scale, h);
 #pragma unroll
             for (int d = 0; d < kElements; ++d) acc[h][d] *= head_scale;
@@ -184,7 +162,7 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
           const float mass = taken && is_last && has_head ? tile.sum * exp2_below(tile.max, reference) : 0.0f;
 #pragma unroll
           for (int i = 0; i < kChunksInSight; ++i) sum += __shfl_sync(0xffffffffu, mass, i * 8 + own_head);
-          scaled = !kProposes && __any_sync(0xffffffffu, factor != 1.0f);
+          scaled = __any_sync(0xffffffffu, factor != 1.0f);
           if (scaled && taken) chunk.factor[1 + gather_warp][own_head] = factor;
 
           num_draws = 0;
@@ -223,52 +201,42 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
         const uint32_t address = __shfl_sync(0xffffffffu, chunk_address, of * 8);
         batch.weights = address + kChunkHeadBytes + (draw - before) * weight_bytes;
         const uint2 own_row = load_shared_8(address + offsetof(DrawChunk, row) + (draw - before) * 8);
+        const uint64_t row_address = static_cast<uint64_t>(own_row.y) << 32 | own_row.x;
         __syncwarp();  // the factors are there
         if (scaled && lane < batch.count) {
           scale_weights(batch.weights, address + offsetof(DrawChunk, factor) + (1 + gather_warp) * 32, wide);
         }
-        batch.address = own_row;
-        if constexpr (Proposals::kHoldsBoth) batch.load(p, lane_element);
-        if constexpr (kProposes) {
-          proposals.load(p, unit, batch, address | (draw - before), lane_element);
+        const auto source = [&](int i) {
+          return reinterpret_cast<const V*>(__shfl_sync(0xffffffffu, row_address, i)) + lane_element;
+        };
+        // Past the end the last row is read again, for nothing: no branch keeps the loads from being in flight
+        // together.
+        if (p.aligned) {
+#pragma unroll
+          for (int i = 0; i < ROWS; ++i) batch.rows[i].load(source(i));
+        } else {
+#pragma unroll
+          for (int i = 0; i < ROWS; ++i) batch.rows[i] = LaneValues<V, kElements>::by_elements(source(i));
         }
         next += kGatherWarps * ROWS;
         batch.held = next < num_draws ? 0 : held;
         __syncwarp();  // the weights are there
       }
 
-      const auto add = [&](Batch& rows) {
-        if constexpr (kProposes) {
-          proposals.weigh(p, unit, rows, acc, 0, lane);
-          if (wide) proposals.weigh(p, unit, rows, acc, 1, lane);
-        }
-        if constexpr (!Proposals::kHoldsBoth) rows.load(p, lane_element);
-        rows.add_four(acc, 0);
-        if (wide) rows.add_four(acc, 4);
-        hand_back(rows.held);
-      };
-      if constexpr (kProposes) {
-        // Rows of K take the registers of a second batch; score warps have started all of them on their way to the L2.
-        if (batch.count > 0) {
-          add(batch);
-        } else if (tiles_left == 0) {
-          break;
-        }
-      } else {
-        if (under_way.count > 0) {
-          add(under_way);
-        } else if (batch.count == 0 && tiles_left == 0) {
-          break;
-        }
-        under_way = batch;
+      if (under_way.count > 0) {
+        under_way.add_four(acc, 0);
+        if (wide) under_way.add_four(acc, 4);
+        hand_back(under_way.held);
+      } else if (batch.count == 0 && tiles_left == 0) {
+        break;
       }
+      under_way = batch;
     }
 
     // The second warp's sums to the first.
     gather_warps_barrier();  // those of the part before are taken
     const int lane_offset = lane * kElements;
     if (gather_warp == 1) {
-      if constexpr (kProposes) proposals.hand_over(lane);
 #pragma unroll
       for (int h = 0; h < kHeadBlock; ++h) {
         if (h < num_heads && lane < Lanes::kLanes) store_elements(neighbour + h * HEAD_DIM + lane_offset, acc[h]);
@@ -277,28 +245,15 @@ __device__ __forceinline__ void gather_parts(const DecodeParams& p, const RowUni
     gather_warps_barrier();
     if (gather_warp == 1) continue;
     const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.group_size + unit.heads.first;
-    float own_factor = 1.0f, other_factor = 1.0f;  // of head lane % 8
-    if constexpr (kProposes) {
-      proposals.finish({reference, sum}, stats, own_factor, other_factor, lane, num_heads, p);
-    } else if (lane < num_heads) {
+    if (lane < num_heads) {
       p.tile_max[stats + lane] = reference;
       p.tile_sum[stats + lane] = sum;
     }
 #pragma unroll
     for (int h = 0; h < kHeadBlock; ++h) {
-      if constexpr (kProposes) {
-        if (h >= num_heads) break;
-        const float own = __shfl_sync(0xffffffffu, own_factor, h), other = __shfl_sync(0xffffffffu, other_factor, h);
-        if (lane >= Lanes::kLanes) continue;
+      if (h >= num_heads || lane >= Lanes::kLanes) break;
 #pragma unroll
-        for (int d = 0; d < kElements; ++d) {
-          acc[h][d] = fmaf(acc[h][d], own, neighbour[h * HEAD_DIM + lane_offset + d] * other);
-        }
-      } else {
-        if (h >= num_heads || lane >= Lanes::kLanes) break;
-#pragma unroll
-        for (int d = 0; d < kElements; ++d) acc[h][d] += neighbour[h * HEAD_DIM + lane_offset + d];
-      }
+      for (int d = 0; d < kElements; ++d) acc[h][d] += neighbour[h * HEAD_DIM + lane_offset + d];
       store_global(p.o_accum + (stats + h) * HEAD_DIM + lane_offset, acc[h], evict_last_policy());
     }
     if (p.rows_read != nullptr && lane == 0) {

@@ -12,18 +12,16 @@ namespace santa::cuda {
 constexpr int kMaxScoreWarps = 6;  // of any kernel
 constexpr int kMaxSlots = 8;       // of a score warp's ring
 constexpr int kGatherWarps = 2;
-constexpr int kChunkDraws = 16;         // draws that a score warp hands on at a time
-constexpr int kQueueChunks = 2;         // of a score warp: full, or being read
-constexpr int kChunkHeadBytes = 352;    // of a DrawChunk, weights apart; draw.cuh checks it
-constexpr int kProposedDrawBytes = 16;  // of what a chunk has of a proposed draw beside; draw.cuh checks it
-constexpr int kSharedBytes = 512;       // of OnePassShared; one_pass.cuh checks it
+constexpr int kChunkDraws = 16;       // draws that a score warp hands on at a time
+constexpr int kQueueChunks = 2;       // of a score warp: full, or being read
+constexpr int kChunkHeadBytes = 352;  // of a DrawChunk, weights apart; draw.cuh checks it
+constexpr int kSharedBytes = 512;     // of OnePassShared; one_pass.cuh checks it
 
 // What scores of one kind need: bytes of shared memory for the slot of a ring, for a warp of the pilot, and once per
-// CTA; slots of a ring; warps, at most; bytes of a draw beside its weights.
+// CTA; slots of a ring; warps, at most.
 struct ScoreNeeds {
   int slot, pilot, once;
   int num_slots, max_warps;
-  int draw = 0;
 };
 
 // Warps that score keys in rows: in 8 bits it is them that limit, otherwise it is memory, and more of them than
@@ -63,13 +61,11 @@ SANTA_HD int score_pitch_of(int num_heads) { return num_heads <= 4 ? 4 : 8; }
 
 SANTA_HD int align_up(int bytes) { return (bytes + 511) / 512 * 512; }
 
-SANTA_HD int chunk_bytes_of(int pitch, int draw_bytes) {
-  return kChunkHeadBytes + kChunkDraws * (pitch * 4 + draw_bytes);
-}
+SANTA_HD int chunk_bytes_of(int pitch) { return kChunkHeadBytes + kChunkDraws * pitch * 4; }
 
 // Of a score warp: its ring, the scores of its tile, its queue of draws.
-SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch, int draw_bytes) {
-  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * chunk_bytes_of(pitch, draw_bytes));
+SANTA_HD int warp_bytes_of(int slot_bytes, int num_slots, int pitch) {
+  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4 + kQueueChunks * chunk_bytes_of(pitch));
 }
 
 // Of a gather warp's sums, for its neighbour.
@@ -143,8 +139,10 @@ inline int pilot_shared_bytes(const ScoreNeeds& needs) {
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
   return kSharedBytes + align_up(needs.once) + sum_bytes_of(p) +
-         p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch, needs.draw);
+         p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
+
+inline int one_pass_threads(const DecodeParams& p) { return (p.plan.num_warps + kGatherWarps) * 32; }
 
 // CTAs of the tile kernel, per line of the grid: one for each tile of a row, where the host knows how many there are.
 // Where lengths are on the device, most tiles that there could be may not be there, and CTAs without one cost time too:
@@ -161,27 +159,38 @@ inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   plan.tile_ctas = static_cast<int>(plan.equal_rows ? row_items : std::min<int64_t>(row_items * p.batch, most));
 }
 
-// Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
-// warps as fit with two slots each, then as many slots as they need.
-inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
-  if (!p.plan.one_pass) return;
-  CallPlan& plan = p.plan;
+// What a CTA can have of a multiprocessor that others share with it.
+inline int shared_room(const DeviceLimits& device, int ctas) {
   constexpr int kReserved = 1024;  // by the system, per CTA
+  return std::min(device.sm_bytes / ctas - kReserved, device.cta_bytes);
+}
+
+// Into how many runs, for a device on which plan.ctas_at_once CTAs live.
+inline void cut_rows(DecodeParams& p) {
+  CallPlan& plan = p.plan;
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
-  const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
+  const int part_kv = part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv);
   const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
-  plan.ctas_at_once = 2 * device.num_sms;
   const bool lengths_known = !plan.exact;
   plan.wanted_ctas = forced.wanted_ctas > 0 ? forced.wanted_ctas
                      : lengths_known        ? wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once)
                                             : plan.ctas_at_once;
   plan.most_waves = forced.wanted_ctas > 0 || lengths_known || p.batch == 1 ? 1 : kMostUnknownWaves;
-  const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
-  plan.row_runs = lengths_known ? ceil_div_int(parts, run_parts) : 0;
-  plan.run_parts = run_parts;
+  plan.run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
+  plan.row_runs = lengths_known ? ceil_div_int(parts, plan.run_parts) : 0;
+}
+
+// Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
+// warps as fit with two slots each, then as many slots as they need.
+inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
+  if (!p.plan.one_pass) return;
+  CallPlan& plan = p.plan;
+  const ForcedPlan& forced = forced_plan();
+  plan.ctas_at_once = 2 * device.num_sms;
+  cut_rows(p);
   const bool alone = max_runs_of(p) * p.num_units() <= device.num_sms;
-  const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
+  const int room = shared_room(device, alone ? 1 : 2);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
     return one_pass_shared_bytes(p, needs) <= room;
@@ -189,7 +198,8 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   int num_warps = needs.max_warps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
   // No more than what the tiles of a run take as many turns with.
-  const int tiles = ceil_div_int(run_parts * part_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
+  const int run_kv = plan.run_parts * part_kv_of(p.max_kv_len, p.num_units());
+  const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   num_warps = ceil_div_int(tiles, ceil_div_int(tiles, num_warps));
   if (forced.num_warps > 0) num_warps = std::min(forced.num_warps, num_warps);
   const int wanted = forced.num_slots > 0 ? forced.num_slots : needs.num_slots;

@@ -3,12 +3,11 @@
 // the tile, and go on to another, while the slots are filling; gather warps read the values that were drawn, tile by
 // tile in order, and add them up. No CTA waits for another, and no score warp for another.
 //
-// How scores come about is a Scorer: KeyScorer below, FeatureScorer in bernoulli/, CodeScorer in proposal/. It says
-// what a slot is, fills it and turns it into scores. Those of codes only propose what is drawn (gather.cuh).
+// How scores come about is a Scorer: KeyScorer below, FeatureScorer in bernoulli/. It says what a slot is, fills it and
+// turns it into scores.
 #pragma once
 
 #include "core/draw.h"
-#include "core/proposal.h"
 #include "cuda/decode/draw.cuh"
 #include "cuda/decode/gather.cuh"
 #include "cuda/decode/heuristics.h"
@@ -23,9 +22,6 @@ struct OnePassShared {
   uint64_t empty[kMaxScoreWarps][kQueueChunks];
   RowUnit unit;  // here rather than in the registers of every warp
   KvRows<char> values;
-  // With proposal keys.
-  KvRows<char> keys;
-  ProposalExchange exchange;
 };
 static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know of it");
 
@@ -33,10 +29,8 @@ static_assert(sizeof(OnePassShared) <= kSharedBytes, "heuristics.h has to know o
 template <typename T, typename K, int HEAD_DIM>
 struct KeyScorer {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
-  static constexpr bool kProposes = false;
   static constexpr int kSlotKeys = slot_keys(HEAD_DIM);
   static constexpr int kSlotBytes = key_slot_bytes(kFloat8, HEAD_DIM), kPilotBytes = kSlotBytes, kOnceBytes = 0;
-  static constexpr int kDrawBytes = 0;
 
   const DecodeParams& p;
   const void* origin;  // the first key of the row or, where keys are paged, its pages: registers are few
@@ -127,8 +121,7 @@ struct KeyScorer {
 template <typename Scorer>
 __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int pitch,
                                             Scorer& scorer, unsigned char* area, int first_key, int num_keys,
-                                            const KvRows<char>& values, const KvRows<char>& keys,
-                                            const DrawQueue& queue, int warp, int lane) {
+                                            const KvRows<char>& values, const DrawQueue& queue, int warp, int lane) {
   const int ring_slots = p.plan.num_slots;
   const int draw_kv = row.draw_kv, stride = p.plan.num_warps * draw_kv;
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
@@ -198,13 +191,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     const uint32_t offset = tile_offset(
         p.budget, stream, row.span_first + first_key + tile, opaque(draw_kv), row.span_len,
         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1), unit_bits_of(p.sampler, p.num_samples));
-    if constexpr (Scorer::kProposes) {
-      const float floor = floor_draws(p.num_samples, unit.heads.count, row.span_len);
-      draw_tile(p, unit, scores, offset, level, first_key + tile, values, ProposedKeys{&keys, floor}, queue, produced,
-                lane);
-    } else {
-      draw_tile(p, unit, scores, offset, level, first_key + tile, values, ScoredKeys{}, queue, produced, lane);
-    }
+    draw_tile(p, unit, scores, offset, level, first_key + tile, values, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
   }
   cp_async_wait<0>();
@@ -232,8 +219,8 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
   const int warp = warp_index(), lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
-  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, pitch, Scorer::kDrawBytes),
-            chunk_bytes = chunk_bytes_of(pitch, Scorer::kDrawBytes);
+  const int area_bytes = warp_bytes_of(Scorer::kSlotBytes, p.plan.num_slots, pitch),
+            chunk_bytes = chunk_bytes_of(pitch);
   unsigned char* const sums = shared_bytes + kSharedBytes + align_up(Scorer::kOnceBytes);
   unsigned char* const areas = sums + sum_bytes_of(p);
   const auto queue_of = [&](int w) {
@@ -243,7 +230,6 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;
   if (threadIdx.x == blockDim.x - 1) shared.values = value_bytes(p, work.unit);
-  if (Scorer::kProposes && threadIdx.x == blockDim.x - 2) shared.keys = key_bytes(p, work.unit);
   if (threadIdx.x < num_warps * kQueueChunks) {
     mbarrier_init(&shared.full[0][0] + threadIdx.x, 32);
     mbarrier_init(&shared.empty[0][0] + threadIdx.x, kGatherWarps * 32);
@@ -255,39 +241,18 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     // Slots must not start from `warp`: slot_after says why.
     score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer,
                 areas + (threadIdx.x >> 5) * area_bytes, first_key, static_cast<int>(num_keys), shared.values,
-                shared.keys, queue_of(warp), warp, lane);
+                queue_of(warp), warp, lane);
     return;
   }
+  cta_barrier();
   auto* const neighbour = reinterpret_cast<float*>(sums);
   constexpr int kRows = batch_rows(HEAD_DIM);
-  const int gather_warp = warp - num_warps;
-  if constexpr (Scorer::kProposes) {
-    scorer.put_queries(shared_bytes + kSharedBytes, work.unit, gather_warp, kGatherWarps, lane);
-    cta_barrier();
-    const auto gather = [&](auto value, auto key) {
-      using V = decltype(value);
-      using K = decltype(key);
-      ProposalSums<K, HEAD_DIM, kRows> proposals{&scorer.queries.exact[0][0], &shared.exchange, scorer.tile_drawn()};
-      gather_parts<V, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, gather_warp, lane,
-                                       proposals);
-    };
-    if (p.k_dtype != Dtype::kFloat8E4M3) {
-      gather(T{}, T{});
-    } else if (p.v_dtype != Dtype::kFloat8E4M3) {
-      gather(T{}, Float8{});
-    } else {
-      gather(Float8{}, Float8{});
-    }
+  if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
+    gather_parts<Float8, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps,
+                                          lane);
   } else {
-    cta_barrier();
-    NoProposals none;
-    if (Scorer::kFloat8 && p.v_dtype == Dtype::kFloat8E4M3) {
-      gather_parts<Float8, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, gather_warp,
-                                            lane, none);
-    } else {
-      gather_parts<T, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, gather_warp, lane,
-                                       none);
-    }
+    gather_parts<T, HEAD_DIM, kRows>(p, shared.unit, first_part, last_part, queue_of, neighbour, warp - num_warps,
+                                     lane);
   }
 }
 

@@ -3,10 +3,11 @@
 //
 // A lane (g, t) reads the t-th quarter of the codes of keys g and g + 8. The low nibbles of a word are four features of
 // the first half of head_dim, the high ones those of the second half that lie as far in: A fragments for which the
-// codes of q, at the same features, are B fragments. Codes are stored 8 too high, which is taken off the products.
+// codes of q, at the same features, are B fragments. High nibbles are not moved down: their products are 16 times too
+// large, so those of the low ones are multiplied with 16 and all of them with the scale over 16, exactly. Codes are
+// stored 8 too high, which is what sums start from.
 #pragma once
 
-#include "cuda/decode/load.cuh"
 #include "cuda/decode/one_pass.cuh"
 #include "cuda/proposal/heuristics.h"
 #include "proposal_params.h"
@@ -14,18 +15,19 @@
 namespace santa::cuda {
 
 // What a CTA knows of its query vectors, in shared memory; those past the heads of the block are zeros.
-template <int HEAD_DIM>
-struct QueryCodes {
-  float exact[kHeadBlock][HEAD_DIM];  // q times the scale of logits: for the rows that are drawn
+template <typename T, int HEAD_DIM>
+struct alignas(16) QueryCodes {
+  T exact[kHeadBlock][query_pitch(HEAD_DIM)];  // for the keys that are drawn
   int8_t codes[kHeadBlock][HEAD_DIM];
-  ProposalQuery common[kHeadBlock];
-  int offset[kHeadBlock];  // what products are too large
+  ProposalQuery common[kHeadBlock];  // factor: over 16
+  int offset[kHeadBlock];            // what products are too large
 };
 
 // By warps first, first + step, ... of as many as there are heads at most.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUnit& unit, QueryCodes<HEAD_DIM>& queries,
-                                            int first, int step, int lane) {
+__device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUnit& unit,
+                                            QueryCodes<T, HEAD_DIM>& queries, int first, int step, int lane) {
+  static_assert(sizeof(QueryCodes<T, HEAD_DIM>) == query_bytes(HEAD_DIM), "heuristics.h has to know of it");
   constexpr int kFeatures = HEAD_DIM / 32;  // of a lane
   const DecodeParams& d = p.decode;
   const int64_t statistics = p.statistics_offset(unit.batch_index, unit.kv_head);
@@ -41,6 +43,7 @@ __device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUn
       q[i] = there ? Float16Traits<T>::to_float(row[i * 32 + lane]) : 0.0f;
       scaled[i] = q[i] * __ldg(p.channel_scale + statistics + i * 32 + lane);
       largest = larger_magnitude(largest, scaled[i]);
+      queries.exact[head][i * 32 + lane] = Float16Traits<T>::from_float(q[i]);
     }
     float shift = 0.0f;  // in the order of core/proposal.h
 #pragma unroll
@@ -52,215 +55,182 @@ __device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUn
     }
     const float scale = query_scale_of(largest);
     int sum = 0;
-    // From shared memory, where a lane finds its own: a loop, as divisions take many instructions.
 #pragma unroll
-    for (int i = 0; i < kFeatures; ++i) queries.exact[head][i * 32 + lane] = scaled[i];
-#pragma unroll 1
-    for (int feature = lane; feature < HEAD_DIM; feature += 32) {
-      const int code = query_code_of(queries.exact[head][feature], scale);
-      queries.codes[head][feature] = static_cast<int8_t>(code);
+    for (int i = 0; i < kFeatures; ++i) {
+      const int code = query_code_of(scaled[i], scale);
+      queries.codes[head][i * 32 + lane] = static_cast<int8_t>(code);
       sum += code;
     }
-#pragma unroll
-    for (int i = 0; i < kFeatures; ++i) queries.exact[head][i * 32 + lane] = q[i] * score_scale;
     sum = __reduce_add_sync(0xffffffffu, sum);
     if (lane == 0) {
-      queries.common[head] = {score_scale * scale, score_scale * shift};
+      queries.common[head] = {score_scale * scale * 0.0625f, score_scale * shift};
       queries.offset[head] = kCodeOffset * sum;
     }
   }
 }
 
-// T of q.
-template <typename T, int HEAD_DIM>
-struct CodeScorer {
-  static constexpr bool kFloat8 = false, kProposes = true;
-  static constexpr int kSlotKeys = code_slot_keys(HEAD_DIM), kRowBytes = HEAD_DIM / 2;
-  static constexpr int kScales = kSlotKeys * kRowBytes;  // where they begin in a slot
-  static constexpr int kSlotBytes = code_slot_bytes(HEAD_DIM), kPilotBytes = kSlotBytes;
-  static constexpr int kOnceBytes = query_bytes(HEAD_DIM), kDrawBytes = kProposedDrawBytes;
-  static constexpr int kWords = HEAD_DIM / 32;        // of a lane, in the codes of a key
-  static constexpr int kLaneFeatures = HEAD_DIM / 8;  // of a lane, in each half
-  static constexpr int kPages = kSlotKeys / 32;
-  static_assert(sizeof(QueryCodes<HEAD_DIM>) == kOnceBytes, "heuristics.h has to know of it");
-  static_assert(kSlotBytes % 16 == 0 && kPilotWarpKeys <= kSlotKeys);
+// Codes and scales of a row's keys, a slot of kCodeSlotKeys of them at a time: how they get to shared memory.
+template <int HEAD_DIM>
+struct CodeSlots {
+  static constexpr int kRowBytes = HEAD_DIM / 2, kScales = kCodeSlotKeys * kRowBytes;  // where scales begin in a slot
+  static constexpr int kChunks = kRowBytes / 16;                                       // of a row
+  static_assert(kCodeSlotKeys == 32, "a lane finds the row of one key");
 
   const ProposalParams& p;
-  const QueryCodes<HEAD_DIM>& queries;
   int batch_index, kv_head, kv_start;
-  int32_t page[kPages] = {};   // where keys are paged: of keys `lane` and 32 further on of the slot that is copied next
-  uint32_t query[2 * kWords];  // codes of q, of head g: B fragments of the first half of head_dim, then of the second
-  ProposalQuery common[2];     // of the lane's heads, 2 t and the next
-  int offset[2];               // what their products are too large
+  // Of the first key, where all of them lie one behind the other.
+  const uint8_t* first_code;
+  const uint16_t* first_scale;
+  bool side_by_side;
+  int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
 
-  __device__ __forceinline__ CodeScorer(const ProposalParams& p, const RowUnit& unit,
-                                        const QueryCodes<HEAD_DIM>& queries)
-      : p(p), queries(queries), batch_index(unit.batch_index), kv_head(unit.kv_head), kv_start(unit.row.kv_start) {}
-
-  // By the warps that score no keys, before the others need it.
-  __device__ __forceinline__ void put_queries(unsigned char* area, const RowUnit& unit, int first, int step,
-                                              int lane) const {
-    cuda::put_queries<T, HEAD_DIM>(p, unit, *reinterpret_cast<QueryCodes<HEAD_DIM>*>(area), first, step, lane);
+  __device__ __forceinline__ CodeSlots(const ProposalParams& p, const RowUnit& unit)
+      : p(p), batch_index(unit.batch_index), kv_head(unit.kv_head), kv_start(unit.row.kv_start) {
+    first_code = codes().base, first_scale = scales().base;
+    side_by_side = !p.decode.paged && p.stride_codes_token == kRowBytes && p.codes_aligned && p.scales_side_by_side &&
+                   (kv_start & 7) == 0;
   }
-  __device__ __forceinline__ float* tile_drawn() const { return p.tile_drawn; }
   __device__ __forceinline__ KvRows<uint8_t> codes() const { return p.code_rows(batch_index, kv_head, kv_start); }
   __device__ __forceinline__ KvRows<uint16_t> scales() const { return p.scale_rows(batch_index, kv_head, kv_start); }
 
-  // From what put_queries has left.
-  __device__ __forceinline__ void load_query(const RowUnit&, int lane) {
+  // Of the slot whose first key is `begin`, of which `there` are there: finds its pages, long before they are needed.
+  __device__ __forceinline__ void look_up(int begin, int there, int lane) {
+    if (p.decode.paged) page = codes().page_of(begin + min(lane, there - 1));
+  }
+
+  // Starts its copy. `there` may be more than a slot has.
+  __device__ __forceinline__ void load(uint32_t slot, int begin, int there, int lane) const {
+    const uint64_t policy = evict_first_policy();
+    if (side_by_side && there >= kCodeSlotKeys) {
+      const uint8_t* const source = first_code + static_cast<int64_t>(begin) * kRowBytes + lane * 16;
+#pragma unroll
+      for (int i = 0; i < kScales / 512; ++i) cp_async_whole_16(slot + i * 512 + lane * 16, source + i * 512, policy);
+      if (lane < kCodeSlotKeys / 8) cp_async_whole_16(slot + kScales + lane * 16, first_scale + begin + lane * 8, policy);
+      return;
+    }
+    const KvRows<uint8_t> rows = codes();
+    const int key = begin + min(lane, there - 1);
+    copy_rows(slot, rows.paged() ? rows.row_in(page, key) : rows.row(key), there, policy, lane);
+    copy_scales(slot, begin, there, policy, lane);
+  }
+
+  // The rows of up to 32 keys, a lane's each.
+  __device__ __forceinline__ void copy_rows(uint32_t slot, const uint8_t* own, int there, uint64_t policy,
+                                            int lane) const {
+    if (p.codes_aligned) {
+#pragma unroll 2
+      for (int i = 0; i < kChunks; ++i) {
+        const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
+        const uint8_t* const source = shuffle(own, row);
+        cp_async_16(slot + row * kRowBytes + chunk * 16, source + (row < there ? chunk * 16 : 0), row < there, policy);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int item = lane; item < kScales; item += 32) {
+      const int row = item / kRowBytes;
+      const uint8_t* const source = shuffle(own, row);
+      store_shared_1(slot + item, row < there ? source[item % kRowBytes] : 0);
+    }
+  }
+
+  // Eight at a time where they lie side by side, and there are no pages or pages of as many at least.
+  __device__ __forceinline__ void copy_scales(uint32_t slot, int begin, int there, uint64_t policy, int lane) const {
+    const KvRows<uint16_t> rows = scales();
+    const int own = lane % (kCodeSlotKeys / 8) * 8;
+    const bool valid = own < there;
+    const int key = begin + (valid ? own : 0);
+    if (p.scales_side_by_side && ((kv_start + begin) & 7) == 0) {
+      const int32_t own_page = __shfl_sync(0xffffffffu, page, valid ? own : 0);
+      const uint16_t* const source = rows.paged() ? rows.row_in(own_page, key) : rows.row(key);
+      if (lane < kCodeSlotKeys / 8) {
+        cp_async_up_to_16(slot + kScales + own * 2, source, valid ? min(there - own, 8) * 2 : 0, policy);
+      }
+      return;
+    }
+    const int last = begin + min(lane, there - 1);
+    const uint16_t scale = *(rows.paged() ? rows.row_in(page, last) : rows.row(last));
+    store_shared_2(slot + kScales + lane * 2, lane < there ? scale : 0);
+  }
+};
+
+// The logits of the proposal, from slots.
+template <typename T, int HEAD_DIM>
+struct CodeScorer {
+  static constexpr int kRowBytes = HEAD_DIM / 2, kWords = HEAD_DIM / 32;  // words: of a lane, in the codes of a key
+  static constexpr int kLaneFeatures = HEAD_DIM / 8;                      // of a lane, in each half
+  static constexpr int kGroups = kCodeSlotKeys / 16;
+
+  const QueryCodes<T, HEAD_DIM>& queries;
+  uint32_t query[2 * kWords];  // codes of q, of head g: B fragments of the first half of head_dim, then of the second
+
+  __device__ __forceinline__ CodeScorer(const QueryCodes<T, HEAD_DIM>& queries, int lane) : queries(queries) {
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int word = 0; word < 2 * kWords; ++word) {
       const int feature = word / kWords * (HEAD_DIM / 2) + t * kLaneFeatures + word % kWords * 4;
       query[word] = *reinterpret_cast<const uint32_t*>(&queries.codes[g][feature]);
     }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) common[j] = queries.common[2 * t + j], offset[j] = queries.offset[2 * t + j];
   }
 
-  static __device__ __forceinline__ int num_slots(int num_keys) { return ceil_div_int(num_keys, kSlotKeys); }
-
-  __device__ __forceinline__ void look_up(int first, int num_keys, int index, int lane) {
-    if (!p.decode.paged) return;
-    const KvRows<uint8_t> rows = codes();
-#pragma unroll
-    for (int i = 0; i < kPages; ++i) {
-      page[i] = rows.page_of(first + min(index * kSlotKeys + i * 32 + lane, num_keys - 1));
-    }
-  }
-
-  // Starts the copy of slot `index` of the tile whose first key is `first`.
-  __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
-                                       int lane) const {
-    const int begin = first + index * kSlotKeys, there = min(num_keys - index * kSlotKeys, kSlotKeys);
-    const KvRows<uint8_t> rows = codes();
-    if (!rows.paged() && rows.stride_token == kRowBytes && p.codes_aligned) {  // one behind the other
-      const uint8_t* const source = rows.base + static_cast<int64_t>(begin) * kRowBytes + lane * 16;
-      if (there == kSlotKeys) {
-#pragma unroll
-        for (int i = 0; i < kScales / 512; ++i) cp_async_whole_16(slot + i * 512 + lane * 16, source + i * 512, policy);
-      } else {
-#pragma unroll 1
-        for (int byte = lane * 16; byte < kScales; byte += 512) {
-          const bool valid = byte < there * kRowBytes;
-          cp_async_16(slot + byte, rows.base + (valid ? static_cast<int64_t>(begin) * kRowBytes + byte : 0), valid,
-                      policy);
-        }
-      }
-    } else {
-      const uint8_t* own[kPages];  // rows lane and 32 further on
-#pragma unroll
-      for (int i = 0; i < kPages; ++i) {
-        const int key = begin + min(i * 32 + lane, there - 1);
-        own[i] = rows.paged() ? rows.row_in(page[i], key) : rows.row(key);
-      }
-      copy_rows<kSlotKeys>(slot, own, there, policy, lane);
-    }
-    load_scales(slot, begin, there, policy, lane);
-  }
-
-  __device__ __forceinline__ void begin(int, int) {}
-
+  // Hands the logits of keys first + g and first + g + 8 of the slot, heads 2 t and the next, to put(first, logits), for
+  // each 16 keys.
   template <typename Put>
-  __device__ __forceinline__ void score(uint32_t slot, int, int lane, const Put& put) const {
-    score_rows<kSlotKeys>(slot, lane, put);
-  }
-
-  __device__ __forceinline__ void finish(TileScores&, int) const {}
-
-  template <typename Put>
-  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
-    const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), first = part * kPilotWarpKeys;
-    const int key = pilot_position(min(first + lane, size - 1), kv_len, 1);
-    const uint8_t* own[1] = {codes().row(key)};
-    copy_rows<kPilotWarpKeys>(slot, own, min(size - first, kPilotWarpKeys), evict_normal_policy(), lane);
-    cp_async_commit();
-    const uint16_t scale = *scales().row(key);
-    load_query(unit, lane);
-    store_shared_2(slot + kScales + lane * 2, scale);
-    cp_async_wait<0>();
-    __syncwarp();
-    score_rows<kPilotWarpKeys>(slot, lane, [&](int row, const float (&logits)[4]) { put((first + row) / 16, logits); });
+  __device__ __forceinline__ void score(uint32_t slot, int lane, const Put& put) const {
+    const int g = lane >> 2, t = lane & 3;
+    constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
+    uint32_t words[2 * kGroups][kWords];  // of keys g, g + 8, ...
+    float scales[2 * kGroups];
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      load_words(words[i], slot + (i * 8 + g) * kRowBytes + t * (kRowBytes / 4));
+      const uint16_t bits = load_shared_2(slot + CodeSlots<HEAD_DIM>::kScales + (i * 8 + g) * 2);
+      scales[i] = __half2float(*reinterpret_cast<const __half*>(&bits));
+    }
+    // From shared memory: registers are few.
+    const uint2 too_large = load_shared_8(shared_address(&queries.offset[2 * t]));
+    int32_t low[kGroups][4], high[kGroups][4];
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      low[n][0] = low[n][2] = -static_cast<int32_t>(too_large.x);
+      low[n][1] = low[n][3] = -static_cast<int32_t>(too_large.y);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) high[n][i] = 0;
+    }
+#pragma unroll
+    for (int w = 0; w + 1 < kWords; w += 2) {
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        const uint32_t(&own)[kWords] = words[2 * n], (&other)[kWords] = words[2 * n + 1];
+        mma_u8_s8(low[n], {own[w] & kLow, other[w] & kLow, own[w + 1] & kLow, other[w + 1] & kLow}, query[w],
+                  query[w + 1]);
+        mma_u8_s8(high[n], {own[w] & kHigh, other[w] & kHigh, own[w + 1] & kHigh, other[w + 1] & kHigh},
+                  query[kWords + w], query[kWords + w + 1]);
+      }
+    }
+    if constexpr (kWords % 2 == 1) {
+      constexpr int w = kWords - 1;
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        const uint32_t own = words[2 * n][w], other = words[2 * n + 1][w];
+        mma_u8_s8(low[n], {own & kLow, other & kLow, own >> 4 & kLow, other >> 4 & kLow}, query[w], query[kWords + w]);
+      }
+    }
+    const uint4 four = load_shared_16(shared_address(&queries.common[2 * t]));
+    const ProposalQuery common[2] = {{__uint_as_float(four.x), __uint_as_float(four.y)},
+                                     {__uint_as_float(four.z), __uint_as_float(four.w)}};
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      float logits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        logits[i] = common[i & 1].logit(low[n][i] * 16 + high[n][i], scales[2 * n + (i >> 1)]);
+      }
+      put(16 * n, logits);
+    }
   }
 
  private:
-  // ROWS rows whose addresses lanes have, the first `there` of them.
-  template <int ROWS>
-  __device__ __forceinline__ void copy_rows(uint32_t slot, const uint8_t* const (&own)[ROWS / 32], int there,
-                                            uint64_t policy, int lane) const {
-    constexpr int kChunks = kRowBytes / 16;  // of a row
-    static_assert(kRowBytes % 16 == 0);
-#pragma unroll
-    for (int part = 0; part < ROWS / 32; ++part) {
-      if (p.codes_aligned) {
-#pragma unroll 2
-        for (int i = 0; i < kChunks; ++i) {
-          const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-          const bool valid = part * 32 + row < there;
-          const uint8_t* const source = shuffle(own[part], row);
-          cp_async_16(slot + (part * 32 + row) * kRowBytes + chunk * 16, source + (valid ? chunk * 16 : 0), valid,
-                      policy);
-        }
-      } else {
-#pragma unroll 1
-        for (int item = lane; item < 32 * kRowBytes; item += 32) {
-          const int row = item / kRowBytes, byte = item % kRowBytes;
-          const uint8_t* const source = shuffle(own[part], row);
-          store_shared_1(slot + part * 32 * kRowBytes + item, part * 32 + row < there ? source[byte] : 0);
-        }
-      }
-    }
-  }
-
-  // Eight at a time where they lie side by side, and there are no pages or pages of as many at least.
-  __device__ __forceinline__ void load_scales(uint32_t slot, int begin, int there, uint64_t policy, int lane) const {
-    const KvRows<uint16_t> rows = scales();
-    const int own = min(lane, kSlotKeys / 8 - 1) * 8;
-    const bool side_by_side =
-        p.scales_side_by_side && ((rows.paged() ? rows.first_position + begin : kv_start + begin) & 7) == 0;
-    if (side_by_side) {
-      const bool valid = own < there;
-      const uint16_t* const source = rows.row(begin + (valid ? own : 0));
-      if (lane < kSlotKeys / 8) {
-        cp_async_up_to_16(slot + kScales + own * 2, source, valid ? min(there - own, 8) * 2 : 0, policy);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int row = lane; row < kSlotKeys; row += 32) {
-      store_shared_2(slot + kScales + row * 2, row < there ? *rows.row(begin + row) : 0);
-    }
-  }
-
-  template <int ROWS, typename Put>
-  __device__ __forceinline__ void score_rows(uint32_t slot, int lane, const Put& put) const {
-    const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int first = 0; first < ROWS; first += 16) {
-      uint32_t low[kWords], high[kWords];  // of keys g and g + 8
-      const uint32_t address = slot + (first + g) * kRowBytes + t * (kRowBytes / 4);
-      load_words(low, address);
-      load_words(high, address + 8 * kRowBytes);
-      const float scales[2] = {scale_at(slot, first + g), scale_at(slot, first + g + 8)};
-      int32_t products[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        constexpr uint32_t kLow = 0x0f0f0f0fu;
-        mma_u8_s8(products, {low[i] & kLow, high[i] & kLow, low[i] >> 4 & kLow, high[i] >> 4 & kLow}, query[i],
-                  query[kWords + i]);
-      }
-      float logits[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) logits[i] = common[i & 1].logit(products[i] - offset[i & 1], scales[i >> 1]);
-      put(first, logits);
-    }
-  }
-
-  static __device__ __forceinline__ float scale_at(uint32_t slot, int row) {
-    const uint16_t bits = load_shared_2(slot + kScales + row * 2);
-    return __half2float(*reinterpret_cast<const __half*>(&bits));
-  }
-
   static __device__ __forceinline__ void load_words(uint32_t (&words)[kWords], uint32_t address) {
     if constexpr (kWords % 4 == 0) {
 #pragma unroll
@@ -278,6 +248,34 @@ struct CodeScorer {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) words[i] = __float_as_uint(load_shared_float(address + i * 4));
     }
+  }
+};
+
+// What find_level asks for scores. Copies are started first: the query vectors take their time.
+template <typename T, int HEAD_DIM>
+struct PilotScorer {
+  static constexpr int kPilotBytes = code_slot_bytes(HEAD_DIM);
+  static_assert(kPilotWarpKeys == kCodeSlotKeys);
+
+  const QueryCodes<T, HEAD_DIM>& queries;
+
+  static __device__ __forceinline__ void load(const ProposalParams& p, const RowUnit& unit, uint32_t slot, int part,
+                                              int lane) {
+    const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), first = part * kPilotWarpKeys;
+    if (first >= size) return;
+    const CodeSlots<HEAD_DIM> slots(p, unit);
+    const int key = pilot_position(min(first + lane, size - 1), kv_len, 1);
+    slots.copy_rows(slot, slots.codes().row(key), min(size - first, kPilotWarpKeys), evict_normal_policy(), lane);
+    cp_async_commit();
+    store_shared_2(slot + CodeSlots<HEAD_DIM>::kScales + lane * 2, *slots.scales().row(key));
+  }
+
+  template <typename Put>
+  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit&, int lane, const Put& put) const {
+    const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
+    cp_async_wait<0>();
+    __syncwarp();
+    scorer.score(slot, lane, [&](int row, const float(&logits)[4]) { put(part * kPilotWarpKeys / 16 + row / 16, logits); });
   }
 };
 

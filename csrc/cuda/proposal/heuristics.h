@@ -1,26 +1,58 @@
-// What proposal keys take of shared memory.
+// How decode with proposal keys is set up on a device. Nothing here changes a bit of a result.
 #pragma once
 
 #include "cuda/decode/heuristics.h"
 
 namespace santa::cuda {
 
-// Keys of a slot: their codes, row behind row, then their scales.
-constexpr int code_slot_keys(int head_dim) { return head_dim <= 128 ? 64 : 32; }
-constexpr int code_slot_bytes(int head_dim) { return code_slot_keys(head_dim) * (head_dim / 2 + 2); }
-constexpr int kCodeSlots = 3;
+constexpr int kProposalWarps = 4;  // of a CTA; the last step of a part's sums is over them
+constexpr int kCodeSlotKeys = 32;  // of a slot: their codes, row behind row, then their scales
+constexpr int kMostCodeSlots = 4;  // of a warp's ring
+constexpr int kListedDraws = 32;   // of a tile, at a time
+constexpr int kDrawsAtOnce = 8;    // whose keys are scored by one matrix product
 
-// Warps that score, at most: what registers have room for, and where a multiprocessor has less shared memory than that
-// of sm_90 (and sm_100) what that has, or little less.
-constexpr int kLargeSmBytes = 228 * 1024;
-constexpr int max_code_warps(bool large_sm, int head_dim) { return head_dim > 128 ? 3 : large_sm ? kMaxScoreWarps : 4; }
+// CTAs on a multiprocessor, as far as registers have room: four where there is shared memory for as many, as on sm_90.
+constexpr int most_proposal_ctas(int head_dim) { return head_dim <= 128 ? 4 : 3; }
 
-// Once per CTA: QueryCodes; code_score.cuh checks it.
-constexpr int query_bytes(int head_dim) { return kHeadBlock * (head_dim * 5 + 12); }
+constexpr int code_slot_bytes(int head_dim) { return kCodeSlotKeys * (head_dim / 2 + 2); }
 
-inline ScoreNeeds code_score_needs(const DecodeParams& p, bool large_sm = true) {
-  const int slot = code_slot_bytes(p.head_dim), warps = max_code_warps(large_sm, p.head_dim);
-  return {slot, slot, query_bytes(p.head_dim), kCodeSlots, warps, kProposedDrawBytes};
+// Elements from a query vector to the next, so that eight of them are read without bank conflicts.
+constexpr int query_pitch(int head_dim) { return head_dim + 8; }
+// QueryCodes; code_score.cuh checks it.
+constexpr int query_bytes(int head_dim) { return kHeadBlock * (query_pitch(head_dim) * 2 + head_dim + 12); }
+
+constexpr int head_quads(int block_heads) { return block_heads <= 4 ? 1 : 2; }
+// WarpShared; one_pass.cuh checks it.
+constexpr int proposal_warp_bytes(int head_dim, int quads) {
+  return (kProposalScores * 4 + kListedDraws * 16 + 144 + quads * (16 * head_dim + kDrawsAtOnce * 16) + 127) / 128 * 128;
+}
+constexpr int kProposalSharedBytes = 512;  // of ProposalShared; one_pass.cuh checks it
+constexpr int aligned_query_bytes(int head_dim) { return (query_bytes(head_dim) + 127) / 128 * 128; }
+
+inline int proposal_shared_bytes(const DecodeParams& p, int num_slots) {
+  const int quads = head_quads(head_block_of(p, 0).count);
+  return kProposalSharedBytes + aligned_query_bytes(p.head_dim) +
+         kProposalWarps * (proposal_warp_bytes(p.head_dim, quads) + num_slots * code_slot_bytes(p.head_dim));
+}
+
+constexpr int pilot_proposal_bytes(int head_dim) {
+  return kPilotHeadBytes + kPilotWarps * code_slot_bytes(head_dim) + query_bytes(head_dim);
+}
+
+// As many CTAs on a multiprocessor as have room for two slots, then as many slots as have room.
+inline void plan_one_pass_proposal(DecodeParams& p, const DeviceLimits& device) {
+  if (!p.plan.one_pass) return;
+  CallPlan& plan = p.plan;
+  const auto fits = [&](int ctas, int num_slots) {
+    return proposal_shared_bytes(p, num_slots) <= shared_room(device, ctas);
+  };
+  int ctas = most_proposal_ctas(p.head_dim);
+  while (ctas > 1 && !fits(ctas, 2)) --ctas;
+  const int most = forced_plan().num_slots > 0 ? std::min(forced_plan().num_slots, kMostCodeSlots) : kMostCodeSlots;
+  plan.num_warps = kProposalWarps, plan.num_slots = 2;
+  while (plan.num_slots < most && fits(ctas, plan.num_slots + 1)) ++plan.num_slots;
+  plan.ctas_at_once = ctas * device.num_sms;
+  cut_rows(p);
 }
 
 }  // namespace santa::cuda

@@ -43,9 +43,9 @@ void launch_append_of(const AppendProposalParams& p, cudaStream_t stream) {
 }  // namespace
 
 void plan_decode_proposal(ProposalParams& p, int device_index) {
-  if (!p.decode.plan.one_pass) return;
   const DeviceLimits device = device_limits_of(device_index);
-  plan_one_pass(p.decode, device, code_score_needs(p.decode, device.sm_bytes >= kLargeSmBytes));
+  plan_one_pass_proposal(p.decode, device);
+  plan_tiles(p.decode, device);
 }
 
 void launch_decode_proposal(const ProposalParams& p, cudaStream_t stream) {

@@ -1,48 +1,635 @@
-// Rows that are sampled by proposal keys: the one-pass kernels with scores of codes.
+// Rows that are sampled by proposal keys (core/proposal.h), in one pass. A CTA walks a run of parts of one row and KV
+// head (and block of up to 8 query heads), and each of its warps does all there is to do for every fourth tile: scores
+// the codes, which stream through a ring of slots that the warp fills itself, draws, scores the keys that it drew
+// again, and adds up their values. Tiles of a part go to several warps, whose sums are added up in the end. No warp
+// waits for another but there, and no CTA for another.
 #pragma once
 
+#include "cuda/decode/lane_values.cuh"
 #include "cuda/decode/stages.cuh"
 #include "cuda/proposal/code_score.cuh"
 #include "cuda/proposal/launch.h"
 
 namespace santa::cuda {
 
+struct ProposalShared {
+  RowUnit unit;  // here rather than in the registers of every warp
+  KvRows<char> keys, values;
+};
+static_assert(sizeof(ProposalShared) <= kProposalSharedBytes, "heuristics.h has to know of it");
+
+// A key that was drawn.
+struct alignas(16) ProposedDraw {
+  uint64_t value_row;  // address
+  int key;             // within the tile
+  float inverse;       // of the probability of the draw; before that is known, its units
+};
+
+// Of one warp. Scores of a tile lie in quads of heads, [QUADS, keys of a tile, 4], and the eight keys of an octet in an
+// order that makes writers, with 8 neighbouring keys, and readers, with 4 or 8 neighbours a lane, free of bank
+// conflicts: key n is at n ^ (n / 8 % 8). Sums are those of a part.
+template <int HEAD_DIM, int QUADS>
+struct alignas(128) WarpShared {
+  float scores[kProposalScores];
+  float sums[4 * QUADS][HEAD_DIM];  // of values; a lane adds to elements of its own
+  ProposedDraw draws[kListedDraws];
+  float weights[kDrawsAtOnce][4 * QUADS];
+  // For the others, when the part has been walked.
+  float reference[kHeadBlock], z[kHeadBlock], change[kHeadBlock], drawn[kHeadBlock];
+  int rows;
+};
+
+// By bytes: [first row, K or V of it] of a row unit.
+__device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, const RowUnit& unit, bool of_values) {
+  const int bytes = (of_values ? p.v_dtype : p.k_dtype) == Dtype::kFloat8E4M3 ? 1 : 2;
+  return of_values ? make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start,
+                                        p.stride_v_batch * bytes, p.stride_v_token * bytes, p.stride_v_head * bytes)
+                   : make_kv_rows<char>(p, p.k, unit.batch_index, unit.kv_head, unit.row.kv_start,
+                                        p.stride_k_batch * bytes, p.stride_k_token * bytes, p.stride_k_head * bytes);
+}
+
+// Eight elements of a key as elements of T: from float8 they are the same numbers.
+template <typename T>
+__device__ __forceinline__ uint4 load_key_elements(const char* row, int first, bool float8, bool aligned) {
+  if (!float8) return load_global_8(reinterpret_cast<const T*>(row) + first, aligned);
+  const uint2 codes = load_global_8(reinterpret_cast<const Float8*>(row) + first, aligned);
+  const float4 low = floats_of_codes(codes.x), high = floats_of_codes(codes.y);
+  return {Float16Traits<T>::pack(low.x, low.y), Float16Traits<T>::pack(low.z, low.w),
+          Float16Traits<T>::pack(high.x, high.y), Float16Traits<T>::pack(high.z, high.w)};
+}
+
+// A lane's elements of a row of values, of T or float8.
+template <typename T, int ELEMENTS>
+struct DrawnValues {
+  using Whole = LaneValues<T, ELEMENTS>;
+  using Coded = LaneValues<Float8, ELEMENTS>;
+  uint32_t words[Whole::kWords];
+
+  __device__ __forceinline__ void load(uint64_t row, int first, bool float8, bool aligned) {
+    if (float8) {
+      load_as<Coded>(reinterpret_cast<const Float8*>(row) + first, aligned);
+    } else {
+      load_as<Whole>(reinterpret_cast<const T*>(row) + first, aligned);
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&values)[ELEMENTS], bool float8) const {
+    if (float8) {
+      unpack_as<Coded>(values);
+    } else {
+      unpack_as<Whole>(values);
+    }
+  }
+
+ private:
+  template <typename Values, typename Element>
+  __device__ __forceinline__ void load_as(const Element* source, bool aligned) {
+    Values loaded;
+    if (aligned) {
+      loaded.load(source);
+    } else {
+      loaded = Values::by_elements(source);
+    }
+#pragma unroll
+    for (int i = 0; i < Values::kWords; ++i) words[i] = loaded.words[i];
+  }
+  template <typename Values>
+  __device__ __forceinline__ void unpack_as(float (&values)[ELEMENTS]) const {
+    Values loaded;
+#pragma unroll
+    for (int i = 0; i < Values::kWords; ++i) loaded.words[i] = words[i];
+    loaded.unpack(values);
+  }
+};
+
+// What a warp does for a tile when it has been scored, and for a part when it has been walked. Some of what it knows of
+// a head is in lanes head, head + 8, ... ("of head lane % 8"), some with what the lane (g, t) has of heads 2 t and the
+// next for draw g of a few ("of the lane's pair").
+template <typename T, int HEAD_DIM, int QUADS>
+struct ProposalWarp {
+  using Shared = WarpShared<HEAD_DIM, QUADS>;
+  using Lanes = ValueLanes<HEAD_DIM>;
+  static_assert(sizeof(Shared) == proposal_warp_bytes(HEAD_DIM, QUADS), "heuristics.h has to know of it");
+  static constexpr int kTileKv = kProposalScores / (4 * QUADS), kKeys = kTileKv / 32;  // keys: of a lane
+  static constexpr int kPlane = kTileKv * 16;                                          // bytes of a quad's scores
+  static constexpr int kElements = Lanes::kElements;
+
+  const DecodeParams& p;
+  const ProposalShared& cta;
+  const QueryCodes<T, HEAD_DIM>& queries;
+  Shared& own;
+  const int lane;
+  float level;  // of head lane % 8
+
+  // Sums of the part: relative to 2^reference, z over all keys and what draws change about it, ProposalState::drawn.
+  float reference, z;                                  // of head lane % 8
+  float pair_reference[2], pair_change[2], pair_drawn[2];  // of the lane's pair; g has those of every eighth draw
+  int rows;
+
+  __device__ __forceinline__ void clear() {
+    reference = pair_reference[0] = pair_reference[1] = -INFINITY;
+    z = pair_change[0] = pair_change[1] = pair_drawn[0] = pair_drawn[1] = 0.0f;
+    rows = 0;
+  }
+
+  // ---- scores in shared memory
+
+  // Of keys first + g and first + g + 8, heads 2 t and the next; `first` is a multiple of 16.
+  __device__ __forceinline__ void put(int first, const float (&logits)[4]) const {
+    const int t = lane & 3, octet = first >> 3;
+    const uint32_t base = shared_address(own.scores) + (t >> 1) * kPlane + (t & 1) * 8 + (lane >> 2) * 16;
+    const bool there = t < 2 * QUADS;
+    store_shared_pair_if(there, (base + octet * 128) ^ (octet & 7) << 4, logits[0], logits[1]);
+    store_shared_pair_if(there, (base + (octet + 1) * 128) ^ ((octet + 1) & 7) << 4, logits[2], logits[3]);
+  }
+  static __device__ __forceinline__ uint32_t place_of(const Shared& own, int key, int quad) {
+    return shared_address(own.scores) + quad * kPlane + (key ^ (key >> 3 & 7)) * 16;
+  }
+
+  // Caps and hides the logits of the lane's keys, where there are caps or query vectors that do not see all keys.
+  static __device__ __noinline__ void change_scores(const DecodeParams* p, const RowUnit* unit, Shared* own,
+                                                    int first_key, int num_keys) {
+    const int lane = threadIdx.x & 31;
+    for (int h = 0; h < unit->heads.count; ++h) {
+      const KeyRange visible = visible_keys(*p, unit->row.end(), unit->heads.first + h);
+      for (int key = kKeys * lane; key < min(kKeys * lane + kKeys, num_keys); ++key) {
+        const uint32_t place = place_of(*own, key, h >> 2) + (h & 3) * 4;
+        store_shared_float(place, attended_logit(*p, visible, first_key + key, load_shared_float(place)));
+      }
+    }
+  }
+
+  // ---- a tile: `num_keys` keys, which are scored; `offset` of its thresholds
+
+  __device__ __forceinline__ void draw(int first_key, int num_keys, uint32_t offset) {
+    const RowUnit& unit = cta.unit;
+    const int num_heads = unit.heads.count, own_head = lane & 7;
+    __syncwarp();  // all scores are there
+    if (changes_logits(p)) change_scores(&p, &cta.unit, &own, first_key, num_keys);
+    // The lane's keys. NaN is passed over by the maximum, not by the sum.
+    float e[QUADS][kKeys][4];
+    SoftmaxState state = empty_softmax_state();
+    const uint32_t own_place = place_of(own, kKeys * lane, 0);
+#pragma unroll
+    for (int quad = 0; quad < QUADS; ++quad) {
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        const uint4 four = load_shared_16((own_place ^ j << 4) + quad * kPlane);
+        e[quad][j][0] = __uint_as_float(four.x), e[quad][j][1] = __uint_as_float(four.y);
+        e[quad][j][2] = __uint_as_float(four.z), e[quad][j][3] = __uint_as_float(four.w);
+      }
+      if (num_keys < kTileKv) {
+#pragma unroll
+        for (int i = 0; i < kKeys * 4; ++i) {
+          if (kKeys * lane + i / 4 >= num_keys) e[quad][i / 4][i % 4] = -INFINITY;
+        }
+      }
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i] = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kKeys; j += 2) values[i] = fmaxf(values[i], fmaxf(e[quad][j][i], e[quad][j + 1][i]));
+      }
+      const float max = reduce_four(values, lane, [](float a, float b) { return fmaxf(a, b); });
+      const float below = finite_max(max);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float head_below = __shfl_sync(0xffffffffu, below, lane_of_four(i));
+        values[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kKeys; j += 2) {
+          e[quad][j][i] = exp2_approx(e[quad][j][i] - head_below);
+          e[quad][j + 1][i] = exp2_approx(e[quad][j + 1][i] - head_below);
+          values[i] += e[quad][j][i] + e[quad][j + 1][i];
+        }
+      }
+      const float sum = reduce_four(values, lane, [](float a, float b) { return a + b; });
+      if (__any_sync(0xffffffffu, !is_finite(sum))) {
+        // A head that is undefined takes no part in what its block draws.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (is_finite(__shfl_sync(0xffffffffu, sum, lane_of_four(i)))) continue;
+#pragma unroll
+          for (int j = 0; j < kKeys; ++j) e[quad][j][i] = 0.0f;
+        }
+      }
+      const SoftmaxState quad_state = {__shfl_sync(0xffffffffu, max, lane_of_four(own_head & 3)),
+                                       __shfl_sync(0xffffffffu, sum, lane_of_four(own_head & 3))};
+      if (own_head >> 2 == quad) state = quad_state;
+    }
+
+    // What follows for the lane's head: its draws, and all keys' part of Z.
+    const bool there = own_head < num_heads;
+    const int span_len = unit.row.span_len;
+    const float share = streaming_share(log2_sum(state), level, num_keys, span_len);
+    const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
+    raise(there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY);
+    if (there) z += state.sum * exp2_below(state.max, reference);
+
+    // How often each key is drawn, and how many draws there are before it.
+    const float floor = floor_draws(p.num_samples, num_heads, span_len);
+    float rates[4 * QUADS];
+#pragma unroll
+    for (int h = 0; h < 4 * QUADS; ++h) rates[h] = __shfl_sync(0xffffffffu, rate, h);
+    uint32_t units[kKeys], sum = 0;
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      float expected = kKeys * lane + j < num_keys ? floor : 0.0f;
+#pragma unroll
+      for (int h = 4 * QUADS - 1; h >= 0; --h) expected = fmaf(rates[h], e[h / 4][j][h % 4], expected);
+      units[j] = inclusion_units(expected, kProposalUnitBits);
+      sum += units[j];
+    }
+    const uint32_t end = inclusive_scan(sum) + offset;
+    const int count = static_cast<int>(__shfl_sync(0xffffffffu, end, 31) >> kProposalUnitBits);
+    rows += count;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kListedDraws) {
+      uint32_t position = end - sum;
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        const uint32_t place = (position >> kProposalUnitBits) - first;
+        position += units[j];
+        const bool drawn = (position >> kProposalUnitBits) - first != place;
+        if (drawn && place < kListedDraws) {
+          *reinterpret_cast<uint2*>(&own.draws[place].key) = {static_cast<uint32_t>(kKeys * lane + j), units[j]};
+        }
+      }
+      __syncwarp();
+      take(first_key, min(count - first, kListedDraws));
+    }
+  }
+
+  // ---- draws
+
+  // Those that are listed: finds their rows and adds them up.
+  __device__ __forceinline__ void take(int first_key, int listed) {
+    uint64_t key_row = 0;  // of draw `lane`
+    if (lane < listed) {
+      ProposedDraw& draw = own.draws[lane];
+      const int key = first_key + draw.key;
+      const char* const k_row = cta.keys.row(key);
+      const char* const v_row = cta.values.row(key);
+      key_row = reinterpret_cast<uint64_t>(k_row);
+      draw.value_row = reinterpret_cast<uint64_t>(v_row);
+      draw.inverse = approximate_quotient(static_cast<float>(1u << kProposalUnitBits),
+                                          static_cast<float>(__float_as_uint(draw.inverse)));
+      if (lane >= kDrawsAtOnce) {  // those that have to wait come to the L2 meanwhile
+#pragma unroll 1
+        for (int byte = 0; byte < 2 * HEAD_DIM; byte += 128) {
+          if (byte < HEAD_DIM || p.k_dtype != Dtype::kFloat8E4M3) prefetch_l2(k_row + byte);
+          if (byte < HEAD_DIM || p.v_dtype != Dtype::kFloat8E4M3) prefetch_l2(v_row + byte);
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int first = 0; first < listed; first += kDrawsAtOnce) {
+      add(first_key, first, min(listed - first, kDrawsAtOnce), key_row);
+    }
+  }
+
+  // Draws [first, first + count) of the list.
+  __device__ __forceinline__ void add(int first_key, int first, int count, uint64_t key_row) {
+    const int g = lane >> 2, t = lane & 3;
+    const bool k_float8 = p.k_dtype == Dtype::kFloat8E4M3, v_float8 = p.v_dtype == Dtype::kFloat8E4M3;
+
+    // Rows are on their way together. Keys are the M of m16n8k16, up to 8 of them; a lane has eight elements of each
+    // 32, those of q likewise, in an order of features that is the same for both.
+    constexpr int kChunks = HEAD_DIM / 32, kAhead = HEAD_DIM <= 128 ? kDrawsAtOnce : 0;
+    const char* const k_row =
+        reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, key_row, first + min(g, count - 1)));
+    uint4 k[kChunks];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) k[i] = load_key_elements<T>(k_row, i * 32 + t * 8, k_float8, p.aligned);
+    DrawnValues<T, kElements> v[kAhead > 0 ? kAhead : 4];
+    const int lane_element = min(lane, Lanes::kLanes - 1) * kElements;
+    const auto load_values = [&](int from, int place) {  // four of them; past the end the last one again
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[place + i].load(own.draws[first + min(from + i, count - 1)].value_row, lane_element, v_float8, p.aligned);
+      }
+    };
+    if constexpr (kAhead > 0) load_values(0, 0);
+
+    float scores[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of draw g, the lane's pair
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const uint4 q = *reinterpret_cast<const uint4*>(&queries.exact[g][i * 32 + t * 8]);
+      Float16Traits<T>::mma(scores, {k[i].x, 0u, k[i].y, 0u}, q.x, q.y);
+      Float16Traits<T>::mma(scores, {k[i].z, 0u, k[i].w, 0u}, q.z, q.w);
+    }
+    if constexpr (kAhead > 0) {  // registers are few: when those of the keys are free again
+      if (count > 4) load_values(4, 4);
+    }
+
+    const ProposedDraw draw = own.draws[first + min(g, count - 1)];
+    const int quad = QUADS == 1 ? 0 : t >> 1;
+    const uint2 proposed = load_shared_8(place_of(own, draw.key, quad) + (t & 1) * 8);
+    const float score_scale = p.score_scale(cta.unit.kv_head);
+    const int head = 2 * t;
+    bool there[2], rises = false;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      there[j] = g < count && head + j < cta.unit.heads.count;
+      scores[j] = logit_of(scores[j], score_scale);
+      if (changes_logits(p)) {
+        const KeyRange visible = visible_keys(p, cta.unit.row.end(), cta.unit.heads.first + head + j);
+        scores[j] = attended_logit(p, visible, first_key + draw.key, scores[j]);
+      }
+      rises = rises || (there[j] && scores[j] > pair_reference[j]);
+    }
+    if (__any_sync(0xffffffffu, rises)) {
+      float most[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) most[j] = max_over_keys(there[j] ? scores[j] : -INFINITY);
+      const int from = (lane & 7) >> 1;
+      const float even = __shfl_sync(0xffffffffu, most[0], from), odd = __shfl_sync(0xffffffffu, most[1], from);
+      raise((lane & 1) != 0 ? odd : even);
+    }
+    float weights[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float from_codes = __uint_as_float(j == 0 ? proposed.x : proposed.y);
+      weights[j] = there[j] ? exp2_below(scores[j], pair_reference[j]) * draw.inverse : 0.0f;
+      pair_drawn[j] += weights[j];
+      if (there[j]) pair_change[j] += weights[j] - exp2_below(from_codes, pair_reference[j]) * draw.inverse;
+    }
+    if (t < 2 * QUADS) *reinterpret_cast<float2*>(&own.weights[g][head]) = {weights[0], weights[1]};
+    __syncwarp();
+
+    const bool is_first = !has_sums;
+    has_sums = true;
+    const auto add_values = [&](int from, int place, int there) {
+#pragma unroll
+      for (int quad = 0; quad < QUADS; ++quad) {
+        float sums[4][kElements];
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          if (is_first && from == 0) {
+#pragma unroll
+            for (int d = 0; d < kElements; ++d) sums[h][d] = 0.0f;
+          } else {
+            load_elements(sums[h], &own.sums[quad * 4 + h][lane_element]);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i > 0 && i >= there) break;
+          float value[kElements];
+          v[place + i].unpack(value, v_float8);
+          const float4 w = *reinterpret_cast<const float4*>(&own.weights[from + i][quad * 4]);
+#pragma unroll
+          for (int d = 0; d < kElements; ++d) {
+            sums[0][d] = fmaf(w.x, value[d], sums[0][d]), sums[1][d] = fmaf(w.y, value[d], sums[1][d]);
+            sums[2][d] = fmaf(w.z, value[d], sums[2][d]), sums[3][d] = fmaf(w.w, value[d], sums[3][d]);
+          }
+        }
+        if (lane < Lanes::kLanes) {
+#pragma unroll
+          for (int h = 0; h < 4; ++h) store_elements(&own.sums[quad * 4 + h][lane_element], sums[h]);
+        }
+      }
+    };
+    if constexpr (kAhead > 0) {
+      add_values(0, 0, count);
+      if (count > 4) add_values(4, 4, count - 4);
+    } else {
+#pragma unroll 1
+      for (int from = 0; from < count; from += 4) {
+        load_values(from, 0);
+        add_values(from, 0, count - from);
+      }
+    }
+    __syncwarp();  // all lanes have read the weights
+  }
+
+  // Makes sure that 2^reference is as large as what is asked for, of head lane % 8: it seldom is not.
+  __device__ __forceinline__ void raise(float least) {
+    if (!__any_sync(0xffffffffu, least > reference)) return;
+    const float raised = fmaxf(reference, least), factor = exp2_below(reference, raised);
+    reference = raised, z *= factor;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int head = 2 * (lane & 3) + j;
+      pair_reference[j] = __shfl_sync(0xffffffffu, raised, head);
+      const float pair_factor = __shfl_sync(0xffffffffu, factor, head);
+      pair_change[j] *= pair_factor, pair_drawn[j] *= pair_factor;
+    }
+    if (!has_sums) return;
+    for (int h = 0; h < 4 * QUADS; ++h) {
+      const float head_factor = __shfl_sync(0xffffffffu, factor, h);
+      for (int d = lane * kElements; lane < Lanes::kLanes && d < (lane + 1) * kElements; ++d) {
+        own.sums[h][d] *= head_factor;
+      }
+    }
+  }
+
+  // ---- the end of a part
+
+  // Leaves the sums for the others.
+  __device__ __forceinline__ void hand_over() {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      for (int offset = 4; offset < 32; offset <<= 1) {
+        pair_change[j] += __shfl_xor_sync(0xffffffffu, pair_change[j], offset);
+        pair_drawn[j] += __shfl_xor_sync(0xffffffffu, pair_drawn[j], offset);
+      }
+      if (lane < 4) own.change[2 * lane + j] = pair_change[j], own.drawn[2 * lane + j] = pair_drawn[j];
+    }
+    if (lane < kHeadBlock) own.reference[lane] = reference, own.z[lane] = z;
+    if (lane == 0) own.rows = rows;
+  }
+
+  // Writes the part's sums of heads `member`, member + team, ...: those of `team` warps, `first` and on, in their order.
+  __device__ __forceinline__ void write_part(const ProposalParams& proposal, const Shared* first, int team, int member,
+                                             int part) const {
+    const RowUnit& unit = cta.unit;
+    const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.group_size + unit.heads.first;
+#pragma unroll 1
+    for (int h = member; h < unit.heads.count; h += team) {
+      float total = -INFINITY, part_z = 0.0f, part_drawn = 0.0f, sums[kElements] = {};
+      for (int u = 0; u < team; ++u) total = fmaxf(total, first[u].reference[h]);
+#pragma unroll 1
+      for (int u = 0; u < team; ++u) {
+        const float factor = exp2_below(first[u].reference[h], total);
+        part_z += (first[u].z[h] + first[u].change[h]) * factor, part_drawn += first[u].drawn[h] * factor;
+        if (first[u].rows == 0 || lane >= Lanes::kLanes) continue;
+        float values[kElements];
+        load_elements(values, &first[u].sums[h][lane * kElements]);
+#pragma unroll
+        for (int d = 0; d < kElements; ++d) sums[d] = fmaf(factor, values[d], sums[d]);
+      }
+      if (lane < Lanes::kLanes) {
+        store_global(p.o_accum + (stats + h) * HEAD_DIM + lane * kElements, sums, evict_last_policy());
+      }
+      if (lane == 0) {
+        p.tile_max[stats + h] = total, p.tile_sum[stats + h] = part_z, proposal.tile_drawn[stats + h] = part_drawn;
+      }
+    }
+    if (p.rows_read != nullptr && member == 0 && lane == 0) {
+      int read = 0;
+      for (int u = 0; u < team; ++u) read += first[u].rows;
+      p.tile_rows[(unit.group * p.num_head_blocks() + unit.block) * p.max_tiles + part] = read;
+    }
+  }
+
+  bool has_sums = false;
+
+ private:
+  static __device__ __forceinline__ void load_elements(float (&values)[kElements], const float* from) {
+    if constexpr (kElements == 2) {
+      const float2 two = *reinterpret_cast<const float2*>(from);
+      values[0] = two.x, values[1] = two.y;
+    } else {
+#pragma unroll
+      for (int d = 0; d < kElements; d += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + d);
+        values[d] = four.x, values[d + 1] = four.y, values[d + 2] = four.z, values[d + 3] = four.w;
+      }
+    }
+  }
+};
+
+// Parts [0, num_parts) of the run, counted from its first key on; num_keys of them are there.
+template <typename T, int HEAD_DIM, int QUADS>
+__device__ __forceinline__ void propose_parts(const ProposalParams& proposal, const Work& work,
+                                              unsigned char* shared_bytes) {
+  using Warp = ProposalWarp<T, HEAD_DIM, QUADS>;
+  using Shared = typename Warp::Shared;
+  constexpr int kTileKv = Warp::kTileKv, kSlotBytes = code_slot_bytes(HEAD_DIM);
+  const DecodeParams& p = proposal.decode;
+  auto& cta = *reinterpret_cast<ProposalShared*>(shared_bytes);
+  auto& queries = *reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(shared_bytes + kProposalSharedBytes);
+  auto* const warps = reinterpret_cast<Shared*>(shared_bytes + kProposalSharedBytes + aligned_query_bytes(HEAD_DIM));
+  const int warp = warp_index(), lane = threadIdx.x & 31, ring_slots = p.plan.num_slots;
+  // Not from `warp`: slot_after says why.
+  const uint32_t ring =
+      shared_address(warps + kProposalWarps) + static_cast<uint32_t>(threadIdx.x >> 5) * ring_slots * kSlotBytes;
+  const uint32_t ring_end = ring + ring_slots * kSlotBytes;
+
+  const int part_kv = work.unit.row.tile_kv, first_key = work.first_part * part_kv;
+  const int num_parts = work.last_part - work.first_part;
+  const int num_keys = min(num_parts * part_kv, work.unit.row.kv_len - first_key);
+  // Warps that share a part: as many as it has tiles, four at most. Then the warp's tiles are always every fourth.
+  const int part_tiles = part_kv / kTileKv, team = min(part_tiles, kProposalWarps);
+  const int turns = part_tiles / team, member = warp & (team - 1);
+  constexpr int kStride = kProposalWarps * kTileKv;
+
+  CodeSlots<HEAD_DIM> slots(proposal, work.unit);
+  int ahead = warp * kTileKv, ahead_end = min(ahead + kTileKv, num_keys);  // what is copied next of a tile
+  const auto look_up = [&] {
+    if (ahead < num_keys) slots.look_up(first_key + ahead, ahead_end - ahead, lane);
+  };
+  const auto load = [&](uint32_t slot) {
+    if (ahead < num_keys) {
+      slots.load(slot, first_key + ahead, ahead_end - ahead, lane);
+      ahead += kCodeSlotKeys;
+      if (ahead >= ahead_end) {
+        ahead = (ahead - 1) / kTileKv * kTileKv + kStride;
+        ahead_end = min(ahead + kTileKv, num_keys);
+      }
+      look_up();
+    }
+    cp_async_commit();  // every call is a group of copies, be it an empty one
+  };
+  look_up();
+  uint32_t slot = ring;
+  for (; slot != ring_end; slot += kSlotBytes) load(slot);
+  slot = ring;
+  put_queries(proposal, work.unit, queries, warp, kProposalWarps, lane);
+  if (threadIdx.x == 0) cta.unit = work.unit;
+  if (threadIdx.x == 32) cta.keys = rows_in_bytes(p, work.unit, false);
+  if (threadIdx.x == 64) cta.values = rows_in_bytes(p, work.unit, true);
+  __syncthreads();
+
+  const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
+  Warp own{p, cta, queries, warps[threadIdx.x >> 5], lane};
+  const RandomStream stream = random_stream(p, cta.unit.batch_index, cta.unit.row, cta.unit.kv_head, cta.unit.block,
+                                            p.num_head_blocks());
+  uint32_t offsets = 0;  // of the warp's tiles 32 n + lane
+  int tile_index = 0;
+#pragma unroll 1
+  for (int part = warp / team; part < num_parts; part += kProposalWarps / team) {
+    own.clear();
+    own.has_sums = false;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn, ++tile_index) {
+      const int tile = part * part_kv + (turn * team + member) * kTileKv, tile_keys = min(num_keys - tile, kTileKv);
+      if (tile_keys <= 0) break;
+#pragma unroll 1
+      for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
+        if (ring_slots == 2) {
+          cp_async_wait<1>();
+        } else if (ring_slots == 3) {
+          cp_async_wait<2>();
+        } else {
+          cp_async_wait<3>();
+        }
+        __syncwarp();  // the other lanes' copies are visible
+        scorer.score(slot, lane, [&](int at, const float(&logits)[4]) { own.put(first + at, logits); });
+        __syncwarp();  // the other lanes are done with the slot: it is filled again
+        load(slot);
+        slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
+      }
+      if (tile_index == 0) {
+        wait_for_previous();  // the pilot
+        const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
+        own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head)) * p.level_scale;
+      }
+      if ((tile_index & 31) == 0) {
+        const int64_t position = static_cast<int64_t>(cta.unit.row.span_first) + first_key + tile + lane * kStride;
+        offsets = tile_offset(Budget::kStreaming, stream, position, kTileKv, cta.unit.row.span_len, 0, kProposalUnitBits);
+      }
+      own.draw(first_key + tile, tile_keys, __shfl_sync(0xffffffffu, offsets, tile_index & 31));
+    }
+    own.hand_over();
+    team_barrier(1 + warp / team, team * 32);
+    own.write_part(proposal, warps + (warp - member), team, member, work.first_part + part);
+    team_barrier(1 + warp / team, team * 32);
+  }
+  cp_async_wait<0>();
+}
+
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
-  SANTA_DYNAMIC_SHARED(one_pass_bytes);
+  SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
   const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
-  using Scorer = CodeScorer<T, HEAD_DIM>;
-  unsigned char* const queries = one_pass_bytes + kPilotHeadBytes + kPilotWarps * Scorer::kPilotBytes;
-  Scorer scorer(p, unit, *reinterpret_cast<const QueryCodes<HEAD_DIM>*>(queries));
-  scorer.put_queries(queries, unit, warp_index(), kPilotWarps, threadIdx.x & 31);
+  using Scorer = PilotScorer<T, HEAD_DIM>;
+  const int warp = warp_index(), lane = threadIdx.x & 31;
+  unsigned char* const slots = shared_bytes + kPilotHeadBytes;
+  Scorer::load(p, unit, shared_address(slots) + (threadIdx.x >> 5) * Scorer::kPilotBytes, warp, lane);
+  auto& queries = *reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(slots + kPilotWarps * Scorer::kPilotBytes);
+  put_queries(p, unit, queries, warp, kPilotWarps, lane);
   __syncthreads();
-  find_level(p.decode, unit, scorer, one_pass_bytes);
+  Scorer scorer{queries};
+  find_level(p.decode, unit, scorer, shared_bytes);
 }
 
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr int proposal_threads(int head_dim) { return (max_code_warps(false, head_dim) + kGatherWarps) * 32; }
+constexpr int proposal_ctas(int) { return 3; }
 #else
-constexpr int proposal_threads(int head_dim) { return bound_threads(max_code_warps(true, head_dim), head_dim); }
+constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim); }
 #endif
 
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(proposal_threads(HEAD_DIM), 2)
+// QUADS: head_quads of the block.
+template <typename T, int HEAD_DIM, int QUADS>
+__global__ void __launch_bounds__(kProposalWarps * 32, proposal_ctas(HEAD_DIM))
     one_pass_proposal_kernel(const __grid_constant__ ProposalParams p) {
-  SANTA_DYNAMIC_SHARED(one_pass_bytes);
-  using Scorer = CodeScorer<T, HEAD_DIM>;
+  SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
   const Work work(p.decode);
-  if (!work.exists()) return;
-  Scorer scorer(p, work.unit, *reinterpret_cast<const QueryCodes<HEAD_DIM>*>(one_pass_bytes + kSharedBytes));
-  one_pass<Scorer, T, HEAD_DIM>(p.decode, one_pass_bytes, scorer, work);
+  if (work.exists()) propose_parts<T, HEAD_DIM, QUADS>(p, work, shared_bytes);
 }
 
 template <typename T, int HEAD_DIM>
 void launch_one_pass_proposal(const ProposalParams& p, cudaStream_t stream) {
-  launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, one_pass_proposal_kernel<T, HEAD_DIM>, p, p.decode,
-                          code_score_needs(p.decode), stream);
+  auto* const kernel = head_quads(head_block_of(p.decode, 0).count) == 1 ? one_pass_proposal_kernel<T, HEAD_DIM, 1>
+                                                                        : one_pass_proposal_kernel<T, HEAD_DIM, 2>;
+  launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, kernel, p, p.decode, pilot_proposal_bytes(HEAD_DIM),
+                          proposal_shared_bytes(p.decode, p.decode.plan.num_slots), kProposalWarps * 32, stream);
 }
 
 }  // namespace santa::cuda

@@ -181,6 +181,7 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   while (!mbarrier_test(address, parity)) emulator::yield();
 }
 inline void gather_warps_barrier() { emulator::block.pair.wait(64); }
+inline void team_barrier(int number, int threads) { emulator::block.teams[number].wait(threads); }
 inline void cta_barrier() { __syncthreads(); }
 
 // ---- arithmetic
