@@ -70,7 +70,9 @@ struct AppendProposalParams {
   bool wide_positions;                  // int64
   bool shared_statistics;
   bool by_slot;  // positions are page page_size + offset, of pages that no batch row owns
-  Dtype dtype;   // of k_new
+  bool aligned;        // rows of k_new start on 16-byte boundaries
+  bool codes_aligned;  // those of a key start on an 8-byte boundary
+  Dtype dtype;         // of k_new
   int batch, num_keys, num_kv_heads, head_dim;
   int64_t page_size;  // by slot; else max_kv_len
   int64_t limit;      // positions, or slots, that there are

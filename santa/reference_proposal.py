@@ -32,14 +32,14 @@ def quantise(k: Tensor, center: Tensor, channel_scale: Tensor) -> tuple[Tensor, 
     """codes int8 [..., head_dim] from -8 to 7 and scales float16 [...] of k [..., head_dim]; center and channel_scale
     broadcast. A key that is not finite has scale NaN and codes 0."""
     with np.errstate(all="ignore"):
-        centred = (_float32(k) - _float32(center)) / _float32(channel_scale)
+        centred = (_float32(k) - _float32(center)) * (np.float32(1) / _float32(channel_scale))
         largest = np.abs(centred).max(axis=-1)
         scales = np.where(
             np.isfinite(largest), np.minimum(largest / np.float32(7), np.float32(65504)), np.float32("nan")
         )
         scales = scales.astype(np.float16)
         width = scales.astype(np.float32)[..., None]
-        codes = np.where(width > 0, np.clip(np.rint(centred / width), -8, 7), 0).astype(np.int8)
+        codes = np.where(width > 0, np.clip(np.rint(centred * (np.float32(1) / width)), -8, 7), 0).astype(np.int8)
     return torch.from_numpy(codes), torch.from_numpy(scales)
 
 
@@ -65,7 +65,7 @@ def proposal_scores(
     packed [n, head_dim / 2], scales [n]; center and channel_scale [head_dim]. Queries are rounded to int8."""
     scaled = torch.from_numpy(_float32(q) * _float32(channel_scale))
     q_scale = (scaled.abs().amax(dim=-1, keepdim=True) / 127).float()
-    codes = torch.where(q_scale > 0, (scaled / q_scale).round().clamp(-127, 127), 0.0)
+    codes = torch.where(q_scale > 0, (scaled * (1 / q_scale)).round().clamp(-127, 127), 0.0)
     products = codes.double() @ unpack(packed).double().T
     shift = q.double() @ center.double()
     scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale

@@ -10,6 +10,10 @@
 
 namespace santa::api {
 
+inline bool are_multiples(int64_t of, std::initializer_list<int64_t> values) {
+  return std::all_of(values.begin(), values.end(), [of](int64_t value) { return value % of == 0; });
+}
+
 // Proposal keys, on their way from an operator.
 struct ProposalArguments {
   Tensor codes, scales, center, channel_scale;
@@ -91,13 +95,10 @@ DecodeOutputs decode_proposal(const DecodeArguments& a, const ProposalArguments&
   p.center = proposal.center.const_data_ptr<float>();
   p.channel_scale = proposal.channel_scale.const_data_ptr<float>();
   p.shared_statistics = proposal.center.size(0) == 1;
-  const auto multiples = [](int64_t of, std::initializer_list<int64_t> values) {
-    return std::all_of(values.begin(), values.end(), [of](int64_t value) { return value % of == 0; });
-  };
-  p.codes_aligned = multiples(
+  p.codes_aligned = are_multiples(
       16, {reinterpret_cast<int64_t>(p.codes), p.stride_codes_batch, p.stride_codes_token, p.stride_codes_head});
-  p.scales_side_by_side = p.stride_scales_token == 1 && multiples(16, {reinterpret_cast<int64_t>(p.scales)}) &&
-                          multiples(8, {p.stride_scales_batch, p.stride_scales_head}) &&
+  p.scales_side_by_side = p.stride_scales_token == 1 && are_multiples(16, {reinterpret_cast<int64_t>(p.scales)}) &&
+                          are_multiples(8, {p.stride_scales_batch, p.stride_scales_head}) &&
                           (!a.paged || scales.size(a.token_axis()) % 8 == 0);
   run_backend<Backend>(p, a.q, place_proposal_workspace);
   return outputs;
@@ -178,6 +179,9 @@ void append_proposal_keys_op(Tensor codes, Tensor scales, Tensor center, Tensor 
   p.stride_scales_batch = scales.stride(0), p.stride_scales_token = scales.stride(token_axis);
   p.stride_scales_head = scales.stride(head_axis);
   p.stride_new_batch = k_new.stride(0), p.stride_new_token = k_new.stride(1), p.stride_new_head = k_new.stride(2);
+  p.codes_aligned = are_multiples(
+      8, {reinterpret_cast<int64_t>(p.codes), p.stride_codes_batch, p.stride_codes_token, p.stride_codes_head});
+  p.aligned = rows_are_aligned(k_new);
   if (p.batch == 0 || p.num_keys == 0 || p.num_kv_heads == 0) return;
   Backend::run_append(p, k_new.is_cpu() ? -1 : k_new.get_device_index());
 }

@@ -47,9 +47,10 @@ QueryCodes encode_queries(const ProposalParams& p, const std::vector<float>& que
       scaled[feature] = q[feature] * p.channel_scale[statistics + feature];
       largest = larger_magnitude(largest, scaled[feature]);
     }
-    const float scale = query_scale_of(largest), score_scale = d.score_scale(at.kv_head);
+    const float scale = query_scale_of(largest), inverse = inverse_scale_of(scale);
+    const float score_scale = d.score_scale(at.kv_head);
     for (int feature = 0; feature < d.head_dim; ++feature) {
-      encoded.codes[i * d.head_dim + feature] = static_cast<int16_t>(query_code_of(scaled[feature], scale));
+      encoded.codes[i * d.head_dim + feature] = static_cast<int16_t>(query_code_of(scaled[feature], inverse));
     }
     encoded.queries[i] = {score_scale * scale, score_scale * center_product(q, p.center + statistics, d.head_dim)};
   }
@@ -181,11 +182,12 @@ void append_proposal(const AppendProposalParams& p) {
   }
   const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> key(p.head_dim);
+    std::vector<float> key(p.head_dim), inverse(p.head_dim);
     for (int64_t group = begin; group < end; ++group) {
       const int b = static_cast<int>(group / p.num_kv_heads), head = static_cast<int>(group % p.num_kv_heads);
       const int64_t statistics = p.statistics_offset(b, head);
       const float *center = p.center + statistics, *channel_scale = p.channel_scale + statistics;
+      std::transform(channel_scale, channel_scale + p.head_dim, inverse.begin(), inverse_scale_of);
       for (int n = 0; n < p.num_keys; ++n) {
         const int64_t position = p.position(b, n);
         if (position < 0) continue;
@@ -193,18 +195,18 @@ void append_proposal(const AppendProposalParams& p) {
         widen(static_cast<const char*>(p.k_new) + offset * element_size(p.dtype), p.dtype, key.data(), p.head_dim);
         float largest = 0.0f;
         for (int d = 0; d < p.head_dim; ++d) {
-          key[d] = centred_feature(key[d], center[d], channel_scale[d]);
+          key[d] = centred_feature(key[d], center[d], inverse[d]);
           largest = larger_magnitude(largest, key[d]);
         }
         const uint16_t stored = code_scale_of(largest);
-        const float scale = float_of_float16(stored);
+        const float key_inverse = inverse_scale_of(float_of_float16(stored));
         const auto place = p.place_of(b, position);
         p.scales[place.batch * p.stride_scales_batch + place.token * p.stride_scales_token +
                  head * p.stride_scales_head] = stored;
         uint8_t* codes = p.codes + place.batch * p.stride_codes_batch + place.token * p.stride_codes_token +
                          head * p.stride_codes_head;
         for (int j = 0; j < p.head_dim / 2; ++j) {
-          codes[j] = packed_codes(code_of(key[j], scale), code_of(key[j + p.head_dim / 2], scale));
+          codes[j] = packed_codes(code_of(key[j], key_inverse), code_of(key[j + p.head_dim / 2], key_inverse));
         }
       }
     }

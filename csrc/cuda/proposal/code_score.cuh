@@ -53,11 +53,11 @@ __device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUn
       largest = larger_magnitude(largest, __shfl_xor_sync(0xffffffffu, largest, apart));
       shift += __shfl_xor_sync(0xffffffffu, shift, apart);
     }
-    const float scale = query_scale_of(largest);
+    const float scale = query_scale_of(largest), inverse = inverse_scale_of(scale);
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < kFeatures; ++i) {
-      const int code = query_code_of(scaled[i], scale);
+      const int code = query_code_of(scaled[i], inverse);
       queries.codes[head][i * 32 + lane] = static_cast<int8_t>(code);
       sum += code;
     }

@@ -33,11 +33,13 @@ void launch_stages(const ProposalParams& p, cudaStream_t stream) {
 
 template <typename T>
 void launch_append_of(const AppendProposalParams& p, cudaStream_t stream) {
-  const int64_t ctas = std::min<int64_t>(ceil_div(p.num_keys, kAppendWarps), 4096);
-  const dim3 grid(static_cast<unsigned>(ctas), p.num_kv_heads, p.batch);
-  auto* const kernel = append_proposal_kernel<T>;
-  SANTA_LAUNCH(kernel, grid, kAppendWarps * 32, 0, stream, p);
-  check_launch("append_proposal_kernel");
+  with_head_dim(p.head_dim, [&](auto head_dim) {
+    constexpr int kCtaKeys = kAppendWarps * (256 / head_dim());
+    const int64_t ctas = ceil_div(p.num_keys, kCtaKeys * (p.num_keys > kCtaKeys * kAppendTurns ? kAppendTurns : 1));
+    auto* const kernel = append_proposal_kernel<T, head_dim()>;
+    SANTA_LAUNCH(kernel, dim3(static_cast<unsigned>(ctas), p.num_kv_heads, p.batch), kAppendWarps * 32, 0, stream, p);
+    check_launch("append_proposal_kernel");
+  });
 }
 
 }  // namespace
