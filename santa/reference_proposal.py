@@ -100,21 +100,38 @@ class Row:
         blocks = reference.head_blocks(len(self.exact))
         return torch.cat([pi[i].expand(len(self.exact[block]), -1) for i, block in enumerate(blocks)])
 
-    def draw(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> Tensor:
-        """Which keys the kernels draw for each head: bool [group, n]."""
-        group, kv_len = self.exact.shape
+    def _lines(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> list[list[Tensor]]:
+        """For each head block and tile, where its keys begin and end on the line that has a threshold at every multiple
+        of 2^UNIT_BITS: [keys + 1]."""
+        group = len(self.exact)
         blocks = reference.head_blocks(group)
         units = (self.expected_draws(num_samples).clamp(max=1.0) * 2**UNIT_BITS + 0.5).floor().long().clamp(min=1)
-        drawn = []
-        for i, block in enumerate(blocks):
+        lines = []
+        for i in range(len(blocks)):
             key = _stream_key(seed, row_seed, position, kv_head * len(blocks) + i)
-            counts = []
-            for tile, of_tile in enumerate(units[i].split(tile_kv(group))):
-                offset = int(philox([0, tile, 0, 0], key)[1]) >> (32 - UNIT_BITS)
-                ends = torch.cumsum(of_tile, dim=0) + offset
-                counts.append((ends >> UNIT_BITS) - ((ends - of_tile) >> UNIT_BITS))
-            drawn.append((torch.cat(counts) > 0).expand(len(range(group)[block]), -1))
+            tiles = units[i].split(tile_kv(group))
+            offsets = [int(philox([0, tile, 0, 0], key)[1]) >> (32 - UNIT_BITS) for tile in range(len(tiles))]
+            starts = [torch.tensor([offset]) for offset in offsets]
+            lines.append(
+                [torch.cumsum(torch.cat([start, tile]), dim=0) for start, tile in zip(starts, tiles, strict=True)]
+            )
+        return lines
+
+    def draw(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> Tensor:
+        """Which keys the kernels draw for each head: bool [group, n]."""
+        lines = self._lines(num_samples, seed=seed, row_seed=row_seed, position=position, kv_head=kv_head)
+        drawn = []
+        for block, of_block in zip(reference.head_blocks(len(self.exact)), lines, strict=True):
+            counts = torch.cat([(line >> UNIT_BITS).diff() for line in of_block])
+            drawn.append((counts > 0).expand(len(range(len(self.exact))[block]), -1))
         return torch.cat(drawn)
+
+    def closest_threshold(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> float:
+        """How close a threshold comes to a boundary between two keys, in draws. Backends round the boundaries
+        differently: one that is nearer than their rounding can draw either key."""
+        lines = self._lines(num_samples, seed=seed, row_seed=row_seed, position=position, kv_head=kv_head)
+        ends = torch.cat([line[1:] for of_block in lines for line in of_block]) & (2**UNIT_BITS - 1)
+        return min(int(ends.min()), 2**UNIT_BITS - int(ends.max())) / 2**UNIT_BITS
 
     def terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """In units of the exact row's sum: exp(s) v [group, n, D] and exp(s) - exp(s~) [group, n], which the two sums
