@@ -93,8 +93,8 @@ SANTA_HD uint32_t draw_units(float expected, float most, int unit_bits) {
 }
 
 // grouped: one draw at most.
-SANTA_HD uint32_t inclusion_units(float expected, int unit_bits = kGroupedUnitBits) {
-  const uint32_t units = draw_units(expected, 1.0f, unit_bits), most = 1u << unit_bits;
+SANTA_HD uint32_t inclusion_units(float expected) {
+  const uint32_t units = draw_units(expected, 1.0f, kGroupedUnitBits), most = 1u << kGroupedUnitBits;
   return units < most ? units : most;
 }
 

@@ -142,6 +142,12 @@ SANTA_HD float floor_draws(int num_samples, int num_heads, int kv_len) {
 // A tile of kMostProposalTileKv keys adds up to 2^30 units at most.
 constexpr int kProposalUnitBits = 22;
 
+// inclusion_units of what a key expects, which is more than 0 by the floor.
+SANTA_HD uint32_t proposal_units(float expected) {
+  const auto units = static_cast<uint32_t>(fminf(expected, 1.0f) * static_cast<float>(1u << kProposalUnitBits) + 0.5f);
+  return units > 0 ? units : 1;
+}
+
 // ---- sums
 
 // Z of some keys, and what it is guarded with: the plain Horvitz-Thompson sum of exp2(s) / pi over those drawn. Both in

@@ -87,7 +87,7 @@ int propose(const ProposalParams& p, GroupIndex at, const RowShape& row, ScoredT
       // A head that takes no part can have NaN here.
       if (tile.rates[h] > 0.0f) expected += tile.rates[h] * tile.exponential(h, n);
     }
-    units[n] = inclusion_units(expected + floor, kProposalUnitBits);
+    units[n] = proposal_units(expected + floor);
   }
   int32_t counts[kMostProposalTileKv];
   const RandomStream stream = stream_of(d, at, row, block_index, d.num_head_blocks());

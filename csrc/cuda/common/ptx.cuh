@@ -56,6 +56,16 @@ __device__ __forceinline__ void cp_async_whole_16(uint32_t shared, const void* g
                : "memory");
 }
 
+// If `there`, without a branch around it.
+__device__ __forceinline__ void cp_async_whole_16_if(bool there, uint32_t shared, const void* global,
+                                                     uint64_t policy) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;}" ::"r"(
+          shared),
+      "l"(global), "l"(policy), "r"(static_cast<uint32_t>(there))
+      : "memory");
+}
+
 // The same for the first `bytes` of 16; zeros take the place of the others, which are not read.
 __device__ __forceinline__ void cp_async_up_to_16(uint32_t shared, const void* global, int bytes, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),

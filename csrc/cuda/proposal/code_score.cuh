@@ -78,17 +78,20 @@ struct CodeSlots {
 
   const ProposalParams& p;
   int batch_index, kv_head, kv_start;
-  // Of the first key, where all of them lie one behind the other.
+  int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
+  // Whether all codes lie one behind the other, and all scales; of the first key then, what the lane copies.
+  bool side_by_side;
   const uint8_t* first_code;
   const uint16_t* first_scale;
-  bool side_by_side;
-  int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
 
-  __device__ __forceinline__ CodeSlots(const ProposalParams& p, const RowUnit& unit)
+  __device__ __forceinline__ CodeSlots(const ProposalParams& p, const RowUnit& unit, int lane)
       : p(p), batch_index(unit.batch_index), kv_head(unit.kv_head), kv_start(unit.row.kv_start) {
-    first_code = codes().base, first_scale = scales().base;
-    side_by_side = !p.decode.paged && p.stride_codes_token == kRowBytes && p.codes_aligned && p.scales_side_by_side &&
-                   (kv_start & 7) == 0;
+    side_by_side = __shfl_sync(0xffffffffu,
+                               !p.decode.paged && p.stride_codes_token == kRowBytes && p.codes_aligned &&
+                                   p.scales_side_by_side && (kv_start & 7) == 0,
+                               0);
+    first_code = opaque(codes().base + lane * 16);
+    first_scale = opaque(scales().base + lane * 8);
   }
   __device__ __forceinline__ KvRows<uint8_t> codes() const { return p.code_rows(batch_index, kv_head, kv_start); }
   __device__ __forceinline__ KvRows<uint16_t> scales() const { return p.scale_rows(batch_index, kv_head, kv_start); }
@@ -98,16 +101,16 @@ struct CodeSlots {
     if (p.decode.paged) page = codes().page_of(begin + min(lane, there - 1));
   }
 
-  // Starts its copy. `there` may be more than a slot has.
+  // Start its copy: of a whole one, where they lie side by side, or of any. `there` may be more than a slot has.
+  __device__ __forceinline__ void load_whole(uint32_t slot, int begin, int lane) const {
+    const uint64_t policy = evict_first_policy();
+    const uint8_t* const source = first_code + static_cast<int64_t>(begin) * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < kScales / 512; ++i) cp_async_whole_16(slot + i * 512 + lane * 16, source + i * 512, policy);
+    cp_async_whole_16_if(lane < kCodeSlotKeys / 8, slot + kScales + lane * 16, first_scale + begin, policy);
+  }
   __device__ __forceinline__ void load(uint32_t slot, int begin, int there, int lane) const {
     const uint64_t policy = evict_first_policy();
-    if (side_by_side && there >= kCodeSlotKeys) {
-      const uint8_t* const source = first_code + static_cast<int64_t>(begin) * kRowBytes + lane * 16;
-#pragma unroll
-      for (int i = 0; i < kScales / 512; ++i) cp_async_whole_16(slot + i * 512 + lane * 16, source + i * 512, policy);
-      if (lane < kCodeSlotKeys / 8) cp_async_whole_16(slot + kScales + lane * 16, first_scale + begin + lane * 8, policy);
-      return;
-    }
     const KvRows<uint8_t> rows = codes();
     const int key = begin + min(lane, there - 1);
     copy_rows(slot, rows.paged() ? rows.row_in(page, key) : rows.row(key), there, policy, lane);
@@ -263,7 +266,7 @@ struct PilotScorer {
                                               int lane) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), first = part * kPilotWarpKeys;
     if (first >= size) return;
-    const CodeSlots<HEAD_DIM> slots(p, unit);
+    const CodeSlots<HEAD_DIM> slots(p, unit, lane);
     const int key = pilot_position(min(first + lane, size - 1), kv_len, 1);
     slots.copy_rows(slot, slots.codes().row(key), min(size - first, kPilotWarpKeys), evict_normal_policy(), lane);
     cp_async_commit();

@@ -234,12 +234,17 @@ struct ProposalWarp {
     uint32_t units[kKeys], sum = 0;
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
-      float expected = kKeys * lane + j < num_keys ? floor : 0.0f;
+      float expected = floor;
 #pragma unroll
       for (int h = 4 * QUADS - 1; h >= 0; --h) expected = fmaf(rates[h], e[h / 4][j][h % 4], expected);
-      units[j] = inclusion_units(expected, kProposalUnitBits);
-      sum += units[j];
+      units[j] = proposal_units(expected);
     }
+    if (num_keys < kTileKv) {
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) units[j] = kKeys * lane + j < num_keys ? units[j] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) sum += units[j];
     const uint32_t end = inclusive_scan(sum) + offset;
     const int count = static_cast<int>(__shfl_sync(0xffffffffu, end, 31) >> kProposalUnitBits);
     rows += count;
@@ -448,15 +453,21 @@ struct ProposalWarp {
     const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.group_size + unit.heads.first;
 #pragma unroll 1
     for (int h = member; h < unit.heads.count; h += team) {
-      float total = -INFINITY, part_z = 0.0f, part_drawn = 0.0f, sums[kElements] = {};
-      for (int u = 0; u < team; ++u) total = fmaxf(total, first[u].reference[h]);
-#pragma unroll 1
-      for (int u = 0; u < team; ++u) {
-        const float factor = exp2_below(first[u].reference[h], total);
+      float references[kProposalWarps], total = -INFINITY;
+#pragma unroll
+      for (int u = 0; u < kProposalWarps; ++u) {
+        references[u] = u < team ? first[u].reference[h] : -INFINITY;
+        total = fmaxf(total, references[u]);
+      }
+      float part_z = 0.0f, part_drawn = 0.0f, sums[kElements] = {};
+#pragma unroll
+      for (int u = 0; u < kProposalWarps; ++u) {
+        if (u >= team) break;
+        const float factor = exp2_below(references[u], total);
         part_z += (first[u].z[h] + first[u].change[h]) * factor, part_drawn += first[u].drawn[h] * factor;
-        if (first[u].rows == 0 || lane >= Lanes::kLanes) continue;
+        if (first[u].rows == 0) continue;
         float values[kElements];
-        load_elements(values, &first[u].sums[h][lane * kElements]);
+        load_elements(values, &first[u].sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
 #pragma unroll
         for (int d = 0; d < kElements; ++d) sums[d] = fmaf(factor, values[d], sums[d]);
       }
@@ -508,35 +519,39 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
       shared_address(warps + kProposalWarps) + static_cast<uint32_t>(threadIdx.x >> 5) * ring_slots * kSlotBytes;
   const uint32_t ring_end = ring + ring_slots * kSlotBytes;
 
-  const int part_kv = work.unit.row.tile_kv, first_key = work.first_part * part_kv;
-  const int num_parts = work.last_part - work.first_part;
-  const int num_keys = min(num_parts * part_kv, work.unit.row.kv_len - first_key);
+  // From lane 0: see warp_index.
+  const auto same = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
+  const int part_kv = same(work.unit.row.tile_kv), first_key = same(work.first_part) * part_kv;
+  const int num_parts = same(work.last_part - work.first_part);
+  const int num_keys = same(min(num_parts * part_kv, work.unit.row.kv_len - first_key));
   // Warps that share a part: as many as it has tiles, four at most. Then the warp's tiles are always every fourth.
   const int part_tiles = part_kv / kTileKv, team = min(part_tiles, kProposalWarps);
   const int turns = part_tiles / team, member = warp & (team - 1);
   constexpr int kStride = kProposalWarps * kTileKv;
 
-  CodeSlots<HEAD_DIM> slots(proposal, work.unit);
-  int ahead = warp * kTileKv, ahead_end = min(ahead + kTileKv, num_keys);  // what is copied next of a tile
-  const auto look_up = [&] {
-    if (ahead < num_keys) slots.look_up(first_key + ahead, ahead_end - ahead, lane);
+  CodeSlots<HEAD_DIM> slots(proposal, work.unit, lane);
+  int ahead = warp * kTileKv;  // what is copied next
+  const auto next = [&] {
+    ahead += kCodeSlotKeys;
+    if (ahead % kTileKv == 0) ahead += kStride - kTileKv;
   };
+  const auto look_up = [&] {
+    if (ahead < num_keys) slots.look_up(first_key + ahead, num_keys - ahead, lane);
+  };
+  look_up();
   const auto load = [&](uint32_t slot) {
-    if (ahead < num_keys) {
-      slots.load(slot, first_key + ahead, ahead_end - ahead, lane);
-      ahead += kCodeSlotKeys;
-      if (ahead >= ahead_end) {
-        ahead = (ahead - 1) / kTileKv * kTileKv + kStride;
-        ahead_end = min(ahead + kTileKv, num_keys);
-      }
+    if (slots.side_by_side && ahead + kCodeSlotKeys <= num_keys) {
+      slots.load_whole(slot, first_key + ahead, lane);
+      next();
+    } else if (ahead < num_keys) {
+      slots.load(slot, first_key + ahead, num_keys - ahead, lane);
+      next();
       look_up();
     }
     cp_async_commit();  // every call is a group of copies, be it an empty one
   };
-  look_up();
   uint32_t slot = ring;
-  for (; slot != ring_end; slot += kSlotBytes) load(slot);
-  slot = ring;
+  for (int i = 0; i < ring_slots; ++i) load(ring + i * kSlotBytes);
   put_queries(proposal, work.unit, queries, warp, kProposalWarps, lane);
   if (threadIdx.x == 0) cta.unit = work.unit;
   if (threadIdx.x == 32) cta.keys = rows_in_bytes(p, work.unit, false);
@@ -559,10 +574,10 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
       if (tile_keys <= 0) break;
 #pragma unroll 1
       for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
-        if (ring_slots == 2) {
-          cp_async_wait<1>();
-        } else if (ring_slots == 3) {
+        if (ring_slots == 3) {
           cp_async_wait<2>();
+        } else if (ring_slots == 2) {
+          cp_async_wait<1>();
         } else {
           cp_async_wait<3>();
         }
@@ -621,7 +636,8 @@ __global__ void __launch_bounds__(kProposalWarps * 32, proposal_ctas(HEAD_DIM))
   SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
   const Work work(p.decode);
-  if (work.exists()) propose_parts<T, HEAD_DIM, QUADS>(p, work, shared_bytes);
+  if (!__shfl_sync(0xffffffffu, work.exists(), 0)) return;
+  propose_parts<T, HEAD_DIM, QUADS>(p, work, shared_bytes);
 }
 
 template <typename T, int HEAD_DIM>

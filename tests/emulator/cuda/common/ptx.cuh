@@ -57,6 +57,9 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_
   copy_up_to_16(shared, global, valid ? 16 : 0);
 }
 inline void cp_async_whole_16(uint32_t shared, const void* global, uint64_t) { copy_up_to_16(shared, global, 16); }
+inline void cp_async_whole_16_if(bool there, uint32_t shared, const void* global, uint64_t) {
+  if (there) copy_up_to_16(shared, global, 16);
+}
 inline void cp_async_up_to_16(uint32_t shared, const void* global, int bytes, uint64_t) {
   copy_up_to_16(shared, global, bytes);
 }
