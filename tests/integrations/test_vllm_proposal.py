@@ -27,7 +27,7 @@ from helpers.vllm_stub import Common, FullAttentionSpec, make_config
 from torch import Tensor
 
 import santa
-from santa.integrations.vllm.cache import LayerCodes, bytes_of_codes, layer_cache
+from santa.integrations.vllm.cache import LayerCodes, Pages, bytes_of_codes, layer_cache
 from santa.integrations.vllm.decode import DecodeLayer, DecodeRows
 from santa.integrations.vllm.settings import check_engine, least_prompt
 from santa.proposal import key_statistics
@@ -425,13 +425,35 @@ def test_layers_that_share_pages_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     impls = [make_impl(package), make_impl(package), make_impl(package, sliding_window=20)]
     for index, impl in enumerate(impls):
         layers[f"model.layers.{index}.self_attn.attn"] = SimpleNamespace(impl=impl, kv_cache=cache)
+    step = make_step([20], [1])
     layers["model.layers.1.self_attn.attn"].kv_cache = padded_cache()
-    fill(impls[0], make_layer(0), cache, make_step([20], [1]))  # only the window is there as well
+    fill(impls[0], make_layer(0), cache, step)  # only the window is there as well
     layers["model.layers.1.self_attn.attn"].kv_cache = cache
-    with pytest.raises(
-        ValueError, match=r"layers.1.self_attn.attn and model.layers.0.* share the pages of their caches"
-    ):
-        fill(impls[1], make_layer(1), cache, make_step([20], [1]))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.attn and model.layers.0.* share the memory"):
+        fill(impls[1], make_layer(1), cache, step)
+
+
+def test_layers_whose_keys_lie_where_codes_do_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window with larger heads in the same pages; a layer that is not santa's."""
+    package = load(monkeypatch, PROPOSAL)
+    impl, cache = make_impl(package), padded_cache()
+    layers = package.config.compilation_config.static_forward_context
+    layers["model.layers.0.attn"] = SimpleNamespace(kv_cache=[cache])  # states of another kind
+    page = cache.stride(0)
+    layers["model.layers.3.attn"] = SimpleNamespace(kv_cache=cache.as_strided((BLOCKS, page), (page, 1)))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.attn and model.layers.3.attn share the memory"):
+        fill(impl, make_layer(), cache, make_step([20], [1]))
+
+
+def test_overlap_of_pages() -> None:
+    ours = Pages(1000, 100, 60, 10)
+    assert ours.overlap(ours) and ours.overlap(ours._replace(start=1100)) and ours.overlap(ours._replace(start=900))
+    for start, used, expected in [(2000, 60, False), (1960, 60, False), (1959, 60, True), (1060, 40, False)]:
+        other = ours._replace(start=start, used=used)
+        assert ours.overlap(other) == other.overlap(ours) == expected, start
+    assert ours.overlap(Pages(1060, 100, 41, 10)) and ours.overlap(Pages(1059, 100, 1, 10))  # layers in turn
+    assert not ours.overlap(Pages(1160, 100, 40, 3))
+    assert ours.overlap(Pages(1060, 50, 10, 2)) and not ours.overlap(Pages(1960, 50, 10, 2))
 
 
 def test_engines_that_are_refused() -> None:

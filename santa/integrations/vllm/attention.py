@@ -16,7 +16,7 @@ from vllm.distributed.parallel_state import (
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from .cache import LayerCodes, bytes_of_codes, layer_cache
+from .cache import LayerCodes, bytes_of_codes, layer_cache, pages_of
 from .compat import let_layers_pad_pages
 from .decode import DecodeLayer
 from .metadata import SantaMetadata, max_rows
@@ -212,15 +212,22 @@ class SantaImpl(FlashAttentionImpl):
             self._codes = LayerCodes(self.num_kv_heads, self.head_size, query.device, k_scale)
 
     def _check_pages(self, layer_name: str, kv_cache: Tensor) -> None:
-        """Refuse pages that two layers with codes share, each with blocks of its own: `freeze` codes all blocks."""
+        """Refuse codes in memory that another layer uses.
+
+        Where some layers have windows, vLLM has layers of several groups share memory, each with blocks of its own, and
+        `freeze` codes all blocks.
+        """
+        codes = self._codes.pages(kv_cache)
         for name, other in self._layers.items():
-            impl = getattr(other, "impl", None)
-            if name == layer_name or not isinstance(impl, SantaImpl) or not impl.keeps_codes(name):
+            cache = getattr(other, "kv_cache", None)
+            if name == layer_name or not isinstance(cache, Tensor) or cache.numel() == 0:
                 continue
-            if other.kv_cache.numel() > 0 and other.kv_cache.data_ptr() == kv_cache.data_ptr():
+            impl = getattr(other, "impl", None)
+            has_codes = isinstance(impl, SantaImpl) and impl._codes is not None
+            if codes.overlap(pages_of(cache)) or (has_codes and codes.overlap(impl._codes.pages(cache))):
                 raise ValueError(
-                    f"santa: {layer_name} and {name} share the pages of their caches while keys is 'proposal', which "
-                    "needs pages of one layer each: leave one of them out of layers, or set "
+                    f"santa: {layer_name} and {name} share the memory of their caches while keys is 'proposal', which "
+                    "needs some for each layer with codes: leave one of them out of layers, or set "
                     "disable_hybrid_kv_cache_manager"
                 )
         self._checked_pages = kv_cache.data_ptr()

@@ -60,6 +60,33 @@ def bytes_of_codes(block_size: int, num_kv_heads: int, head_dim: int) -> int:
     return block_size * num_kv_heads * (head_dim // 2 + 2)
 
 
+class Pages(NamedTuple):
+    """Where a layer has something in its pages: `used` bytes of each of `count`, which are `stride` bytes apart."""
+
+    start: int
+    stride: int
+    used: int
+    count: int
+
+    def overlap(self, other: Pages) -> bool:
+        """Whether a byte is used by both. Pages that are apart by different strides count as overlapping where the
+        memory from the first to the last does."""
+        first, second = sorted((self, other))
+        if second.start >= first.start + (first.count - 1) * first.stride + first.used:
+            return False
+        if first.stride != second.stride:
+            return True
+        behind = (second.start - first.start) % first.stride
+        return behind < first.used or behind + second.used > first.stride
+
+
+def pages_of(kv_cache: Tensor) -> Pages:
+    """Those of a layer's K and V. kv_cache: blocks first, as in `layer_cache`."""
+    size = kv_cache.element_size()
+    used = kv_cache.numel() // kv_cache.shape[0] * size
+    return Pages(kv_cache.data_ptr(), kv_cache.stride(0) * size, used, kv_cache.shape[0])
+
+
 class LayerCodes:
     """Proposal keys of one layer.
 
@@ -126,20 +153,32 @@ class LayerCodes:
             for stored, new in zip(self._of_stored, self._of_new, strict=True):
                 torch.div(new, self._k_scale, out=stored)
 
-    def _proposal(self, kv_cache: Tensor, statistics: tuple[Tensor, Tensor]) -> santa.ProposalKeys:
-        _, num_kv_heads, head_dim = statistics[0].shape
-        blocks, pages = kv_cache.shape[0], kv_cache.view(torch.uint8)
-        page, keys_and_values = pages.stride(0), pages.numel() // blocks
-        block_size = kv_cache.numel() // (2 * blocks * num_kv_heads * head_dim)
+    def pages(self, kv_cache: Tensor) -> Pages:
+        """Where the codes are: behind K and V.
+
+        Raises:
+            ValueError: as `proposal`.
+        """
+        _, num_kv_heads, head_dim = self._of_new[0].shape
+        found = pages_of(kv_cache)
+        block_size = kv_cache.numel() // (2 * found.count * num_kv_heads * head_dim)
         needed = bytes_of_codes(block_size, num_kv_heads, head_dim)
-        if page < keys_and_values + needed:
+        if found.stride < found.used + needed:
             raise ValueError(
-                f"santa: kv_cache has pages of {page} bytes; keys='proposal' needs {keys_and_values + needed}, "
+                f"santa: kv_cache has pages of {found.stride} bytes; keys='proposal' needs {found.used + needed}, "
                 f"{needed} of them for codes: this kind of attention layer has pages that are not padded"
             )
+        return found._replace(start=found.start + found.used, used=needed)
+
+    def _proposal(self, kv_cache: Tensor, statistics: tuple[Tensor, Tensor]) -> santa.ProposalKeys:
+        _, num_kv_heads, head_dim = statistics[0].shape
+        stride, used, count = self.pages(kv_cache)[1:]
+        half = head_dim // 2
+        block_size = used // (num_kv_heads * (half + 2))
+        page = kv_cache.view(torch.uint8)
         # A head's codes lie side by side, and so do its scales: kernels read a head at a time.
-        half, start = head_dim // 2, pages.storage_offset() + keys_and_values
-        codes = pages.as_strided((blocks, block_size, num_kv_heads, half), (page, half, block_size * half, 1), start)
+        start = page.storage_offset() + page.numel() // count
+        codes = page.as_strided((count, block_size, num_kv_heads, half), (stride, half, block_size * half, 1), start)
         start += block_size * num_kv_heads * half
-        scales = pages.as_strided((blocks, num_kv_heads, 2 * block_size), (page, 2 * block_size, 1), start)
+        scales = page.as_strided((count, num_kv_heads, 2 * block_size), (stride, 2 * block_size, 1), start)
         return santa.ProposalKeys(codes, scales.view(torch.float16).transpose(1, 2), *statistics)
