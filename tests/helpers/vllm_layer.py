@@ -16,6 +16,8 @@ from helpers.vllm_stub import Common, layer_rows, make_config, reference
 
 HEADS, KV_HEADS, DIM, BLOCK, BLOCKS = 8, 2, 64, 16, 100
 EXACT = {"num_samples": 0}
+# Of a page, in bytes.
+CODES = BLOCK * KV_HEADS * (DIM // 2 + 2)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, santa: dict[str, Any], rank: int = 0, size: int = 1, **model: Any) -> Any:
@@ -77,6 +79,19 @@ def make_cache(layout: str = "0.25", dtype: torch.dtype = torch.bfloat16) -> Ten
     if layout == "0.25":
         return torch.randn(BLOCKS, 2, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype)
     return torch.randn(BLOCKS, KV_HEADS, BLOCK, 2 * DIM, generator=generator).to(dtype)
+
+
+def padded_cache(layout: str = "0.25", dtype: torch.dtype = torch.bfloat16, padding: int = CODES) -> Tensor:
+    """Pages with `padding` bytes behind each, as vLLM makes them of its zeroed memory."""
+    page = 2 * BLOCK * KV_HEADS * DIM * dtype.itemsize + padding
+    raw = torch.zeros(BLOCKS * page, dtype=torch.uint8).view(dtype)
+    stride = page // dtype.itemsize
+    if layout.startswith("0.33"):
+        heads, tokens = (BLOCK * 2 * DIM, 2 * DIM) if layout.endswith("HND") else (2 * DIM, KV_HEADS * 2 * DIM)
+        return raw.as_strided((BLOCKS, KV_HEADS, BLOCK, 2 * DIM), (stride, heads, tokens, 1))
+    shape = (BLOCKS, 2, BLOCK, KV_HEADS, DIM)
+    heads, tokens = (BLOCK * DIM, DIM) if layout.endswith("HND") else (DIM, KV_HEADS * DIM)
+    return raw.as_strided(shape, (stride, BLOCK * KV_HEADS * DIM, tokens, heads, 1))
 
 
 def run(impl: Any, layer: Any, cache: Tensor, metadata: Any, tokens: int, padding: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from helpers.vllm_layer import (
     BLOCK,
     BLOCKS,
+    CODES,
     DIM,
     HEADS,
     KV_HEADS,
@@ -21,6 +22,7 @@ from helpers.vllm_layer import (
     make_impl,
     make_layer,
     make_step,
+    padded_cache,
     run,
 )
 from helpers.vllm_stub import Common, FullAttentionSpec, make_config
@@ -33,22 +35,9 @@ from santa.integrations.vllm.settings import check_engine, least_prompt
 from santa.proposal import key_statistics
 
 PROPOSAL = {"num_samples": 4, "min_context": 0, "keys": "proposal"}
-CODES = BLOCK * KV_HEADS * (DIM // 2 + 2)
-LAYOUTS = ["0.25", "0.25 HND", "0.33"]
+LAYOUTS = ["0.25", "0.25 HND", "0.33", "0.33 HND"]
 # max_num_batched_tokens of the stand-in is 256.
 LONG = 128
-
-
-def padded_cache(layout: str = "0.25", dtype: torch.dtype = torch.bfloat16, padding: int = CODES) -> Tensor:
-    """Pages with `padding` bytes behind each, as vLLM makes them of its zeroed memory."""
-    page = 2 * BLOCK * KV_HEADS * DIM * dtype.itemsize + padding
-    raw = torch.zeros(BLOCKS * page, dtype=torch.uint8).view(dtype)
-    stride = page // dtype.itemsize
-    if layout == "0.33":
-        return raw.as_strided((BLOCKS, KV_HEADS, BLOCK, 2 * DIM), (stride, 2 * DIM, KV_HEADS * 2 * DIM, 1))
-    shape = (BLOCKS, 2, BLOCK, KV_HEADS, DIM)
-    heads, tokens = (BLOCK * DIM, DIM) if layout == "0.25 HND" else (DIM, KV_HEADS * DIM)
-    return raw.as_strided(shape, (stride, BLOCK * KV_HEADS * DIM, tokens, heads, 1))
 
 
 def keys_of(count: int, seed: int = 0) -> Tensor:
@@ -263,7 +252,7 @@ def test_decode_is_that_of_santa(monkeypatch: pytest.MonkeyPatch, layout: str, k
         num_samples=4,
         sm_scale=0.2,
         seed=4,
-        row_seeds=torch.zeros(4, dtype=torch.int64),
+        row_seeds=metadata.decode.row_seeds,
     )
     if kind == "fp8":
         options |= {"k_scale": 0.5, "v_scale": 0.5}
