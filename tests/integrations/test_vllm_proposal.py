@@ -350,6 +350,27 @@ def test_pages_have_room_for_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_spec(package, impl, spec=None) is None
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_codes_and_scales_are_aligned(heads: int, head_dim: int, block_size: int, size: int) -> None:
+    """As csrc/api/proposal.h asks for its fast copies: 16 bytes of codes, and eight scales, at a time."""
+    dtype = torch.uint8 if size == 1 else torch.bfloat16
+    page = 2 * block_size * heads * head_dim + bytes_of_codes(block_size, heads, head_dim) // size
+    values = block_size * heads * head_dim
+    cache = torch.zeros(5 * page, dtype=dtype).as_strided(
+        (5, 2, block_size, heads, head_dim), (page, values, heads * head_dim, head_dim, 1)
+    )
+    proposal = LayerCodes(heads, head_dim, torch.device("cpu")).proposal(cache)
+    codes, scales = proposal.codes, proposal.scales
+    assert not any(x % 16 for x in (codes.storage_offset(), *codes.stride()[:3]))
+    assert scales.stride(1) == 1
+    assert not any(x % 8 for x in (scales.storage_offset(), scales.stride(0), scales.stride(2)))
+    assert codes[4].storage_offset() + block_size * heads * head_dim // 2 == 2 * scales[4].storage_offset()
+    assert 2 * (scales[-1, -1, -1].storage_offset() + 1) == cache.untyped_storage().nbytes()
+
+
 def test_exact_keys_leave_pages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     package = load(monkeypatch, {"num_samples": 4})
     impl, layer = make_impl(package), make_layer()
