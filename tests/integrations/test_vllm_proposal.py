@@ -196,6 +196,7 @@ def test_statistics_are_of_the_row_with_the_most_new_tokens(monkeypatch: pytest.
     builder = make_builder_with(package, impl, layer)
     assert builder.build(0, make_step([50, 60, 170, 150], [1, 30, 130, 140])).prompt == (161, 301)
     assert builder.build(0, make_step([50, 60, 127], [1, 30, 127])).prompt is None
+    assert builder.build(0, make_step([50, 127], [1, 127]).replace(max_query_len=200)).prompt is None  # a bound
     assert builder.build(0, make_step([300, 200], [1, 1])).prompt is None
     assert builder.build_for_cudagraph_capture(make_step([300, 200], [1, 1])).prompt is None
 
