@@ -16,6 +16,7 @@ from helpers.statistics import relative_rms
 import santa
 from santa import reference
 from santa import reference_proposal as oracle
+from santa.integrations.vllm.cache import LayerCodes, bytes_of_codes, layer_cache
 
 # Of a boundary between two keys, in draws: exponentials are off by 2^-22 of themselves, and a tile has tens of draws.
 ROUNDING = 1e-5
@@ -269,6 +270,39 @@ def test_pages(device, form, layout, page_size):
     given = cache.decode(q, form=form, proposal=pages, out=out, lse=lse, **options)
     assert given[0] is out and given[1] is lse
     assert_same_bits((out, lse), expected[:2])
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pages_that_hold_their_codes(device, page_size, head_dim):
+    """As in vLLM's cache: K, V, codes and scales of a page one after the other, the codes of a head side by side."""
+    q, k, v, spans = batch_of(device, head_dim=head_dim)
+    cache = PagedCache(k, v, page_size, lens=spans["kv_lens"].tolist(), storage=STORAGES[0])
+    options = {"num_samples": 64, "min_sampled_len": 0, "row_seeds": spans["row_seeds"], "return_rows_read": True}
+    pages, size = cache.k_cache.shape[0], k.element_size()
+    values = page_size * 2 * head_dim
+    page = 2 * values + bytes_of_codes(page_size, 2, head_dim) // size
+    shape, strides = (pages, 2, page_size, 2, head_dim), (page, values, 2 * head_dim, head_dim, 1)
+    vllm = torch.zeros(pages * page, dtype=k.dtype, device=device).as_strided(shape, strides)
+    vllm[:, 0], vllm[:, 1] = cache.k_cache, cache.v_cache
+    codes = LayerCodes(2, head_dim, k.device)
+    codes.freeze(vllm, layer_cache(vllm, head_dim, k.dtype), k[0])
+    held = codes.proposal(vllm)
+    made = santa.make_proposal_keys(cache.k_cache, center=held.center, channel_scale=held.channel_scale)
+    exact = {"rtol": 0, "atol": 0, "equal_nan": True}  # behind rows there is NaN
+    torch.testing.assert_close((held.codes, held.scales), (made.codes, made.scales), **exact)
+    expected = cache.decode(q, form="table", proposal=made, **options)
+    got = santa.decode_paged(
+        q, vllm[:, 0], vllm[:, 1], page_table=cache.table, kv_lens=spans["kv_lens"], proposal=held, **options
+    )
+    assert_same_bits(got, expected)
+    # New keys, of which some go nowhere.
+    new = torch.randn(1, 5, 2, head_dim, device=device).to(k)
+    slots = torch.tensor([3, -1, page_size + 2, -1, 7], device=device)
+    codes.write(vllm, new[0], slots)
+    santa.append_proposal_keys(made, new, slots=slots[None])
+    torch.testing.assert_close((held.codes, held.scales), (made.codes, made.scales), **exact)
+    torch.testing.assert_close((vllm[:, 0], vllm[:, 1]), (cache.k_cache, cache.v_cache), **exact)
 
 
 def test_given_outputs(device):
