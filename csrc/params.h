@@ -60,6 +60,8 @@ struct CallPlan {
   int most_waves;    // or this many times as many, if decode/runs.cuh finds that better
   int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
   int run_parts;     // of these runs
+  int run_multiple;  // of these, what runs are rounded up to; a power of two
+  bool whole_parts;  // with proposal keys, whether a warp takes whole parts
   int tile_ctas;     // CUDA, other rows: per line of the grid
 };
 

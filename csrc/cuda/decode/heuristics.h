@@ -100,6 +100,9 @@ SANTA_HD int run_parts_of(int64_t run_kv, int part_shift) {
   return static_cast<int>((run_kv + (int64_t{1} << part_shift) - 1) >> part_shift);
 }
 
+// `multiple`: a power of two.
+SANTA_HD int round_up(int value, int multiple) { return (value + multiple - 1) & -multiple; }
+
 // Of a row of `parts` parts, `units` rows in all.
 inline int equal_run_parts(int64_t units, int parts, int64_t wanted_ctas) {
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(ceil_div(units * parts, wanted_ctas), 1), parts));
@@ -165,9 +168,10 @@ inline int shared_room(const DeviceLimits& device, int ctas) {
   return std::min(device.sm_bytes / ctas - kReserved, device.cta_bytes);
 }
 
-// Into how many runs, for a device on which plan.ctas_at_once CTAs live.
-inline void cut_rows(DecodeParams& p) {
+// Into how many runs, of a multiple of `run_multiple` parts, for a device on which plan.ctas_at_once CTAs live.
+inline void cut_rows(DecodeParams& p, int run_multiple = 1) {
   CallPlan& plan = p.plan;
+  plan.run_multiple = run_multiple;
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
   const int part_kv = part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv);
@@ -177,7 +181,7 @@ inline void cut_rows(DecodeParams& p) {
                      : lengths_known        ? wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once)
                                             : plan.ctas_at_once;
   plan.most_waves = forced.wanted_ctas > 0 || lengths_known || p.batch == 1 ? 1 : kMostUnknownWaves;
-  plan.run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
+  plan.run_parts = round_up(equal_run_parts(units, parts, plan.wanted_ctas), run_multiple);
   plan.row_runs = lengths_known ? ceil_div_int(parts, plan.run_parts) : 0;
 }
 

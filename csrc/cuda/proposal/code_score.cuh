@@ -69,6 +69,12 @@ __device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUn
   }
 }
 
+// Where codes and scales of the first key lie.
+struct alignas(16) FirstKey {
+  const uint8_t* code;
+  const uint16_t* scale;
+};
+
 // Codes and scales of a row's keys, a slot of kCodeSlotKeys of them at a time: how they get to shared memory.
 template <int HEAD_DIM>
 struct CodeSlots {
@@ -77,44 +83,57 @@ struct CodeSlots {
   static_assert(kCodeSlotKeys == 32, "a lane finds the row of one key");
 
   const ProposalParams& p;
-  int batch_index, kv_head, kv_start;
-  int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
-  // Whether all codes lie one behind the other, and all scales; of the first key then, what the lane copies.
-  bool side_by_side;
-  const uint8_t* first_code;
-  const uint16_t* first_scale;
+  // In shared memory, as registers are few. first: the key of the row that positions below are counted from.
+  const RowUnit& unit;
+  const int& first;
+  const FirstKey& first_key;
+  int32_t page = 0;   // where keys are paged: of key `lane` of the slot that is copied next
+  bool side_by_side;  // all codes lie one behind the other, and all scales, from first_key on
 
-  __device__ __forceinline__ CodeSlots(const ProposalParams& p, const RowUnit& unit, int lane)
-      : p(p), batch_index(unit.batch_index), kv_head(unit.kv_head), kv_start(unit.row.kv_start) {
+  __device__ __forceinline__ CodeSlots(const ProposalParams& p, const RowUnit& unit, const int& first,
+                                       const FirstKey& first_key)
+      : p(p), unit(unit), first(first), first_key(first_key) {
     side_by_side = __shfl_sync(0xffffffffu,
                                !p.decode.paged && p.stride_codes_token == kRowBytes && p.codes_aligned &&
-                                   p.scales_side_by_side && (kv_start & 7) == 0,
+                                   p.scales_side_by_side && (unit.row.kv_start & 7) == 0,
                                0);
-    first_code = opaque(codes().base + lane * 16);
-    first_scale = opaque(scales().base + lane * 8);
   }
-  __device__ __forceinline__ KvRows<uint8_t> codes() const { return p.code_rows(batch_index, kv_head, kv_start); }
-  __device__ __forceinline__ KvRows<uint16_t> scales() const { return p.scale_rows(batch_index, kv_head, kv_start); }
+  // By one thread, before.
+  static __device__ __forceinline__ FirstKey find_first(const ProposalParams& p, const RowUnit& unit, int first) {
+    return {p.code_rows(unit.batch_index, unit.kv_head, unit.row.kv_start).base + static_cast<int64_t>(first) * kRowBytes,
+            p.scale_rows(unit.batch_index, unit.kv_head, unit.row.kv_start).base + first};
+  }
+  // From the row's first key on.
+  __device__ __forceinline__ KvRows<uint8_t> codes() const {
+    return p.code_rows(unit.batch_index, unit.kv_head, unit.row.kv_start);
+  }
+  __device__ __forceinline__ KvRows<uint16_t> scales() const {
+    return p.scale_rows(unit.batch_index, unit.kv_head, unit.row.kv_start);
+  }
 
   // Of the slot whose first key is `begin`, of which `there` are there: finds its pages, long before they are needed.
   __device__ __forceinline__ void look_up(int begin, int there, int lane) {
-    if (p.decode.paged) page = codes().page_of(begin + min(lane, there - 1));
+    if (p.decode.paged) page = codes().page_of(first + begin + min(lane, there - 1));
   }
 
   // Start its copy: of a whole one, where they lie side by side, or of any. `there` may be more than a slot has.
   __device__ __forceinline__ void load_whole(uint32_t slot, int begin, int lane) const {
     const uint64_t policy = evict_first_policy();
-    const uint8_t* const source = first_code + static_cast<int64_t>(begin) * kRowBytes;
+    const uint4 words = load_shared_16(shared_address(&first_key));
+    const auto address = [](uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; };
+    const auto* const source = reinterpret_cast<const uint8_t*>(address(words.x, words.y)) +
+                               static_cast<int64_t>(begin) * kRowBytes + lane * 16;
+    const auto* const scales = reinterpret_cast<const uint16_t*>(address(words.z, words.w)) + (begin + lane * 8);
 #pragma unroll
     for (int i = 0; i < kScales / 512; ++i) cp_async_whole_16(slot + i * 512 + lane * 16, source + i * 512, policy);
-    cp_async_whole_16_if(lane < kCodeSlotKeys / 8, slot + kScales + lane * 16, first_scale + begin, policy);
+    cp_async_whole_16_if(lane < kCodeSlotKeys / 8, slot + kScales + lane * 16, scales, policy);
   }
   __device__ __forceinline__ void load(uint32_t slot, int begin, int there, int lane) const {
     const uint64_t policy = evict_first_policy();
     const KvRows<uint8_t> rows = codes();
-    const int key = begin + min(lane, there - 1);
+    const int key = first + begin + min(lane, there - 1);
     copy_rows(slot, rows.paged() ? rows.row_in(page, key) : rows.row(key), there, policy, lane);
-    copy_scales(slot, begin, there, policy, lane);
+    copy_scales(slot, first + begin, there, policy, lane);
   }
 
   // The rows of up to 32 keys, a lane's each.
@@ -143,7 +162,7 @@ struct CodeSlots {
     const int own = lane % (kCodeSlotKeys / 8) * 8;
     const bool valid = own < there;
     const int key = begin + (valid ? own : 0);
-    if (p.scales_side_by_side && ((kv_start + begin) & 7) == 0) {
+    if (p.scales_side_by_side && ((unit.row.kv_start + begin) & 7) == 0) {
       const int32_t own_page = __shfl_sync(0xffffffffu, page, valid ? own : 0);
       const uint16_t* const source = rows.paged() ? rows.row_in(own_page, key) : rows.row(key);
       if (lane < kCodeSlotKeys / 8) {
@@ -251,34 +270,6 @@ struct CodeScorer {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) words[i] = __float_as_uint(load_shared_float(address + i * 4));
     }
-  }
-};
-
-// What find_level asks for scores. Copies are started first: the query vectors take their time.
-template <typename T, int HEAD_DIM>
-struct PilotScorer {
-  static constexpr int kPilotBytes = code_slot_bytes(HEAD_DIM);
-  static_assert(kPilotWarpKeys == kCodeSlotKeys);
-
-  const QueryCodes<T, HEAD_DIM>& queries;
-
-  static __device__ __forceinline__ void load(const ProposalParams& p, const RowUnit& unit, uint32_t slot, int part,
-                                              int lane) {
-    const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), first = part * kPilotWarpKeys;
-    if (first >= size) return;
-    const CodeSlots<HEAD_DIM> slots(p, unit, lane);
-    const int key = pilot_position(min(first + lane, size - 1), kv_len, 1);
-    slots.copy_rows(slot, slots.codes().row(key), min(size - first, kPilotWarpKeys), evict_normal_policy(), lane);
-    cp_async_commit();
-    store_shared_2(slot + CodeSlots<HEAD_DIM>::kScales + lane * 2, *slots.scales().row(key));
-  }
-
-  template <typename Put>
-  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit&, int lane, const Put& put) const {
-    const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
-    cp_async_wait<0>();
-    __syncwarp();
-    scorer.score(slot, lane, [&](int row, const float(&logits)[4]) { put(part * kPilotWarpKeys / 16 + row / 16, logits); });
   }
 };
 

@@ -1,8 +1,9 @@
 // Rows that are sampled by proposal keys (core/proposal.h), in one pass. A CTA walks a run of parts of one row and KV
-// head (and block of up to 8 query heads), and each of its warps does all there is to do for every fourth tile: scores
-// the codes, which stream through a ring of slots that the warp fills itself, draws, scores the keys that it drew
-// again, and adds up their values. Tiles of a part go to several warps, whose sums are added up in the end. No warp
-// waits for another but there, and no CTA for another.
+// head (and block of up to 8 query heads), and each of its warps does all there is to do for the tiles that it takes:
+// scores the codes, which stream through a ring of slots that the warp fills itself, draws, scores the keys that it
+// drew again, and adds up their values. Where there are parts enough a warp takes whole ones; else the tiles of a part
+// go to several warps, whose sums are added up in the end, in the same order. No CTA waits for another; the pilot,
+// which is small, is part of each.
 #pragma once
 
 #include "cuda/decode/lane_values.cuh"
@@ -12,9 +13,18 @@
 
 namespace santa::cuda {
 
+// Of all warps: here rather than in the registers of each.
 struct ProposalShared {
-  RowUnit unit;  // here rather than in the registers of every warp
+  RowUnit unit;
   KvRows<char> keys, values;
+  FirstKey first_codes;  // of first_key
+  RandomStream stream;
+  float level[kHeadBlock];  // the pilot's
+  // The CTA's run: parts from first_part on, of part_kv keys; from first_key on num_keys are there.
+  int first_part, num_parts, part_kv, first_key, num_keys;
+  // Warps that share a part: none, which makes 1, or as many as it has tiles, four at most. A warp takes every fourth
+  // span of keys, the first from `span` times its number on, and `turns` tiles of a part.
+  int team, span, turns;
 };
 static_assert(sizeof(ProposalShared) <= kProposalSharedBytes, "heuristics.h has to know of it");
 
@@ -27,17 +37,23 @@ struct alignas(16) ProposedDraw {
 
 // Of one warp. Scores of a tile lie in quads of heads, [QUADS, keys of a tile, 4], and the eight keys of an octet in an
 // order that makes writers, with 8 neighbouring keys, and readers, with 4 or 8 neighbours a lane, free of bank
-// conflicts: key n is at n ^ (n / 8 % 8). Sums are those of a part.
+// conflicts: key n is at n ^ (n / 8 % 8). Sums are those of a part. Before all that, the pilot's slots begin with the
+// scores, and its states are the last draws.
 template <int HEAD_DIM, int QUADS>
 struct alignas(128) WarpShared {
   float scores[kProposalScores];
   float sums[4 * QUADS][HEAD_DIM];  // of values; a lane adds to elements of its own
   ProposedDraw draws[kListedDraws];
   float weights[kDrawsAtOnce][4 * QUADS];
-  // For the others, when the part has been walked.
-  float reference[kHeadBlock], z[kHeadBlock], change[kHeadBlock], drawn[kHeadBlock];
+  // Of the part, beside its values: a head's each; V rows read. The values are there as soon as there are rows.
+  float reference[kHeadBlock], z[kHeadBlock], drawn[kHeadBlock];
   int rows;
+  uint32_t offsets[32];  // of the thresholds of as many tiles
 };
+constexpr int kPilotWarpSlots = kPilotKeys / (kProposalWarps * kCodeSlotKeys);
+constexpr int kPilotWarpGroups = kPilotWarpSlots * kCodeSlotKeys / 16;  // of 16 keys
+constexpr int kPilotDraws = kListedDraws - kPilotWarpGroups * kHeadBlock / 2;  // in their place: two states each
+static_assert(sizeof(ProposedDraw) == 2 * sizeof(SoftmaxState));
 
 // By bytes: [first row, K or V of it] of a row unit.
 __device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, const RowUnit& unit, bool of_values) {
@@ -118,17 +134,16 @@ struct ProposalWarp {
   const QueryCodes<T, HEAD_DIM>& queries;
   Shared& own;
   const int lane;
-  float level;  // of head lane % 8
 
-  // Sums of the part: relative to 2^reference, z over all keys and what draws change about it, ProposalState::drawn.
-  float reference, z;                                  // of head lane % 8
+  // Sums of the tile: relative to 2^reference, z over all keys and what draws change about it, ProposalState::drawn,
+  // the values of heads.
+  float reference, z;                                      // of head lane % 8
   float pair_reference[2], pair_change[2], pair_drawn[2];  // of the lane's pair; g has those of every eighth draw
-  int rows;
+  float sums[4 * QUADS][kElements];
 
-  __device__ __forceinline__ void clear() {
-    reference = pair_reference[0] = pair_reference[1] = -INFINITY;
-    z = pair_change[0] = pair_change[1] = pair_drawn[0] = pair_drawn[1] = 0.0f;
-    rows = 0;
+  __device__ __forceinline__ void begin_part() const {
+    if (lane < kHeadBlock) own.reference[lane] = -INFINITY, own.z[lane] = own.drawn[lane] = 0.0f;
+    if (lane == 0) own.rows = 0;
   }
 
   // ---- scores in shared memory
@@ -221,10 +236,11 @@ struct ProposalWarp {
     // What follows for the lane's head: its draws, and all keys' part of Z.
     const bool there = own_head < num_heads;
     const int span_len = unit.row.span_len;
+    const float level = cta.level[own_head];
     const float share = streaming_share(log2_sum(state), level, num_keys, span_len);
     const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
-    raise(there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY);
-    if (there) z += state.sum * exp2_below(state.max, reference);
+    reference = there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY;
+    z = there ? state.sum * exp2_below(state.max, reference) : 0.0f;
 
     // How often each key is drawn, and how many draws there are before it.
     const float floor = floor_draws(p.num_samples, num_heads, span_len);
@@ -247,7 +263,15 @@ struct ProposalWarp {
     for (int j = 0; j < kKeys; ++j) sum += units[j];
     const uint32_t end = inclusive_scan(sum) + offset;
     const int count = static_cast<int>(__shfl_sync(0xffffffffu, end, 31) >> kProposalUnitBits);
-    rows += count;
+
+    // From here on, so that registers are free before.
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      pair_reference[j] = __shfl_sync(0xffffffffu, reference, 2 * (lane & 3) + j);
+      pair_change[j] = pair_drawn[j] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * QUADS * kElements; ++i) sums[i / kElements][i % kElements] = 0.0f;
 #pragma unroll 1
     for (int first = 0; first < count; first += kListedDraws) {
       uint32_t position = end - sum;
@@ -263,6 +287,7 @@ struct ProposalWarp {
       __syncwarp();
       take(first_key, min(count - first, kListedDraws));
     }
+    end_tile(count);
   }
 
   // ---- draws
@@ -363,36 +388,23 @@ struct ProposalWarp {
     if (t < 2 * QUADS) *reinterpret_cast<float2*>(&own.weights[g][head]) = {weights[0], weights[1]};
     __syncwarp();
 
-    const bool is_first = !has_sums;
-    has_sums = true;
     const auto add_values = [&](int from, int place, int there) {
 #pragma unroll
-      for (int quad = 0; quad < QUADS; ++quad) {
-        float sums[4][kElements];
+      for (int i = 0; i < 4; ++i) {
+        if (i > 0 && i >= there) break;
+        float value[kElements];
+        v[place + i].unpack(value, v_float8);
 #pragma unroll
-        for (int h = 0; h < 4; ++h) {
-          if (is_first && from == 0) {
-#pragma unroll
-            for (int d = 0; d < kElements; ++d) sums[h][d] = 0.0f;
-          } else {
-            load_elements(sums[h], &own.sums[quad * 4 + h][lane_element]);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i > 0 && i >= there) break;
-          float value[kElements];
-          v[place + i].unpack(value, v_float8);
+        for (int quad = 0; quad < QUADS; ++quad) {
           const float4 w = *reinterpret_cast<const float4*>(&own.weights[from + i][quad * 4]);
+          const float of_head[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-          for (int d = 0; d < kElements; ++d) {
-            sums[0][d] = fmaf(w.x, value[d], sums[0][d]), sums[1][d] = fmaf(w.y, value[d], sums[1][d]);
-            sums[2][d] = fmaf(w.z, value[d], sums[2][d]), sums[3][d] = fmaf(w.w, value[d], sums[3][d]);
+          for (int h = 0; h < 4; ++h) {
+#pragma unroll
+            for (int d = 0; d < kElements; ++d) {
+              sums[quad * 4 + h][d] = fmaf(of_head[h], value[d], sums[quad * 4 + h][d]);
+            }
           }
-        }
-        if (lane < Lanes::kLanes) {
-#pragma unroll
-          for (int h = 0; h < 4; ++h) store_elements(&own.sums[quad * 4 + h][lane_element], sums[h]);
         }
       }
     };
@@ -421,71 +433,140 @@ struct ProposalWarp {
       const float pair_factor = __shfl_sync(0xffffffffu, factor, head);
       pair_change[j] *= pair_factor, pair_drawn[j] *= pair_factor;
     }
-    if (!has_sums) return;
+#pragma unroll
     for (int h = 0; h < 4 * QUADS; ++h) {
       const float head_factor = __shfl_sync(0xffffffffu, factor, h);
-      for (int d = lane * kElements; lane < Lanes::kLanes && d < (lane + 1) * kElements; ++d) {
-        own.sums[h][d] *= head_factor;
-      }
+#pragma unroll
+      for (int d = 0; d < kElements; ++d) sums[h][d] *= head_factor;
     }
   }
 
-  // ---- the end of a part
+  // ---- sums: of tiles to those of their part, of warps to those of the part that they share, in the same way
 
-  // Leaves the sums for the others.
-  __device__ __forceinline__ void hand_over() {
+  // a, relative to 2^reference, and b to 2^other: `factor` and `other_factor` of the two, relative to the larger one.
+  static __device__ __forceinline__ float merged(float a, float factor, float b, float other_factor) {
+    return fmaf(other_factor, b, a * factor);
+  }
+
+  __device__ __forceinline__ void end_tile(int rows) {
+    // Over the draws that lanes have: halves of the warp take one of the sums each, their halves one head of the pair.
+    const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
+    float own_sums[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      for (int offset = 4; offset < 32; offset <<= 1) {
-        pair_change[j] += __shfl_xor_sync(0xffffffffu, pair_change[j], offset);
-        pair_drawn[j] += __shfl_xor_sync(0xffffffffu, pair_drawn[j], offset);
-      }
-      if (lane < 4) own.change[2 * lane + j] = pair_change[j], own.drawn[2 * lane + j] = pair_drawn[j];
+      const float sent = high ? pair_change[j] : pair_drawn[j];
+      own_sums[j] = (high ? pair_drawn[j] : pair_change[j]) + __shfl_xor_sync(0xffffffffu, sent, 16);
     }
-    if (lane < kHeadBlock) own.reference[lane] = reference, own.z[lane] = z;
-    if (lane == 0) own.rows = rows;
+    float sum = (odd ? own_sums[1] : own_sums[0]) + __shfl_xor_sync(0xffffffffu, odd ? own_sums[0] : own_sums[1], 8);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+    const int from = (lane & 1) << 3 | (lane & 7) >> 1;
+    z += __shfl_sync(0xffffffffu, sum, from);
+    const float drawn = __shfl_sync(0xffffffffu, sum, 16 + from);
+
+    const int head = lane & 7, rows_before = own.rows;
+    const float before = own.reference[head], raised = fmaxf(before, reference);
+    const float factor = exp2_below(before, raised), tile_factor = exp2_below(reference, raised);
+    const float part_z = merged(own.z[head], factor, z, tile_factor);
+    const float part_drawn = merged(own.drawn[head], factor, drawn, tile_factor);
+    __syncwarp();  // all lanes have read them
+    if (lane < kHeadBlock) own.reference[lane] = raised, own.z[lane] = part_z, own.drawn[lane] = part_drawn;
+    if (lane == 0) own.rows = rows_before + rows;
+    const bool there = head < cta.unit.heads.count;
+    if (rows_before == 0) {
+      if (rows == 0) return;
+#pragma unroll
+      for (int h = 0; h < 4 * QUADS; ++h) {
+        const float head_factor = __shfl_sync(0xffffffffu, tile_factor, h);
+#pragma unroll
+        for (int d = 0; d < kElements; ++d) sums[h][d] *= head_factor;
+        if (lane < Lanes::kLanes) store_elements(&own.sums[h][lane * kElements], sums[h]);
+      }
+      return;
+    }
+    if (!__any_sync(0xffffffffu, there && (factor != 1.0f || (tile_factor != 1.0f && rows > 0)))) {
+      if (rows == 0) return;
+#pragma unroll
+      for (int h = 0; h < 4 * QUADS; ++h) {
+        if (lane >= Lanes::kLanes) break;
+        float of_part[kElements];
+        load_elements(of_part, &own.sums[h][lane * kElements]);
+#pragma unroll
+        for (int d = 0; d < kElements; ++d) sums[h][d] += of_part[d];
+        store_elements(&own.sums[h][lane * kElements], sums[h]);
+      }
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 4 * QUADS; ++h) {
+      const float head_factor = __shfl_sync(0xffffffffu, factor, h),
+                  head_tile_factor = __shfl_sync(0xffffffffu, tile_factor, h);
+      if (lane >= Lanes::kLanes) continue;
+      float of_part[kElements];
+      load_elements(of_part, &own.sums[h][lane * kElements]);
+#pragma unroll
+      for (int d = 0; d < kElements; ++d) of_part[d] = merged(of_part[d], head_factor, sums[h][d], head_tile_factor);
+      store_elements(&own.sums[h][lane * kElements], of_part);
+    }
+  }
+
+  __device__ __forceinline__ int64_t stats_of(int part) const {
+    const RowUnit& unit = cta.unit;
+    return p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.group_size + unit.heads.first;
+  }
+  __device__ __forceinline__ void write_rows(int part, int rows) const {
+    const RowUnit& unit = cta.unit;
+    if (p.rows_read == nullptr || lane != 0) return;
+    p.tile_rows[(unit.group * p.num_head_blocks() + unit.block) * p.max_tiles + part] = rows;
+  }
+
+  // Writes what a warp has of a part, if it has all of it.
+  __device__ __forceinline__ void write_own(const ProposalParams& proposal, int part) const {
+    const int64_t stats = stats_of(part);
+    const int num_heads = cta.unit.heads.count, rows = own.rows;
+#pragma unroll 1
+    for (int h = 0; h < num_heads; ++h) {
+      float values[kElements] = {};
+      if (lane >= Lanes::kLanes) break;
+      if (rows > 0) load_elements(values, &own.sums[h][lane * kElements]);
+      store_global(p.o_accum + (stats + h) * HEAD_DIM + lane * kElements, values, evict_last_policy());
+    }
+    if (lane < num_heads) {
+      p.tile_max[stats + lane] = own.reference[lane], p.tile_sum[stats + lane] = own.z[lane];
+      proposal.tile_drawn[stats + lane] = own.drawn[lane];
+    }
+    write_rows(part, rows);
   }
 
   // Writes the part's sums of heads `member`, member + team, ...: those of `team` warps, `first` and on, in their order.
-  __device__ __forceinline__ void write_part(const ProposalParams& proposal, const Shared* first, int team, int member,
-                                             int part) const {
-    const RowUnit& unit = cta.unit;
-    const int64_t stats = p.stats_offset(unit.group) + static_cast<int64_t>(part) * p.group_size + unit.heads.first;
+  __device__ __forceinline__ void write_shared(const ProposalParams& proposal, const Shared* first, int team,
+                                               int member, int part) const {
+    const int64_t stats = stats_of(part);
 #pragma unroll 1
-    for (int h = member; h < unit.heads.count; h += team) {
-      float references[kProposalWarps], total = -INFINITY;
+    for (int h = member; h < cta.unit.heads.count; h += team) {
+      float reference = -INFINITY, z = 0.0f, drawn = 0.0f, sums[kElements] = {};
+#pragma unroll 1
+      for (int u = 0; u < team; ++u) {
+        const float other = first[u].reference[h], raised = fmaxf(reference, other);
+        const float factor = exp2_below(reference, raised), other_factor = exp2_below(other, raised);
+        reference = raised;
+        z = merged(z, factor, first[u].z[h], other_factor), drawn = merged(drawn, factor, first[u].drawn[h], other_factor);
+        float values[kElements] = {};
+        if (first[u].rows > 0) load_elements(values, &first[u].sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
 #pragma unroll
-      for (int u = 0; u < kProposalWarps; ++u) {
-        references[u] = u < team ? first[u].reference[h] : -INFINITY;
-        total = fmaxf(total, references[u]);
-      }
-      float part_z = 0.0f, part_drawn = 0.0f, sums[kElements] = {};
-#pragma unroll
-      for (int u = 0; u < kProposalWarps; ++u) {
-        if (u >= team) break;
-        const float factor = exp2_below(references[u], total);
-        part_z += (first[u].z[h] + first[u].change[h]) * factor, part_drawn += first[u].drawn[h] * factor;
-        if (first[u].rows == 0) continue;
-        float values[kElements];
-        load_elements(values, &first[u].sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
-#pragma unroll
-        for (int d = 0; d < kElements; ++d) sums[d] = fmaf(factor, values[d], sums[d]);
+        for (int d = 0; d < kElements; ++d) sums[d] = merged(sums[d], factor, values[d], other_factor);
       }
       if (lane < Lanes::kLanes) {
         store_global(p.o_accum + (stats + h) * HEAD_DIM + lane * kElements, sums, evict_last_policy());
       }
       if (lane == 0) {
-        p.tile_max[stats + h] = total, p.tile_sum[stats + h] = part_z, proposal.tile_drawn[stats + h] = part_drawn;
+        p.tile_max[stats + h] = reference, p.tile_sum[stats + h] = z, proposal.tile_drawn[stats + h] = drawn;
       }
     }
-    if (p.rows_read != nullptr && member == 0 && lane == 0) {
-      int read = 0;
-      for (int u = 0; u < team; ++u) read += first[u].rows;
-      p.tile_rows[(unit.group * p.num_head_blocks() + unit.block) * p.max_tiles + part] = read;
-    }
+    if (member != 0) return;
+    int rows = 0;
+    for (int u = 0; u < team; ++u) rows += first[u].rows;
+    write_rows(part, rows);
   }
-
-  bool has_sums = false;
 
  private:
   static __device__ __forceinline__ void load_elements(float (&values)[kElements], const float* from) {
@@ -515,36 +596,63 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   auto* const warps = reinterpret_cast<Shared*>(shared_bytes + kProposalSharedBytes + aligned_query_bytes(HEAD_DIM));
   const int warp = warp_index(), lane = threadIdx.x & 31, ring_slots = p.plan.num_slots;
   // Not from `warp`: slot_after says why.
+  Shared& shared = warps[threadIdx.x >> 5];
   const uint32_t ring =
       shared_address(warps + kProposalWarps) + static_cast<uint32_t>(threadIdx.x >> 5) * ring_slots * kSlotBytes;
   const uint32_t ring_end = ring + ring_slots * kSlotBytes;
 
+  const int part_kv = work.unit.row.tile_kv, kv_len = work.unit.row.kv_len;
+  if (threadIdx.x == 0) {
+    cta.unit = work.unit;
+    cta.first_part = work.first_part, cta.num_parts = work.last_part - work.first_part;
+    cta.part_kv = part_kv, cta.first_key = work.first_part * part_kv;
+    cta.num_keys = min(cta.num_parts * part_kv, kv_len - cta.first_key);
+    cta.first_codes = CodeSlots<HEAD_DIM>::find_first(proposal, work.unit, cta.first_key);
+    const int part_tiles = part_kv / kTileKv;
+    cta.team = p.plan.whole_parts && part_tiles <= kProposalWarps ? 1 : min(part_tiles, kProposalWarps);
+    cta.turns = part_tiles / cta.team, cta.span = cta.team == 1 ? part_kv : kTileKv;
+    cta.stream = random_stream(p, work.unit.batch_index, work.unit.row, work.unit.kv_head, work.unit.block,
+                               p.num_head_blocks());
+  }
+  if (threadIdx.x == 32) cta.keys = rows_in_bytes(p, work.unit, false);
+  if (threadIdx.x == 64) cta.values = rows_in_bytes(p, work.unit, true);
+  __syncthreads();
+
+  // The pilot first: its keys are all over the row.
+  CodeSlots<HEAD_DIM> slots(proposal, cta.unit, cta.first_key, cta.first_codes);
+  const int pilot_keys = pilot_size(kv_len);
+  static_assert(kPilotWarpSlots * kSlotBytes <= offsetof(Shared, draws) + kPilotDraws * sizeof(ProposedDraw));
+  const uint32_t pilot_slots = shared_address(&shared);
+  uint16_t pilot_scales[kPilotWarpSlots];
+#pragma unroll
+  for (int i = 0; i < kPilotWarpSlots; ++i) {
+    const int first = (warp * kPilotWarpSlots + i) * kCodeSlotKeys, there = min(pilot_keys - first, kCodeSlotKeys);
+    const int key = pilot_position(min(first + lane, pilot_keys - 1), kv_len, 1);
+    pilot_scales[i] = *slots.scales().row(key);
+    if (there > 0) {
+      slots.copy_rows(pilot_slots + i * kSlotBytes, slots.codes().row(key), there, evict_normal_policy(), lane);
+    }
+  }
+  cp_async_commit();
+
   // From lane 0: see warp_index.
   const auto same = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
-  const int part_kv = same(work.unit.row.tile_kv), first_key = same(work.first_part) * part_kv;
-  const int num_parts = same(work.last_part - work.first_part);
-  const int num_keys = same(min(num_parts * part_kv, work.unit.row.kv_len - first_key));
-  // Warps that share a part: as many as it has tiles, four at most. Then the warp's tiles are always every fourth.
-  const int part_tiles = part_kv / kTileKv, team = min(part_tiles, kProposalWarps);
-  const int turns = part_tiles / team, member = warp & (team - 1);
-  constexpr int kStride = kProposalWarps * kTileKv;
-
-  CodeSlots<HEAD_DIM> slots(proposal, work.unit, lane);
-  int ahead = warp * kTileKv;  // what is copied next
+  const int num_keys = same(cta.num_keys), span = same(cta.span);
+  int ahead = warp * span;  // what is copied next
   const auto next = [&] {
     ahead += kCodeSlotKeys;
-    if (ahead % kTileKv == 0) ahead += kStride - kTileKv;
+    if ((ahead & (span - 1)) == 0) ahead += (kProposalWarps - 1) * span;
   };
   const auto look_up = [&] {
-    if (ahead < num_keys) slots.look_up(first_key + ahead, num_keys - ahead, lane);
+    if (ahead < num_keys) slots.look_up(ahead, num_keys - ahead, lane);
   };
   look_up();
   const auto load = [&](uint32_t slot) {
     if (slots.side_by_side && ahead + kCodeSlotKeys <= num_keys) {
-      slots.load_whole(slot, first_key + ahead, lane);
+      slots.load_whole(slot, ahead, lane);
       next();
     } else if (ahead < num_keys) {
-      slots.load(slot, first_key + ahead, num_keys - ahead, lane);
+      slots.load(slot, ahead, num_keys - ahead, lane);
       next();
       look_up();
     }
@@ -552,25 +660,47 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   };
   uint32_t slot = ring;
   for (int i = 0; i < ring_slots; ++i) load(ring + i * kSlotBytes);
-  put_queries(proposal, work.unit, queries, warp, kProposalWarps, lane);
-  if (threadIdx.x == 0) cta.unit = work.unit;
-  if (threadIdx.x == 32) cta.keys = rows_in_bytes(p, work.unit, false);
-  if (threadIdx.x == 64) cta.values = rows_in_bytes(p, work.unit, true);
+  put_queries(proposal, cta.unit, queries, warp, kProposalWarps, lane);
   __syncthreads();
 
   const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
-  Warp own{p, cta, queries, warps[threadIdx.x >> 5], lane};
-  const RandomStream stream = random_stream(p, cta.unit.batch_index, cta.unit.row, cta.unit.kv_head, cta.unit.block,
-                                            p.num_head_blocks());
-  uint32_t offsets = 0;  // of the warp's tiles 32 n + lane
+  const auto states_of = [&](int group) {
+    return reinterpret_cast<SoftmaxState*>(&warps[group / kPilotWarpGroups].draws[kPilotDraws]) +
+           group % kPilotWarpGroups * kHeadBlock;
+  };
+  cp_async_wait_but(ring_slots);
+#pragma unroll
+  for (int i = 0; i < kPilotWarpSlots; ++i) {
+    store_shared_2(pilot_slots + i * kSlotBytes + CodeSlots<HEAD_DIM>::kScales + lane * 2, pilot_scales[i]);
+  }
+  __syncwarp();
+  const float spaced = spaced_log2_weight(kv_len);
+#pragma unroll 1
+  for (int i = 0; i < kPilotWarpSlots; ++i) {
+    const int first = (warp * kPilotWarpSlots + i) * kCodeSlotKeys;
+    if (first >= pilot_keys) break;
+    scorer.score(pilot_slots + i * kSlotBytes, lane, [&](int at, const float(&logits)[4]) {
+      const int group = (first + at) / 16;
+      put_pilot(p, cta.unit, states_of(group), group, logits, spaced, lane);
+    });
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const float level = pilot_level(pilot_keys, states_of, lane);
+    if (lane < kHeadBlock) cta.level[lane] = level;
+  }
+  __syncthreads();
+
+  Warp own{p, cta, queries, shared, lane};
   int tile_index = 0;
 #pragma unroll 1
-  for (int part = warp / team; part < num_parts; part += kProposalWarps / team) {
-    own.clear();
-    own.has_sums = false;
+  for (int part = warp / same(cta.team); part < same(cta.num_parts); part += kProposalWarps / same(cta.team)) {
+    own.begin_part();
 #pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn, ++tile_index) {
-      const int tile = part * part_kv + (turn * team + member) * kTileKv, tile_keys = min(num_keys - tile, kTileKv);
+    for (int turn = 0; turn < same(cta.turns); ++turn, ++tile_index) {
+      const int team = same(cta.team);
+      const int tile = part * same(cta.part_kv) + (turn * team + (warp & (team - 1))) * kTileKv;
+      const int tile_keys = min(num_keys - tile, kTileKv);
       if (tile_keys <= 0) break;
 #pragma unroll 1
       for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
@@ -587,40 +717,29 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
         load(slot);
         slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
       }
-      if (tile_index == 0) {
-        wait_for_previous();  // the pilot
-        const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
-        own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head)) * p.level_scale;
-      }
       if ((tile_index & 31) == 0) {
-        const int64_t position = static_cast<int64_t>(cta.unit.row.span_first) + first_key + tile + lane * kStride;
-        offsets = tile_offset(Budget::kStreaming, stream, position, kTileKv, cta.unit.row.span_len, 0, kProposalUnitBits);
+        const int span_tiles = span / kTileKv, nth = (tile / kTileKv & (span_tiles - 1)) + lane;
+        const int64_t position = static_cast<int64_t>(cta.unit.row.span_first) + cta.first_key + tile / span * span +
+                                 static_cast<int64_t>(nth / span_tiles) * kProposalWarps * span +
+                                 nth % span_tiles * kTileKv;
+        shared.offsets[lane] = tile_offset(Budget::kStreaming, cta.stream, position, kTileKv, cta.unit.row.span_len, 0,
+                              kProposalUnitBits);
+        __syncwarp();
       }
-      own.draw(first_key + tile, tile_keys, __shfl_sync(0xffffffffu, offsets, tile_index & 31));
+      own.draw(cta.first_key + tile, tile_keys, shared.offsets[tile_index & 31]);
     }
-    own.hand_over();
+    __syncwarp();  // the sums are there
+    const int team = same(cta.team);
+    if (team == 1) {
+      own.write_own(proposal, cta.first_part + part);
+      continue;
+    }
+    const int member = warp & (team - 1);
     team_barrier(1 + warp / team, team * 32);
-    own.write_part(proposal, warps + (warp - member), team, member, work.first_part + part);
+    own.write_shared(proposal, warps + (warp - member), team, member, cta.first_part + part);
     team_barrier(1 + warp / team, team * 32);
   }
   cp_async_wait<0>();
-}
-
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
-  SANTA_DYNAMIC_SHARED(shared_bytes);
-  launch_dependents();
-  const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
-  if (!unit.row.one_pass()) return;
-  using Scorer = PilotScorer<T, HEAD_DIM>;
-  const int warp = warp_index(), lane = threadIdx.x & 31;
-  unsigned char* const slots = shared_bytes + kPilotHeadBytes;
-  Scorer::load(p, unit, shared_address(slots) + (threadIdx.x >> 5) * Scorer::kPilotBytes, warp, lane);
-  auto& queries = *reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(slots + kPilotWarps * Scorer::kPilotBytes);
-  put_queries(p, unit, queries, warp, kPilotWarps, lane);
-  __syncthreads();
-  Scorer scorer{queries};
-  find_level(p.decode, unit, scorer, shared_bytes);
 }
 
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
@@ -644,8 +763,11 @@ template <typename T, int HEAD_DIM>
 void launch_one_pass_proposal(const ProposalParams& p, cudaStream_t stream) {
   auto* const kernel = head_quads(head_block_of(p.decode, 0).count) == 1 ? one_pass_proposal_kernel<T, HEAD_DIM, 1>
                                                                         : one_pass_proposal_kernel<T, HEAD_DIM, 2>;
-  launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, kernel, p, p.decode, pilot_proposal_bytes(HEAD_DIM),
-                          proposal_shared_bytes(p.decode, p.decode.plan.num_slots), kProposalWarps * 32, stream);
+  const int shared_bytes = proposal_shared_bytes(p.decode, p.decode.plan.num_slots);
+  share_multiprocessor(kernel, shared_bytes);
+  const dim3 grid(static_cast<unsigned>(max_runs_of(p.decode) * p.decode.num_units()));
+  SANTA_LAUNCH(kernel, grid, kProposalWarps * 32, shared_bytes, stream, p);
+  check_launch("one_pass_proposal_kernel");
 }
 
 }  // namespace santa::cuda
