@@ -167,6 +167,15 @@ def test_bits_depend_on_neither_threads_nor_the_device(how: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+def test_parts_that_warps_share() -> None:
+    """With proposal keys, on a device with too few parts for all warps; on a small one each warp takes whole ones."""
+    case = Case(lens=[1000], group=1, num_kv_heads=70, proposes=True, num_samples=20)
+    case.check()
+    expected = case.emulated(num_sms=132)
+    for num_sms in (1, 2):
+        assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=num_sms), expected, strict=True))
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_bits_do_not_depend_on_the_batch(how: str) -> None:
     case = Case(lens=[1437, 2100, 90], **HOW[how])
