@@ -69,6 +69,11 @@ inline void check_decode_proposal(const DecodeArguments& a, const ProposalArgume
     fail("budget is '", a.budget == static_cast<int64_t>(Budget::kUniform) ? "uniform" : "proportional",
          "' with proposal keys, which need 'streaming'");
   }
+  for (const auto& [name, tensor] : {std::pair{a.paged ? "k_cache" : "k", &a.k}, {a.paged ? "v_cache" : "v", &a.v}}) {
+    if (tensor->is_cpu() || rows_are_aligned(*tensor)) continue;
+    fail(name, " has rows that do not start on 16-byte boundaries; on CUDA, proposal keys need them to: pass ", name,
+         ".contiguous(), or slices at multiples of 16 bytes");
+  }
   const char* shard = a.whole_lens ? "whole_lens" : a.shard_starts ? "shard_starts" : a.levels ? "levels" : nullptr;
   if (shard != nullptr) {
     fail(shard, " is given with proposal keys, which are not for rows that are parts of longer ones");

@@ -82,64 +82,56 @@ struct CodeSlots {
   static constexpr int kChunks = kRowBytes / 16;                                       // of a row
   static_assert(kCodeSlotKeys == 32, "a lane finds the row of one key");
 
-  const ProposalParams& p;
-  // In shared memory, as registers are few. first: the key of the row that positions below are counted from.
-  const RowUnit& unit;
-  const int& first;
-  const FirstKey& first_key;
-  int32_t page = 0;   // where keys are paged: of key `lane` of the slot that is copied next
-  bool side_by_side;  // all codes lie one behind the other, and all scales, from first_key on
-
-  __device__ __forceinline__ CodeSlots(const ProposalParams& p, const RowUnit& unit, const int& first,
-                                       const FirstKey& first_key)
-      : p(p), unit(unit), first(first), first_key(first_key) {
-    side_by_side = __shfl_sync(0xffffffffu,
-                               !p.decode.paged && p.stride_codes_token == kRowBytes && p.codes_aligned &&
-                                   p.scales_side_by_side && (unit.row.kv_start & 7) == 0,
-                               0);
-  }
-  // By one thread, before.
-  static __device__ __forceinline__ FirstKey find_first(const ProposalParams& p, const RowUnit& unit, int first) {
-    return {p.code_rows(unit.batch_index, unit.kv_head, unit.row.kv_start).base + static_cast<int64_t>(first) * kRowBytes,
-            p.scale_rows(unit.batch_index, unit.kv_head, unit.row.kv_start).base + first};
-  }
   // From the row's first key on.
-  __device__ __forceinline__ KvRows<uint8_t> codes() const {
+  static __device__ __forceinline__ KvRows<uint8_t> codes(const ProposalParams& p, const RowUnit& unit) {
     return p.code_rows(unit.batch_index, unit.kv_head, unit.row.kv_start);
   }
-  __device__ __forceinline__ KvRows<uint16_t> scales() const {
+  static __device__ __forceinline__ KvRows<uint16_t> scales(const ProposalParams& p, const RowUnit& unit) {
     return p.scale_rows(unit.batch_index, unit.kv_head, unit.row.kv_start);
   }
 
-  // Of the slot whose first key is `begin`, of which `there` are there: finds its pages, long before they are needed.
-  __device__ __forceinline__ void look_up(int begin, int there, int lane) {
-    if (p.decode.paged) page = codes().page_of(first + begin + min(lane, there - 1));
+  // Whether all codes lie one behind the other, and all scales.
+  static __device__ __forceinline__ bool side_by_side(const ProposalParams& p, const RowUnit& unit) {
+    return !p.decode.paged && p.stride_codes_token == kRowBytes && p.codes_aligned && p.scales_side_by_side &&
+           (unit.row.kv_start & 7) == 0;
+  }
+  static __device__ __forceinline__ FirstKey find_first(const ProposalParams& p, const RowUnit& unit, int key) {
+    return {codes(p, unit).base + static_cast<int64_t>(key) * kRowBytes, scales(p, unit).base + key};
   }
 
-  // Start its copy: of a whole one, where they lie side by side, or of any. `there` may be more than a slot has.
-  __device__ __forceinline__ void load_whole(uint32_t slot, int begin, int lane) const {
+  // Starts the copy of a slot, whole and side by side: of keys `begin` and on, counted from the first one.
+  static __device__ __forceinline__ void load_whole(uint32_t slot, const FirstKey& first, int begin, int lane) {
     const uint64_t policy = evict_first_policy();
-    const uint4 words = load_shared_16(shared_address(&first_key));
+    const uint4 words = load_shared_16(shared_address(&first));
     const auto address = [](uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; };
     const auto* const source = reinterpret_cast<const uint8_t*>(address(words.x, words.y)) +
                                static_cast<int64_t>(begin) * kRowBytes + lane * 16;
-    const auto* const scales = reinterpret_cast<const uint16_t*>(address(words.z, words.w)) + (begin + lane * 8);
+    const auto* const scale = reinterpret_cast<const uint16_t*>(address(words.z, words.w)) + (begin + lane * 8);
 #pragma unroll
     for (int i = 0; i < kScales / 512; ++i) cp_async_whole_16(slot + i * 512 + lane * 16, source + i * 512, policy);
-    cp_async_whole_16_if(lane < kCodeSlotKeys / 8, slot + kScales + lane * 16, scales, policy);
+    cp_async_whole_16_if(lane < kCodeSlotKeys / 8, slot + kScales + lane * 16, scale, policy);
   }
-  __device__ __forceinline__ void load(uint32_t slot, int begin, int there, int lane) const {
+
+  // Of any: of the row's keys from `begin` on, of which `there` are there, which may be more than a slot has. `page`: of
+  // key `lane` of the slot, looked up before; returned is that of as many keys from `next` on, of which `next_there`
+  // are there. Out of line: code that seldom runs gets in the way of what does.
+  static __device__ __noinline__ int32_t load(const ProposalParams* p, const RowUnit* unit, uint32_t slot, int begin,
+                                              int there, int32_t page, int next, int next_there) {
+    const int lane = threadIdx.x & 31;
     const uint64_t policy = evict_first_policy();
-    const KvRows<uint8_t> rows = codes();
-    const int key = first + begin + min(lane, there - 1);
-    copy_rows(slot, rows.paged() ? rows.row_in(page, key) : rows.row(key), there, policy, lane);
-    copy_scales(slot, first + begin, there, policy, lane);
+    const KvRows<uint8_t> rows = codes(*p, *unit);
+    if (there > 0) {
+      const int key = begin + min(lane, there - 1);
+      copy_rows(slot, rows.paged() ? rows.row_in(page, key) : rows.row(key), p->codes_aligned, there, policy, lane);
+      copy_scales(*p, *unit, slot, begin, there, page, policy, lane);
+    }
+    return rows.paged() && next_there > 0 ? rows.page_of(next + min(lane, next_there - 1)) : 0;
   }
 
   // The rows of up to 32 keys, a lane's each.
-  __device__ __forceinline__ void copy_rows(uint32_t slot, const uint8_t* own, int there, uint64_t policy,
-                                            int lane) const {
-    if (p.codes_aligned) {
+  static __device__ __forceinline__ void copy_rows(uint32_t slot, const uint8_t* own, bool aligned, int there,
+                                                   uint64_t policy, int lane) {
+    if (aligned) {
 #pragma unroll 2
       for (int i = 0; i < kChunks; ++i) {
         const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
@@ -157,8 +149,9 @@ struct CodeSlots {
   }
 
   // Eight at a time where they lie side by side, and there are no pages or pages of as many at least.
-  __device__ __forceinline__ void copy_scales(uint32_t slot, int begin, int there, uint64_t policy, int lane) const {
-    const KvRows<uint16_t> rows = scales();
+  static __device__ __forceinline__ void copy_scales(const ProposalParams& p, const RowUnit& unit, uint32_t slot,
+                                                     int begin, int there, int32_t page, uint64_t policy, int lane) {
+    const KvRows<uint16_t> rows = scales(p, unit);
     const int own = lane % (kCodeSlotKeys / 8) * 8;
     const bool valid = own < there;
     const int key = begin + (valid ? own : 0);
@@ -270,6 +263,35 @@ struct CodeScorer {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) words[i] = __float_as_uint(load_shared_float(address + i * 4));
     }
+  }
+};
+
+// What find_level asks for scores. Copies are started first: the query vectors take their time.
+template <typename T, int HEAD_DIM>
+struct PilotScorer {
+  static constexpr int kPilotBytes = code_slot_bytes(HEAD_DIM);
+  static_assert(kPilotWarpKeys == kCodeSlotKeys);
+
+  const QueryCodes<T, HEAD_DIM>& queries;
+
+  static __device__ __forceinline__ void load(const ProposalParams& p, const RowUnit& unit, uint32_t slot, int part,
+                                              int lane) {
+    const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), first = part * kPilotWarpKeys;
+    if (first >= size) return;
+    using Slots = CodeSlots<HEAD_DIM>;
+    const int key = pilot_position(min(first + lane, size - 1), kv_len, 1);
+    Slots::copy_rows(slot, Slots::codes(p, unit).row(key), p.codes_aligned, min(size - first, kPilotWarpKeys),
+                     evict_normal_policy(), lane);
+    cp_async_commit();
+    store_shared_2(slot + Slots::kScales + lane * 2, *Slots::scales(p, unit).row(key));
+  }
+
+  template <typename Put>
+  __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit&, int lane, const Put& put) const {
+    const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
+    cp_async_wait<0>();
+    __syncwarp();
+    scorer.score(slot, lane, [&](int row, const float(&logits)[4]) { put(part * kPilotWarpKeys / 16 + row / 16, logits); });
   }
 };
 

@@ -36,6 +36,10 @@ inline int proposal_shared_bytes(const DecodeParams& p, int num_slots) {
          kProposalWarps * (proposal_warp_bytes(p.head_dim, quads) + num_slots * code_slot_bytes(p.head_dim));
 }
 
+constexpr int pilot_proposal_bytes(int head_dim) {
+  return kPilotHeadBytes + kPilotWarps * code_slot_bytes(head_dim) + query_bytes(head_dim);
+}
+
 // As many CTAs on a multiprocessor as have room for two slots, then as many slots as have room.
 inline void plan_one_pass_proposal(DecodeParams& p, const DeviceLimits& device) {
   if (!p.plan.one_pass) return;

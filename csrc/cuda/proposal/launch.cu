@@ -16,12 +16,15 @@ template <typename T>
 void launch_stages(const ProposalParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
   with_head_dim(d.head_dim, [&](auto head_dim) {
-    if (d.plan.one_pass) launch_one_pass_proposal<T, head_dim()>(p, stream);
-    if (!d.plan.exact) return;
+    const auto launch = [&](auto key) {
+      using K = decltype(key);
+      if (d.plan.one_pass) launch_one_pass_proposal<T, K, head_dim()>(p, stream);
+      if (d.plan.exact) launch_tiles<T, K, head_dim()>(d, stream);
+    };
     if (d.k_dtype == Dtype::kFloat8E4M3) {
-      launch_tiles<T, Float8, head_dim()>(d, stream);
+      launch(Float8{});
     } else {
-      launch_tiles<T, T, head_dim()>(d, stream);
+      launch(T{});
     }
   });
   if (!d.plan.one_pass) return launch_combine(d, stream);

@@ -7,8 +7,8 @@
 
 namespace santa::cuda {
 
-// Sampled rows; one explicit instantiation per dtype of q, head_dim and file in instantiations/.
-template <typename T, int HEAD_DIM>
+// Sampled rows; T of q, K of keys, T or Float8. One explicit instantiation per file in instantiations/.
+template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass_proposal(const ProposalParams& p, cudaStream_t stream);
 
 // Fills what of the plan depends on the device, before the workspace is placed.

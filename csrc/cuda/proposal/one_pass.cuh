@@ -2,8 +2,7 @@
 // head (and block of up to 8 query heads), and each of its warps does all there is to do for the tiles that it takes:
 // scores the codes, which stream through a ring of slots that the warp fills itself, draws, scores the keys that it
 // drew again, and adds up their values. Where there are parts enough a warp takes whole ones; else the tiles of a part
-// go to several warps, whose sums are added up in the end, in the same order. No CTA waits for another; the pilot,
-// which is small, is part of each.
+// go to several warps, whose sums are added up in the end, in the same order. No CTA waits for another.
 #pragma once
 
 #include "cuda/decode/lane_values.cuh"
@@ -19,7 +18,6 @@ struct ProposalShared {
   KvRows<char> keys, values;
   FirstKey first_codes;  // of first_key
   RandomStream stream;
-  float level[kHeadBlock];  // the pilot's
   // The CTA's run: parts from first_part on, of part_kv keys; from first_key on num_keys are there.
   int first_part, num_parts, part_kv, first_key, num_keys;
   // Warps that share a part: none, which makes 1, or as many as it has tiles, four at most. A warp takes every fourth
@@ -37,8 +35,7 @@ struct alignas(16) ProposedDraw {
 
 // Of one warp. Scores of a tile lie in quads of heads, [QUADS, keys of a tile, 4], and the eight keys of an octet in an
 // order that makes writers, with 8 neighbouring keys, and readers, with 4 or 8 neighbours a lane, free of bank
-// conflicts: key n is at n ^ (n / 8 % 8). Sums are those of a part. Before all that, the pilot's slots begin with the
-// scores, and its states are the last draws.
+// conflicts: key n is at n ^ (n / 8 % 8). Sums are those of a part.
 template <int HEAD_DIM, int QUADS>
 struct alignas(128) WarpShared {
   float scores[kProposalScores];
@@ -50,11 +47,6 @@ struct alignas(128) WarpShared {
   int rows;
   uint32_t offsets[32];  // of the thresholds of as many tiles
 };
-constexpr int kPilotWarpSlots = kPilotKeys / (kProposalWarps * kCodeSlotKeys);
-constexpr int kPilotWarpGroups = kPilotWarpSlots * kCodeSlotKeys / 16;  // of 16 keys
-constexpr int kPilotDraws = kListedDraws - kPilotWarpGroups * kHeadBlock / 2;  // in their place: two states each
-static_assert(sizeof(ProposedDraw) == 2 * sizeof(SoftmaxState));
-
 // By bytes: [first row, K or V of it] of a row unit.
 __device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, const RowUnit& unit, bool of_values) {
   const int bytes = (of_values ? p.v_dtype : p.k_dtype) == Dtype::kFloat8E4M3 ? 1 : 2;
@@ -64,63 +56,54 @@ __device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, con
                                         p.stride_k_batch * bytes, p.stride_k_token * bytes, p.stride_k_head * bytes);
 }
 
-// Eight elements of a key as elements of T: from float8 they are the same numbers.
+// Eight elements of a key, of T or of float8, as elements of T: they are the same numbers.
 template <typename T>
-__device__ __forceinline__ uint4 load_key_elements(const char* row, int first, bool float8, bool aligned) {
-  if (!float8) return load_global_8(reinterpret_cast<const T*>(row) + first, aligned);
-  const uint2 codes = load_global_8(reinterpret_cast<const Float8*>(row) + first, aligned);
+__device__ __forceinline__ uint4 load_key_elements(const T* source) {
+  return __ldg(reinterpret_cast<const uint4*>(source));
+}
+template <typename T>
+__device__ __forceinline__ uint4 load_key_elements(const Float8* source) {
+  const uint2 codes = __ldg(reinterpret_cast<const uint2*>(source));
   const float4 low = floats_of_codes(codes.x), high = floats_of_codes(codes.y);
   return {Float16Traits<T>::pack(low.x, low.y), Float16Traits<T>::pack(low.z, low.w),
           Float16Traits<T>::pack(high.x, high.y), Float16Traits<T>::pack(high.z, high.w)};
 }
 
-// A lane's elements of a row of values, of T or float8.
-template <typename T, int ELEMENTS>
+// A lane's elements of a row of values: of T, or, as far as K is float8, of either.
+template <typename T, typename K, int ELEMENTS>
 struct DrawnValues {
   using Whole = LaneValues<T, ELEMENTS>;
   using Coded = LaneValues<Float8, ELEMENTS>;
-  uint32_t words[Whole::kWords];
+  static constexpr bool kEither = std::is_same_v<K, Float8>;
+  Whole whole;
 
-  __device__ __forceinline__ void load(uint64_t row, int first, bool float8, bool aligned) {
-    if (float8) {
-      load_as<Coded>(reinterpret_cast<const Float8*>(row) + first, aligned);
+  __device__ __forceinline__ void load(uint64_t row, int first, bool float8) {
+    if (kEither && float8) {
+      Coded coded;
+      coded.load(reinterpret_cast<const Float8*>(row) + first);
+#pragma unroll
+      for (int i = 0; i < Coded::kWords; ++i) whole.words[i] = coded.words[i];
     } else {
-      load_as<Whole>(reinterpret_cast<const T*>(row) + first, aligned);
+      whole.load(reinterpret_cast<const T*>(row) + first);
     }
   }
   __device__ __forceinline__ void unpack(float (&values)[ELEMENTS], bool float8) const {
-    if (float8) {
-      unpack_as<Coded>(values);
-    } else {
-      unpack_as<Whole>(values);
-    }
-  }
-
- private:
-  template <typename Values, typename Element>
-  __device__ __forceinline__ void load_as(const Element* source, bool aligned) {
-    Values loaded;
-    if (aligned) {
-      loaded.load(source);
-    } else {
-      loaded = Values::by_elements(source);
-    }
+    if (kEither && float8) {
+      Coded coded;
 #pragma unroll
-    for (int i = 0; i < Values::kWords; ++i) words[i] = loaded.words[i];
-  }
-  template <typename Values>
-  __device__ __forceinline__ void unpack_as(float (&values)[ELEMENTS]) const {
-    Values loaded;
-#pragma unroll
-    for (int i = 0; i < Values::kWords; ++i) loaded.words[i] = words[i];
-    loaded.unpack(values);
+      for (int i = 0; i < Coded::kWords; ++i) coded.words[i] = whole.words[i];
+      coded.unpack(values);
+    } else {
+      whole.unpack(values);
+    }
   }
 };
 
 // What a warp does for a tile when it has been scored, and for a part when it has been walked. Some of what it knows of
 // a head is in lanes head, head + 8, ... ("of head lane % 8"), some with what the lane (g, t) has of heads 2 t and the
 // next for draw g of a few ("of the lane's pair").
-template <typename T, int HEAD_DIM, int QUADS>
+// T: of q, K: of keys.
+template <typename T, typename K, int HEAD_DIM, int QUADS>
 struct ProposalWarp {
   using Shared = WarpShared<HEAD_DIM, QUADS>;
   using Lanes = ValueLanes<HEAD_DIM>;
@@ -134,6 +117,7 @@ struct ProposalWarp {
   const QueryCodes<T, HEAD_DIM>& queries;
   Shared& own;
   const int lane;
+  float level;  // of head lane % 8
 
   // Sums of the tile: relative to 2^reference, z over all keys and what draws change about it, ProposalState::drawn,
   // the values of heads.
@@ -236,7 +220,6 @@ struct ProposalWarp {
     // What follows for the lane's head: its draws, and all keys' part of Z.
     const bool there = own_head < num_heads;
     const int span_len = unit.row.span_len;
-    const float level = cta.level[own_head];
     const float share = streaming_share(log2_sum(state), level, num_keys, span_len);
     const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
     reference = there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY;
@@ -307,7 +290,7 @@ struct ProposalWarp {
       if (lane >= kDrawsAtOnce) {  // those that have to wait come to the L2 meanwhile
 #pragma unroll 1
         for (int byte = 0; byte < 2 * HEAD_DIM; byte += 128) {
-          if (byte < HEAD_DIM || p.k_dtype != Dtype::kFloat8E4M3) prefetch_l2(k_row + byte);
+          if (byte < HEAD_DIM * static_cast<int>(sizeof(K))) prefetch_l2(k_row + byte);
           if (byte < HEAD_DIM || p.v_dtype != Dtype::kFloat8E4M3) prefetch_l2(v_row + byte);
         }
       }
@@ -322,22 +305,22 @@ struct ProposalWarp {
   // Draws [first, first + count) of the list.
   __device__ __forceinline__ void add(int first_key, int first, int count, uint64_t key_row) {
     const int g = lane >> 2, t = lane & 3;
-    const bool k_float8 = p.k_dtype == Dtype::kFloat8E4M3, v_float8 = p.v_dtype == Dtype::kFloat8E4M3;
+    const bool v_float8 = p.v_dtype == Dtype::kFloat8E4M3;
 
     // Rows are on their way together. Keys are the M of m16n8k16, up to 8 of them; a lane has eight elements of each
     // 32, those of q likewise, in an order of features that is the same for both.
     constexpr int kChunks = HEAD_DIM / 32, kAhead = HEAD_DIM <= 128 ? kDrawsAtOnce : 0;
-    const char* const k_row =
-        reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, key_row, first + min(g, count - 1)));
+    const auto* const k_row =
+        reinterpret_cast<const K*>(__shfl_sync(0xffffffffu, key_row, first + min(g, count - 1)));
     uint4 k[kChunks];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) k[i] = load_key_elements<T>(k_row, i * 32 + t * 8, k_float8, p.aligned);
-    DrawnValues<T, kElements> v[kAhead > 0 ? kAhead : 4];
+    for (int i = 0; i < kChunks; ++i) k[i] = load_key_elements<T>(k_row + i * 32 + t * 8);
+    DrawnValues<T, K, kElements> v[kAhead > 0 ? kAhead : 4];
     const int lane_element = min(lane, Lanes::kLanes - 1) * kElements;
     const auto load_values = [&](int from, int place) {  // four of them; past the end the last one again
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        v[place + i].load(own.draws[first + min(from + i, count - 1)].value_row, lane_element, v_float8, p.aligned);
+        v[place + i].load(own.draws[first + min(from + i, count - 1)].value_row, lane_element, v_float8);
       }
     };
     if constexpr (kAhead > 0) load_values(0, 0);
@@ -471,29 +454,10 @@ struct ProposalWarp {
     __syncwarp();  // all lanes have read them
     if (lane < kHeadBlock) own.reference[lane] = raised, own.z[lane] = part_z, own.drawn[lane] = part_drawn;
     if (lane == 0) own.rows = rows_before + rows;
-    const bool there = head < cta.unit.heads.count;
-    if (rows_before == 0) {
-      if (rows == 0) return;
+    if (rows_before == 0) {  // then the reference is the tile's
+      if (rows == 0 || lane >= Lanes::kLanes) return;
 #pragma unroll
-      for (int h = 0; h < 4 * QUADS; ++h) {
-        const float head_factor = __shfl_sync(0xffffffffu, tile_factor, h);
-#pragma unroll
-        for (int d = 0; d < kElements; ++d) sums[h][d] *= head_factor;
-        if (lane < Lanes::kLanes) store_elements(&own.sums[h][lane * kElements], sums[h]);
-      }
-      return;
-    }
-    if (!__any_sync(0xffffffffu, there && (factor != 1.0f || (tile_factor != 1.0f && rows > 0)))) {
-      if (rows == 0) return;
-#pragma unroll
-      for (int h = 0; h < 4 * QUADS; ++h) {
-        if (lane >= Lanes::kLanes) break;
-        float of_part[kElements];
-        load_elements(of_part, &own.sums[h][lane * kElements]);
-#pragma unroll
-        for (int d = 0; d < kElements; ++d) sums[h][d] += of_part[d];
-        store_elements(&own.sums[h][lane * kElements], sums[h]);
-      }
+      for (int h = 0; h < 4 * QUADS; ++h) store_elements(&own.sums[h][lane * kElements], sums[h]);
       return;
     }
 #pragma unroll
@@ -584,10 +548,10 @@ struct ProposalWarp {
 };
 
 // Parts [0, num_parts) of the run, counted from its first key on; num_keys of them are there.
-template <typename T, int HEAD_DIM, int QUADS>
+template <typename T, typename K, int HEAD_DIM, int QUADS>
 __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, const Work& work,
                                               unsigned char* shared_bytes) {
-  using Warp = ProposalWarp<T, HEAD_DIM, QUADS>;
+  using Warp = ProposalWarp<T, K, HEAD_DIM, QUADS>;
   using Shared = typename Warp::Shared;
   constexpr int kTileKv = Warp::kTileKv, kSlotBytes = code_slot_bytes(HEAD_DIM);
   const DecodeParams& p = proposal.decode;
@@ -618,43 +582,25 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   if (threadIdx.x == 64) cta.values = rows_in_bytes(p, work.unit, true);
   __syncthreads();
 
-  // The pilot first: its keys are all over the row.
-  CodeSlots<HEAD_DIM> slots(proposal, cta.unit, cta.first_key, cta.first_codes);
-  const int pilot_keys = pilot_size(kv_len);
-  static_assert(kPilotWarpSlots * kSlotBytes <= offsetof(Shared, draws) + kPilotDraws * sizeof(ProposedDraw));
-  const uint32_t pilot_slots = shared_address(&shared);
-  uint16_t pilot_scales[kPilotWarpSlots];
-#pragma unroll
-  for (int i = 0; i < kPilotWarpSlots; ++i) {
-    const int first = (warp * kPilotWarpSlots + i) * kCodeSlotKeys, there = min(pilot_keys - first, kCodeSlotKeys);
-    const int key = pilot_position(min(first + lane, pilot_keys - 1), kv_len, 1);
-    pilot_scales[i] = *slots.scales().row(key);
-    if (there > 0) {
-      slots.copy_rows(pilot_slots + i * kSlotBytes, slots.codes().row(key), there, evict_normal_policy(), lane);
-    }
-  }
-  cp_async_commit();
-
   // From lane 0: see warp_index.
   const auto same = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
+  using Slots = CodeSlots<HEAD_DIM>;
+  const bool side_by_side = same(Slots::side_by_side(proposal, cta.unit));
   const int num_keys = same(cta.num_keys), span = same(cta.span);
   int ahead = warp * span;  // what is copied next
-  const auto next = [&] {
-    ahead += kCodeSlotKeys;
-    if ((ahead & (span - 1)) == 0) ahead += (kProposalWarps - 1) * span;
-  };
-  const auto look_up = [&] {
-    if (ahead < num_keys) slots.look_up(ahead, num_keys - ahead, lane);
-  };
-  look_up();
+  int32_t page = side_by_side ? 0
+                              : Slots::load(&proposal, &cta.unit, 0, 0, 0, 0, cta.first_key + ahead, num_keys - ahead);
   const auto load = [&](uint32_t slot) {
-    if (slots.side_by_side && ahead + kCodeSlotKeys <= num_keys) {
-      slots.load_whole(slot, ahead, lane);
-      next();
-    } else if (ahead < num_keys) {
-      slots.load(slot, ahead, num_keys - ahead, lane);
-      next();
-      look_up();
+    if (ahead < num_keys) {
+      const int begin = ahead;
+      ahead += kCodeSlotKeys;
+      if ((ahead & (span - 1)) == 0) ahead += (kProposalWarps - 1) * span;
+      if (side_by_side && begin + kCodeSlotKeys <= num_keys) {
+        Slots::load_whole(slot, cta.first_codes, begin, lane);
+      } else {
+        page = Slots::load(&proposal, &cta.unit, slot, cta.first_key + begin, num_keys - begin, page,
+                           cta.first_key + ahead, num_keys - ahead);
+      }
     }
     cp_async_commit();  // every call is a group of copies, be it an empty one
   };
@@ -664,33 +610,6 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   __syncthreads();
 
   const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
-  const auto states_of = [&](int group) {
-    return reinterpret_cast<SoftmaxState*>(&warps[group / kPilotWarpGroups].draws[kPilotDraws]) +
-           group % kPilotWarpGroups * kHeadBlock;
-  };
-  cp_async_wait_but(ring_slots);
-#pragma unroll
-  for (int i = 0; i < kPilotWarpSlots; ++i) {
-    store_shared_2(pilot_slots + i * kSlotBytes + CodeSlots<HEAD_DIM>::kScales + lane * 2, pilot_scales[i]);
-  }
-  __syncwarp();
-  const float spaced = spaced_log2_weight(kv_len);
-#pragma unroll 1
-  for (int i = 0; i < kPilotWarpSlots; ++i) {
-    const int first = (warp * kPilotWarpSlots + i) * kCodeSlotKeys;
-    if (first >= pilot_keys) break;
-    scorer.score(pilot_slots + i * kSlotBytes, lane, [&](int at, const float(&logits)[4]) {
-      const int group = (first + at) / 16;
-      put_pilot(p, cta.unit, states_of(group), group, logits, spaced, lane);
-    });
-  }
-  __syncthreads();
-  if (warp == 0) {
-    const float level = pilot_level(pilot_keys, states_of, lane);
-    if (lane < kHeadBlock) cta.level[lane] = level;
-  }
-  __syncthreads();
-
   Warp own{p, cta, queries, shared, lane};
   int tile_index = 0;
 #pragma unroll 1
@@ -716,6 +635,11 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
         __syncwarp();  // the other lanes are done with the slot: it is filled again
         load(slot);
         slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
+      }
+      if (tile_index == 0) {
+        wait_for_previous();  // the pilot
+        const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
+        own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head)) * p.level_scale;
       }
       if ((tile_index & 31) == 0) {
         const int span_tiles = span / kTileKv, nth = (tile / kTileKv & (span_tiles - 1)) + lane;
@@ -748,26 +672,40 @@ constexpr int proposal_ctas(int) { return 3; }
 constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim); }
 #endif
 
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
+  SANTA_DYNAMIC_SHARED(shared_bytes);
+  launch_dependents();
+  const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
+  if (!unit.row.one_pass()) return;
+  using Scorer = PilotScorer<T, HEAD_DIM>;
+  const int warp = warp_index(), lane = threadIdx.x & 31;
+  unsigned char* const slots = shared_bytes + kPilotHeadBytes;
+  Scorer::load(p, unit, shared_address(slots) + (threadIdx.x >> 5) * Scorer::kPilotBytes, warp, lane);
+  auto& queries = *reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(slots + kPilotWarps * Scorer::kPilotBytes);
+  put_queries(p, unit, queries, warp, kPilotWarps, lane);
+  __syncthreads();
+  Scorer scorer{queries};
+  find_level(p.decode, unit, scorer, shared_bytes);
+}
+
 // QUADS: head_quads of the block.
-template <typename T, int HEAD_DIM, int QUADS>
+template <typename T, typename K, int HEAD_DIM, int QUADS>
 __global__ void __launch_bounds__(kProposalWarps * 32, proposal_ctas(HEAD_DIM))
     one_pass_proposal_kernel(const __grid_constant__ ProposalParams p) {
   SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
   const Work work(p.decode);
   if (!__shfl_sync(0xffffffffu, work.exists(), 0)) return;
-  propose_parts<T, HEAD_DIM, QUADS>(p, work, shared_bytes);
+  propose_parts<T, K, HEAD_DIM, QUADS>(p, work, shared_bytes);
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass_proposal(const ProposalParams& p, cudaStream_t stream) {
-  auto* const kernel = head_quads(head_block_of(p.decode, 0).count) == 1 ? one_pass_proposal_kernel<T, HEAD_DIM, 1>
-                                                                        : one_pass_proposal_kernel<T, HEAD_DIM, 2>;
-  const int shared_bytes = proposal_shared_bytes(p.decode, p.decode.plan.num_slots);
-  share_multiprocessor(kernel, shared_bytes);
-  const dim3 grid(static_cast<unsigned>(max_runs_of(p.decode) * p.decode.num_units()));
-  SANTA_LAUNCH(kernel, grid, kProposalWarps * 32, shared_bytes, stream, p);
-  check_launch("one_pass_proposal_kernel");
+  auto* const kernel = head_quads(head_block_of(p.decode, 0).count) == 1 ? one_pass_proposal_kernel<T, K, HEAD_DIM, 1>
+                                                                        : one_pass_proposal_kernel<T, K, HEAD_DIM, 2>;
+  launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, kernel, p, p.decode, pilot_proposal_bytes(HEAD_DIM),
+                          proposal_shared_bytes(p.decode, p.decode.plan.num_slots), kProposalWarps * 32, stream);
 }
 
 }  // namespace santa::cuda
