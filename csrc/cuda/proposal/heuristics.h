@@ -8,8 +8,7 @@ namespace santa::cuda {
 constexpr int kProposalWarps = 4;  // of a CTA; the last step of a part's sums is over them
 constexpr int kCodeSlotKeys = 32;  // of a slot: their codes, row behind row, then their scales
 constexpr int kMostCodeSlots = 4;  // of a warp's ring
-constexpr int kListedDraws = 16;   // of a tile, at a time
-constexpr int kOffsets = 16;       // of tiles, drawn at a time
+constexpr int kListedDraws = 32;   // of a tile, at a time
 constexpr int kDrawsAtOnce = 8;    // whose keys are scored by one matrix product
 
 // CTAs on a multiprocessor, as far as registers have room: four where there is shared memory for as many, as on sm_90.
@@ -26,8 +25,7 @@ constexpr int query_bytes(int head_dim) { return kHeadBlock * (query_pitch(head_
 constexpr int head_quads(int block_heads) { return block_heads <= 4 ? 1 : 2; }
 // WarpShared; one_pass.cuh checks it.
 constexpr int proposal_warp_bytes(int head_dim, int quads) {
-  return (kProposalScores * 4 + kListedDraws * 16 + 240 +
-          quads * (16 * head_dim + (kListedDraws + kDrawsAtOnce) * 16) + 127) / 128 * 128;
+  return (kProposalScores * 4 + kListedDraws * 16 + 240 + quads * (16 * head_dim + kDrawsAtOnce * 16) + 127) / 128 * 128;
 }
 constexpr int kProposalSharedBytes = 512;  // of ProposalShared; one_pass.cuh checks it
 constexpr int aligned_query_bytes(int head_dim) { return (query_bytes(head_dim) + 127) / 128 * 128; }

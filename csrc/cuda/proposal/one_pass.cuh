@@ -40,16 +40,12 @@ template <int HEAD_DIM, int QUADS>
 struct alignas(128) WarpShared {
   float scores[kProposalScores];
   float sums[4 * QUADS][HEAD_DIM];  // of values; a lane adds to elements of its own
-  // Draws whose rows are on their way, with their logits from codes, and what is known of their tile: whom sums are
-  // relative to, and Z over all keys.
   ProposedDraw draws[kListedDraws];
-  float proposed[kListedDraws][4 * QUADS];
-  float tile_reference[kHeadBlock], tile_z[kHeadBlock];
   float weights[kDrawsAtOnce][4 * QUADS];
   // Of the part, beside its values: a head's each; V rows read. The values are there as soon as there are rows.
   float reference[kHeadBlock], z[kHeadBlock], drawn[kHeadBlock];
-  int rows, listed, first_key;  // listed: draws, -1 if there is no tile of which to add them; its first key
-  uint32_t offsets[kOffsets];   // of the thresholds of as many tiles
+  int rows;
+  uint32_t offsets[32];  // of the thresholds of as many tiles
 };
 // By bytes: [first row, K or V of it] of a row unit.
 __device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, const RowUnit& unit, bool of_values) {
@@ -131,8 +127,7 @@ struct ProposalWarp {
 
   __device__ __forceinline__ void begin_part() const {
     if (lane < kHeadBlock) own.reference[lane] = -INFINITY, own.z[lane] = own.drawn[lane] = 0.0f;
-    if (lane == 0) own.rows = 0, own.listed = -1;
-    __syncwarp();
+    if (lane == 0) own.rows = 0;
   }
 
   // ---- scores in shared memory
@@ -227,11 +222,8 @@ struct ProposalWarp {
     const int span_len = unit.row.span_len;
     const float share = streaming_share(log2_sum(state), level, num_keys, span_len);
     const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
-    const float reference = there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY;
-    if (lane < kHeadBlock) {
-      own.tile_reference[lane] = reference;
-      own.tile_z[lane] = there ? state.sum * exp2_below(state.max, reference) : 0.0f;
-    }
+    reference = there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY;
+    z = there ? state.sum * exp2_below(state.max, reference) : 0.0f;
 
     // How often each key is drawn, and how many draws there are before it.
     const float floor = floor_draws(p.num_samples, num_heads, span_len);
@@ -255,12 +247,16 @@ struct ProposalWarp {
     const uint32_t end = inclusive_scan(sum) + offset;
     const int count = static_cast<int>(__shfl_sync(0xffffffffu, end, 31) >> kProposalUnitBits);
 
+    // From here on, so that registers are free before.
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      pair_reference[j] = __shfl_sync(0xffffffffu, reference, 2 * (lane & 3) + j);
+      pair_change[j] = pair_drawn[j] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * QUADS * kElements; ++i) sums[i / kElements][i % kElements] = 0.0f;
 #pragma unroll 1
-    for (int first = 0; first == 0 || first < count; first += kListedDraws) {
-      if (first > 0) {  // more than the list holds: those before are added up at once
-        finish();
-        if (lane < kHeadBlock) own.tile_z[lane] = 0.0f;
-      }
+    for (int first = 0; first < count; first += kListedDraws) {
       uint32_t position = end - sum;
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
@@ -272,68 +268,50 @@ struct ProposalWarp {
         }
       }
       __syncwarp();
-      list(first_key, min(count - first, kListedDraws));
+      take(first_key, min(count - first, kListedDraws));
     }
+    end_tile(count);
   }
 
   // ---- draws
 
-  // Finds the rows of those that have been listed by their keys and units, and starts them on their way to the L2: the
-  // next tile is scored before they are needed.
-  __device__ __forceinline__ void list(int first_key, int listed) {
-    if (lane == 0) own.listed = listed, own.first_key = first_key;
+  // Those that are listed: finds their rows and adds them up.
+  __device__ __forceinline__ void take(int first_key, int listed) {
+    uint64_t key_row = 0;  // of draw `lane`
     if (lane < listed) {
       ProposedDraw& draw = own.draws[lane];
       const int key = first_key + draw.key;
       const char* const k_row = cta.keys.row(key);
       const char* const v_row = cta.values.row(key);
-#pragma unroll 1
-      for (int byte = 0; byte < 2 * HEAD_DIM; byte += 128) {
-        if (byte < HEAD_DIM * static_cast<int>(sizeof(K))) prefetch_l2(k_row + byte);
-        if (byte < HEAD_DIM || p.v_dtype != Dtype::kFloat8E4M3) prefetch_l2(v_row + byte);
-      }
-#pragma unroll
-      for (int quad = 0; quad < QUADS; ++quad) {
-        store_shared_16(shared_address(&own.proposed[lane][quad * 4]), load_shared_16(place_of(own, draw.key, quad)));
-      }
+      key_row = reinterpret_cast<uint64_t>(k_row);
       draw.value_row = reinterpret_cast<uint64_t>(v_row);
       draw.inverse = approximate_quotient(static_cast<float>(1u << kProposalUnitBits),
                                           static_cast<float>(__float_as_uint(draw.inverse)));
-    }
-    __syncwarp();
-  }
-
-  // Adds up those that are listed, and their tile, if there is one.
-  __device__ __forceinline__ void finish() {
-    const int listed = __shfl_sync(0xffffffffu, own.listed, 0), first_key = own.first_key;
-    if (listed < 0) return;
-    reference = own.tile_reference[lane & 7], z = own.tile_z[lane & 7];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      pair_reference[j] = own.tile_reference[2 * (lane & 3) + j];
-      pair_change[j] = pair_drawn[j] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * QUADS * kElements; ++i) sums[i / kElements][i % kElements] = 0.0f;
+      if (lane >= kDrawsAtOnce) {  // those that have to wait come to the L2 meanwhile
 #pragma unroll 1
-    for (int first = 0; first < listed; first += kDrawsAtOnce) add(first_key, first, min(listed - first, kDrawsAtOnce));
-    end_tile(listed);
-    __syncwarp();  // all lanes have read what there was
-    if (lane == 0) own.listed = -1;
+        for (int byte = 0; byte < 2 * HEAD_DIM; byte += 128) {
+          if (byte < HEAD_DIM * static_cast<int>(sizeof(K))) prefetch_l2(k_row + byte);
+          if (byte < HEAD_DIM || p.v_dtype != Dtype::kFloat8E4M3) prefetch_l2(v_row + byte);
+        }
+      }
+    }
     __syncwarp();
+#pragma unroll 1
+    for (int first = 0; first < listed; first += kDrawsAtOnce) {
+      add(first_key, first, min(listed - first, kDrawsAtOnce), key_row);
+    }
   }
 
   // Draws [first, first + count) of the list.
-  __device__ __forceinline__ void add(int first_key, int first, int count) {
+  __device__ __forceinline__ void add(int first_key, int first, int count, uint64_t key_row) {
     const int g = lane >> 2, t = lane & 3;
     const bool v_float8 = p.v_dtype == Dtype::kFloat8E4M3;
 
     // Rows are on their way together. Keys are the M of m16n8k16, up to 8 of them; a lane has eight elements of each
     // 32, those of q likewise, in an order of features that is the same for both.
     constexpr int kChunks = HEAD_DIM / 32, kAhead = HEAD_DIM <= 128 ? kDrawsAtOnce : 0;
-    const int own_draw = first + min(g, count - 1);
-    const ProposedDraw draw = own.draws[own_draw];
-    const auto* const k_row = reinterpret_cast<const K*>(cta.keys.row(first_key + draw.key));
+    const auto* const k_row =
+        reinterpret_cast<const K*>(__shfl_sync(0xffffffffu, key_row, first + min(g, count - 1)));
     uint4 k[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) k[i] = load_key_elements<T>(k_row + i * 32 + t * 8);
@@ -358,7 +336,9 @@ struct ProposalWarp {
       if (count > 4) load_values(4, 4);
     }
 
-    const float2 proposed = *reinterpret_cast<const float2*>(&own.proposed[own_draw][QUADS == 1 ? 2 * (t & 1) : 2 * t]);
+    const ProposedDraw draw = own.draws[first + min(g, count - 1)];
+    const int quad = QUADS == 1 ? 0 : t >> 1;
+    const uint2 proposed = load_shared_8(place_of(own, draw.key, quad) + (t & 1) * 8);
     const float score_scale = p.score_scale(cta.unit.kv_head);
     const int head = 2 * t;
     bool there[2], rises = false;
@@ -383,7 +363,7 @@ struct ProposalWarp {
     float weights[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float from_codes = j == 0 ? proposed.x : proposed.y;
+      const float from_codes = __uint_as_float(j == 0 ? proposed.x : proposed.y);
       weights[j] = there[j] ? exp2_below(scores[j], pair_reference[j]) * draw.inverse : 0.0f;
       pair_drawn[j] += weights[j];
       if (there[j]) pair_change[j] += weights[j] - exp2_below(from_codes, pair_reference[j]) * draw.inverse;
@@ -631,65 +611,66 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
 
   const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
   Warp own{p, cta, queries, shared, lane};
-  own.begin_part();
-  const int first_part = warp / same(cta.team), part_step = kProposalWarps / same(cta.team);
-  const int num_turns = ceil_div_int(max(same(cta.num_parts) - first_part, 0), part_step) * same(cta.turns);
-  // A tile a turn, and one more turn: a tile's draws are added up when the next one has been scored.
+  int tile_index = 0;
 #pragma unroll 1
-  for (int turn = 0; turn <= num_turns; ++turn) {
-    const int turns = same(cta.turns), team = same(cta.team), member = warp & (team - 1);
-    const int nth_part = turn / turns;
-    const int tile = (first_part + nth_part * part_step) * same(cta.part_kv) +
-                     ((turn & (turns - 1)) * team + member) * kTileKv;
-    const int tile_keys = turn < num_turns ? min(num_keys - tile, kTileKv) : 0;
+  for (int part = warp / same(cta.team); part < same(cta.num_parts); part += kProposalWarps / same(cta.team)) {
+    own.begin_part();
 #pragma unroll 1
-    for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
-      if (ring_slots == 3) {
-        cp_async_wait<2>();
-      } else if (ring_slots == 2) {
-        cp_async_wait<1>();
-      } else {
-        cp_async_wait<3>();
+    for (int turn = 0; turn < same(cta.turns); ++turn, ++tile_index) {
+      const int team = same(cta.team);
+      const int tile = part * same(cta.part_kv) + (turn * team + (warp & (team - 1))) * kTileKv;
+      const int tile_keys = min(num_keys - tile, kTileKv);
+      if (tile_keys <= 0) break;
+#pragma unroll 1
+      for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
+        if (ring_slots == 3) {
+          cp_async_wait<2>();
+        } else if (ring_slots == 2) {
+          cp_async_wait<1>();
+        } else {
+          cp_async_wait<3>();
+        }
+        __syncwarp();  // the other lanes' copies are visible
+        scorer.score(slot, lane, [&](int at, const float(&logits)[4]) { own.put(first + at, logits); });
+        __syncwarp();  // the other lanes are done with the slot: it is filled again
+        load(slot);
+        slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
       }
-      __syncwarp();  // the other lanes' copies are visible
-      scorer.score(slot, lane, [&](int at, const float(&logits)[4]) { own.put(first + at, logits); });
-      __syncwarp();  // the other lanes are done with the slot: it is filled again
-      load(slot);
-      slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
-    }
-    own.finish();
-    if (turn > 0 && (turn & (turns - 1)) == 0) {
-      const int part = cta.first_part + first_part + (nth_part - 1) * part_step;
-      if (team == 1) {
-        own.write_own(proposal, part);
-      } else {
-        team_barrier(1 + warp / team, team * 32);
-        own.write_shared(proposal, warps + (warp - member), team, member, part);
-        team_barrier(1 + warp / team, team * 32);
+      if (tile_index == 0) {
+        wait_for_previous();  // the pilot
+        const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
+        own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head)) * p.level_scale;
       }
-      __syncwarp();
-      own.begin_part();
+      if ((tile_index & 31) == 0) {
+        const int span_tiles = span / kTileKv, nth = (tile / kTileKv & (span_tiles - 1)) + lane;
+        const int64_t position = static_cast<int64_t>(cta.unit.row.span_first) + cta.first_key + tile / span * span +
+                                 static_cast<int64_t>(nth / span_tiles) * kProposalWarps * span +
+                                 nth % span_tiles * kTileKv;
+        shared.offsets[lane] = tile_offset(Budget::kStreaming, cta.stream, position, kTileKv, cta.unit.row.span_len, 0,
+                              kProposalUnitBits);
+        __syncwarp();
+      }
+      own.draw(cta.first_key + tile, tile_keys, shared.offsets[tile_index & 31]);
     }
-    if (tile_keys <= 0) continue;
-    if (turn == 0) {
-      wait_for_previous();  // the pilot
-      const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
-      own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head)) * p.level_scale;
+    __syncwarp();  // the sums are there
+    const int team = same(cta.team);
+    if (team == 1) {
+      own.write_own(proposal, cta.first_part + part);
+      continue;
     }
-    if (turn % kOffsets == 0) {
-      const int span_tiles = span / kTileKv, nth = (tile / kTileKv & (span_tiles - 1)) + lane % kOffsets;
-      const int64_t position = static_cast<int64_t>(cta.unit.row.span_first) + cta.first_key + tile / span * span +
-                               static_cast<int64_t>(nth / span_tiles) * kProposalWarps * span +
-                               nth % span_tiles * kTileKv;
-      const uint32_t offset = tile_offset(Budget::kStreaming, cta.stream, position, kTileKv, cta.unit.row.span_len, 0,
-                                          kProposalUnitBits);
-      if (lane < kOffsets) shared.offsets[lane] = offset;
-      __syncwarp();
-    }
-    own.draw(cta.first_key + tile, tile_keys, shared.offsets[turn % kOffsets]);
+    const int member = warp & (team - 1);
+    team_barrier(1 + warp / team, team * 32);
+    own.write_shared(proposal, warps + (warp - member), team, member, cta.first_part + part);
+    team_barrier(1 + warp / team, team * 32);
   }
   cp_async_wait<0>();
 }
+
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int proposal_ctas(int) { return 3; }
+#else
+constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim); }
+#endif
 
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
@@ -707,12 +688,6 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const 
   Scorer scorer{queries};
   find_level(p.decode, unit, scorer, shared_bytes);
 }
-
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr int proposal_ctas(int) { return 3; }
-#else
-constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim); }
-#endif
 
 // QUADS: head_quads of the block.
 template <typename T, typename K, int HEAD_DIM, int QUADS>
