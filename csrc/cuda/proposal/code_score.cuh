@@ -1,5 +1,5 @@
 // Scores of proposal keys: products of the codes of keys with those of the query vectors, in integers. Keys are the M
-// of m16n8k32 and up to 8 query vectors its N.
+// of m16n8k32 and query vectors its N.
 //
 // A lane (g, t) reads the t-th quarter of the codes of keys g and g + 8. The low nibbles of a word are four features of
 // the first half of head_dim, the high ones those of the second half that lie as far in: A fragments for which the
@@ -169,41 +169,41 @@ struct CodeSlots {
   }
 };
 
-// The logits of the proposal, from slots.
-template <typename T, int HEAD_DIM>
+// The logits of the proposal, from slots. QUADS: of heads. Products are of eight query vectors: where a block has four
+// at most, each of them is there twice, and lanes with t = 2, 3 take the next 16 keys of heads 2 t - 4 and the next.
+template <typename T, int HEAD_DIM, int QUADS>
 struct CodeScorer {
   static constexpr int kRowBytes = HEAD_DIM / 2, kWords = HEAD_DIM / 32;  // words: of a lane, in the codes of a key
   static constexpr int kLaneFeatures = HEAD_DIM / 8;                      // of a lane, in each half
   static constexpr int kGroups = kCodeSlotKeys / 16;
+  static_assert(kGroups == 2);
 
   const QueryCodes<T, HEAD_DIM>& queries;
   uint32_t query[2 * kWords];  // codes of q, of head g: B fragments of the first half of head_dim, then of the second
+
+  // The first of the lane's two heads.
+  static __device__ __forceinline__ int head_of(int lane) { return 2 * (lane & (QUADS == 1 ? 1 : 3)); }
 
   __device__ __forceinline__ CodeScorer(const QueryCodes<T, HEAD_DIM>& queries, int lane) : queries(queries) {
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int word = 0; word < 2 * kWords; ++word) {
       const int feature = word / kWords * (HEAD_DIM / 2) + t * kLaneFeatures + word % kWords * 4;
-      query[word] = *reinterpret_cast<const uint32_t*>(&queries.codes[g][feature]);
+      query[word] = *reinterpret_cast<const uint32_t*>(&queries.codes[QUADS == 1 ? g & 3 : g][feature]);
     }
   }
 
-  // Hands the logits of keys first + g and first + g + 8 of the slot, heads 2 t and the next, to put(first, logits), for
-  // each 16 keys.
+  // Hands logits of the slot to put(first, logits): keys first + g and first + g + 8, of the lane's heads each. `first`
+  // is 0 and 16, or, with one quad, the lane's.
   template <typename Put>
   __device__ __forceinline__ void score(uint32_t slot, int lane, const Put& put) const {
     const int g = lane >> 2, t = lane & 3;
     constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
     uint32_t words[2 * kGroups][kWords];  // of keys g, g + 8, ...
-    float scales[2 * kGroups];
 #pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-      load_words(words[i], slot + (i * 8 + g) * kRowBytes + t * (kRowBytes / 4));
-      const uint16_t bits = load_shared_2(slot + CodeSlots<HEAD_DIM>::kScales + (i * 8 + g) * 2);
-      scales[i] = __half2float(*reinterpret_cast<const __half*>(&bits));
-    }
+    for (int i = 0; i < 2 * kGroups; ++i) load_words(words[i], slot + (i * 8 + g) * kRowBytes + t * (kRowBytes / 4));
     // From shared memory: registers are few.
-    const uint2 too_large = load_shared_8(shared_address(&queries.offset[2 * t]));
+    const uint2 too_large = load_shared_8(shared_address(&queries.offset[head_of(lane)]));
     int32_t low[kGroups][4], high[kGroups][4];
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
@@ -231,17 +231,32 @@ struct CodeScorer {
         mma_u8_s8(low[n], {own & kLow, other & kLow, own >> 4 & kLow, other >> 4 & kLow}, query[w], query[kWords + w]);
       }
     }
-    const uint4 four = load_shared_16(shared_address(&queries.common[2 * t]));
+    const uint4 four = load_shared_16(shared_address(&queries.common[head_of(lane)]));
     const ProposalQuery common[2] = {{__uint_as_float(four.x), __uint_as_float(four.y)},
                                      {__uint_as_float(four.z), __uint_as_float(four.w)}};
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
+    const auto put_sums = [&](int first, const int32_t(&sums)[4]) {
       float logits[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        logits[i] = common[i & 1].logit(low[n][i] * 16 + high[n][i], scales[2 * n + (i >> 1)]);
+        const uint16_t bits = load_shared_2(slot + CodeSlots<HEAD_DIM>::kScales + (first + (i >> 1) * 8 + g) * 2);
+        logits[i] = common[i & 1].logit(sums[i], __half2float(*reinterpret_cast<const __half*>(&bits)));
       }
-      put(16 * n, logits);
+      put(first, logits);
+    };
+    int32_t sums[kGroups][4];
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] = low[n][i] * 16 + high[n][i];
+    }
+    if constexpr (QUADS == 1) {
+      const bool later = t >= 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[0][i] = later ? sums[1][i] : sums[0][i];
+      put_sums(later ? 16 : 0, sums[0]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) put_sums(16 * n, sums[n]);
     }
   }
 
@@ -288,7 +303,7 @@ struct PilotScorer {
 
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit&, int lane, const Put& put) const {
-    const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
+    const CodeScorer<T, HEAD_DIM, 2> scorer(queries, lane);
     cp_async_wait<0>();
     __syncwarp();
     scorer.score(slot, lane, [&](int row, const float(&logits)[4]) { put(part * kPilotWarpKeys / 16 + row / 16, logits); });

@@ -132,13 +132,12 @@ struct ProposalWarp {
 
   // ---- scores in shared memory
 
-  // Of keys first + g and first + g + 8, heads 2 t and the next; `first` is a multiple of 16.
+  // Of keys first + g and first + g + 8, of the heads that CodeScorer says; `first` is a multiple of 16.
   __device__ __forceinline__ void put(int first, const float (&logits)[4]) const {
-    const int t = lane & 3, octet = first >> 3;
-    const uint32_t base = shared_address(own.scores) + (t >> 1) * kPlane + (t & 1) * 8 + (lane >> 2) * 16;
-    const bool there = t < 2 * QUADS;
-    store_shared_pair_if(there, (base + octet * 128) ^ (octet & 7) << 4, logits[0], logits[1]);
-    store_shared_pair_if(there, (base + (octet + 1) * 128) ^ ((octet + 1) & 7) << 4, logits[2], logits[3]);
+    const int head = CodeScorer<T, HEAD_DIM, QUADS>::head_of(lane), octet = first >> 3;
+    const uint32_t base = shared_address(own.scores) + (head >> 2) * kPlane + (head & 3) * 4 + (lane >> 2) * 16;
+    store_shared_pair_if(true, (base + octet * 128) ^ (octet & 7) << 4, logits[0], logits[1]);
+    store_shared_pair_if(true, (base + (octet + 1) * 128) ^ ((octet + 1) & 7) << 4, logits[2], logits[3]);
   }
   static __device__ __forceinline__ uint32_t place_of(const Shared& own, int key, int quad) {
     return shared_address(own.scores) + quad * kPlane + (key ^ (key >> 3 & 7)) * 16;
@@ -609,7 +608,7 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   put_queries(proposal, cta.unit, queries, warp, kProposalWarps, lane);
   __syncthreads();
 
-  const CodeScorer<T, HEAD_DIM> scorer(queries, lane);
+  const CodeScorer<T, HEAD_DIM, QUADS> scorer(queries, lane);
   Warp own{p, cta, queries, shared, lane};
   int tile_index = 0;
 #pragma unroll 1
