@@ -666,7 +666,7 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
 }
 
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr int proposal_ctas(int) { return 3; }
+constexpr int proposal_ctas(int head_dim) { return head_dim <= 128 ? 3 : 2; }
 #else
 constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim); }
 #endif
