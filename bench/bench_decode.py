@@ -3,6 +3,7 @@
     python bench/bench_decode.py --fa3 DIR --targets       # the README's table
     python bench/bench_decode.py --quick                   # two shapes, one setting
     python bench/bench_decode.py --variants --mixed --fp8  # other head counts and dtypes, mixed lengths, 8-bit caches
+    python bench/bench_decode.py --proposal --targets --fa3 DIR  # proposal keys: 4 bits of each key are read
     python bench/bench_decode.py --table --variants --mixed --fp8 --targets --fa3 DIR --budgets streaming proportional \
         --samplers grouped systematic stratified multinomial   # every target
     python bench/bench_decode.py --device cpu --shapes 1x16384 --samples 128
@@ -13,7 +14,10 @@ second; share of the limit, which is the time of a kernel that only reads K (K s
 fastest 16-bit dense kernel (x best: of torch SDPA, FlashInfer, FlashInfer XQA and FlashAttention-3) and over each dense
 kernel, those of FlashInfer with 8-bit caches too; distinct V rows read per KV head; relative error.
 
-Without a mode (--table, --variants, --mixed, --fp8) it is --table.
+--proposal has beside proposal keys `grouped` with keys in 8 and in 16 bits; its errors are means of ERROR_SEEDS seeds.
+Then what it takes to fill proposal keys, beside a copy of the bytes.
+
+Without a mode (--table, --variants, --mixed, --fp8, --proposal) it is --table.
 """
 
 from __future__ import annotations
@@ -55,12 +59,14 @@ QUICK_SHAPES = ("1x32768", "4x32768")
 # 8-bit caches hold k / K_SCALE and v / V_SCALE.
 K_SCALE, V_SCALE = 2.0**-5, 2.0**-4
 FP8 = torch.float8_e4m3fn
+FOUR_BITS = "4-bit K"
+ERROR_SEEDS = 32
 ONE_PASS_SAMPLERS = ("grouped", "systematic")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to call santa.decode. `storage` is "", "K fp8" or "KV fp8"."""
+    """One way to call santa.decode. `storage` is "", "K fp8", "KV fp8" or "4-bit K", which is proposal keys."""
 
     num_samples: int
     sampler: str = "grouped"
@@ -74,6 +80,10 @@ class Setting:
             how = f"{self.sampler} S={self.num_samples}" + ("" if self.budget == "streaming" else f" {self.budget}")
         return f"santa {how}" + (f", {self.storage}" if self.storage else "")
 
+    @property
+    def in_8_bits(self) -> bool:
+        return self.storage in ("K fp8", "KV fp8")
+
     def options(self, problem: Problem) -> dict[str, Any]:
         options: dict[str, Any] = {"num_samples": self.num_samples, "kv_layout": problem.layout}
         if self.num_samples:
@@ -81,20 +91,30 @@ class Setting:
         if problem.kv_lens is not None:
             options["kv_lens"] = problem.kv_lens
         scales = {"k_scale": K_SCALE, "v_scale": V_SCALE} if self.storage == "KV fp8" else {"k_scale": K_SCALE}
-        if self.storage:
+        if self.in_8_bits:
             options |= {
                 name: torch.full((problem.num_kv_heads,), scale, device=problem.sets[0][0].device)
                 for name, scale in scales.items()
             }
         return options
 
+    def own_options(self, problem: Problem) -> list[dict[str, Any]]:
+        """Those of each set."""
+        if self.storage != FOUR_BITS:
+            return [{} for _ in problem.sets]
+        return [{"proposal": make_proposal_keys(problem, k)} for _, k, _ in problem.sets]
+
     def sets(self, problem: Problem) -> list[tuple[Tensor, Tensor, Tensor]]:
-        if not self.storage:
+        if not self.in_8_bits:
             return problem.sets
         return [
             (q, (k / K_SCALE).to(FP8), (v / V_SCALE).to(FP8) if self.storage == "KV fp8" else v)
             for q, k, v in problem.sets
         ]
+
+
+def make_proposal_keys(problem: Problem, k: Tensor) -> santa.ProposalKeys:
+    return santa.make_proposal_keys(k, problem.kv_lens, kv_layout=problem.layout)
 
 
 def settings_of(arguments: argparse.Namespace, group_size: int, kv_len: int) -> list[Setting]:
@@ -174,17 +194,24 @@ class Benchmark:
         setting: Setting,
         sets: list[tuple[Tensor, Tensor, Tensor]],
         oracle: Oracle,
+        own_options: list[dict[str, Any]],
     ) -> None:
         options = setting.options(problem)
-        calls = [lambda s=s: santa.decode(*s, **options)[0] for s in sets]
+        calls = [
+            lambda s=s, own=own: santa.decode(*s, **options, **own)[0] for s, own in zip(sets, own_options, strict=True)
+        ]
+        first = options | own_options[0]
         with self.watch.part("santa's checks"):
             out = calls[0]()
-            counted, _, v_rows = santa.decode(*sets[0], return_rows_read=True, **options)
+            counted, _, v_rows = santa.decode(*sets[0], return_rows_read=True, **first)
             shortest = santa.default_min_sampled_len(setting.num_samples, problem.group_size)
             self.check(row, oracle.error(out), oracle.bound(setting.num_samples, shortest))
             if not torch.equal(out, counted):
                 raise RuntimeError("wrong result: the outputs with and without return_rows_read differ")
             row["v_rows"] = float(v_rows.double().mean())
+            if row["suite"] == "proposal" and setting.num_samples:
+                errors = [oracle.error(santa.decode(*sets[0], seed=s, **first)[0]) for s in range(ERROR_SEEDS)]
+                row["error"] = sum(errors) / len(errors)
         with self.watch.part("santa"):
             row["us"] = self.measure(calls)
 
@@ -251,22 +278,29 @@ class Benchmark:
         """K stream and settings of one storage of the cache; the timed copies in 8 bits live no longer than this."""
         storage = settings[0].storage
         sets, k_bytes = problem.sets, problem.k_bytes
-        if storage:
+        if settings[0].in_8_bits:
             with self.watch.part("inputs"):
                 sets = settings[0].sets(problem)
                 k_bytes //= problem.sets[0][1].element_size()
             with self.watch.part("float64"):
                 oracle = Oracle(problem, *sets[0], k_scale=K_SCALE, v_scale=V_SCALE if storage == "KV fp8" else 1.0)
+        with self.watch.part("inputs"):
+            own_options = settings[0].own_options(problem)
+        streamed = [k for _, k, _ in sets]
+        if storage == FOUR_BITS:
+            keys = [own["proposal"] for own in own_options]
+            streamed = [torch.cat([x.codes.flatten(), x.scales.view(torch.uint8).flatten()]) for x in keys]
+            k_bytes = streamed[0].nbytes
         measured = {r["k_bytes"] for r in self.case_rows if r["kind"] == "stream"}
         if self.stream is not None and k_bytes not in measured:
             self.attempt(
-                row("K stream, K in 8 bits" if storage else "K stream", "stream", k_bytes),
-                lambda r: self.run_stream(r, problem, [k for _, k, _ in sets]),
+                row("K stream" + (f", {storage}" if storage else ""), "stream", k_bytes),
+                lambda r: self.run_stream(r, problem, streamed),
             )
         for setting in settings:
             self.attempt(
                 row(setting.name, "santa", k_bytes, **vars(setting)),
-                lambda r, s=setting: self.run_santa(r, problem, s, sets, oracle),
+                lambda r, s=setting: self.run_santa(r, problem, s, sets, oracle, own_options),
             )
 
     def save(self) -> None:
@@ -304,6 +338,39 @@ class Benchmark:
             eight = [Setting(s.num_samples, s.sampler, storage=x) for x in ("K fp8", "KV fp8") for s in one_pass]
             self.run_case("fp8", shape, "", list(dict.fromkeys(eight)))
 
+    def proposal(self) -> None:
+        a = self.arguments
+        for shape in a.shapes if a.shapes_given else targets.PROPOSAL:
+            settings = [Setting(s, storage=x) for s in a.samples for x in ("", "K fp8", FOUR_BITS)]
+            self.run_case("proposal", shape, "", settings)
+        for shape in targets.APPEND:
+            self.append(shape)
+
+    def append(self, shape: str) -> None:
+        """Filling the codes of the last keys of rows, beside a copy of as many bytes as are read and written."""
+        a = self.arguments
+        batch, keys = report.parse_shape(shape)
+        k_bytes = batch * keys * a.num_kv_heads * (a.head_dim * 5 // 2 + 2)
+        row = {"suite": "proposal", "shape": shape, "case": "append", "what": "append", "kind": "append"}
+        self.watch, self.case_rows = Stopwatch(), []
+
+        def fill(row: dict[str, Any]) -> None:
+            copies = max(2, min(64, (256 << 20) // k_bytes))
+            k = torch.randn(batch, keys, a.num_kv_heads, a.head_dim, dtype=torch.bfloat16, device=a.device)
+            proposal = santa.make_proposal_keys(k.transpose(1, 2).contiguous(), kv_layout="HND")
+            positions = torch.arange(keys, device=a.device).expand(batch, keys).contiguous()
+            news = [k.clone() for _ in range(copies)]
+            row["us"] = self.measure(
+                [lambda new=new: santa.append_proposal_keys(proposal, new, positions) for new in news]
+            )
+            halves = [torch.empty(2, k_bytes // 2, dtype=torch.uint8, device=a.device) for _ in range(copies)]
+            row["copy_us"] = self.measure([lambda x=x: x[0].copy_(x[1]) for x in halves])
+            print(f"append {shape}: {row['us']:.1f} us, a copy of the bytes {row['copy_us']:.1f} us", flush=True)
+
+        self.attempt(row | {"k_bytes": k_bytes}, fill)
+        self.rows += self.case_rows
+        self.save()
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -312,6 +379,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--variants", action="store_true", help=f"group sizes, head_dim, dtype and layout at {targets.VARIANT_SHAPE}")
     add("--mixed", action="store_true", help=f"rows of {targets.MIXED_SHORTEST} to 131072 keys in one batch")
     add("--fp8", action="store_true", help="K, and K and V, in float8_e4m3fn")
+    add("--proposal", action="store_true", help="proposal keys, 4 bits of each, beside K in 8 and in 16 bits")
     add("--quick", action="store_true", help="1x32768 and 4x32768 with grouped sampling, S = 128")
     add("--targets", action="store_true", help="say of each target whether it is met")
     add("--shapes", nargs="+", metavar="BATCHxKV_LEN")
@@ -350,7 +418,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         a.competitors = ["sdpa"] if cpu else list(competitors.FACTORIES)
     if cpu and set(a.competitors) - {"sdpa"}:
         parser.error("on the CPU the one competitor is sdpa")
-    if not (a.variants or a.mixed or a.fp8):
+    if not (a.variants or a.mixed or a.fp8 or a.proposal):
         a.table = True
     if a.plot and not a.table:
         parser.error("--plot shows the rows of --table, which is not run")
@@ -370,7 +438,7 @@ def main() -> None:
     benchmark = Benchmark(arguments, dense, missing)
     benchmark.total.seconds |= start.seconds
     try:
-        for mode in ("table", "variants", "mixed", "fp8"):
+        for mode in ("table", "variants", "mixed", "fp8", "proposal"):
             if getattr(arguments, mode):
                 getattr(benchmark, mode)()
     finally:

@@ -1,4 +1,4 @@
-"""A decode step of a whole model in vLLM: FlashAttention and santa on one card, in one run.
+"""A decode step of a whole model in vLLM: FlashAttention and santa, with exact and with proposal keys, on one card.
 
     python bench/bench_vllm.py --json out/vllm.json
     python bench/bench_vllm.py --caches fp8 --shapes 8x32768 --engines dense santa exact
@@ -10,7 +10,8 @@ process of its own.
 Prompts are not prefilled, which would take minutes: a KV connector (vllm_random_cache.py) fills the whole cache with
 N(0, 1) and says that all but the last token of each prompt are computed. Every request has blocks of its own: nothing
 is shared, and no step finds its keys in the L2. Decode steps do what they would after a prefill. With dummy weights and
-random keys softmax is almost uniform, so santa reads about as many different rows of V as it can.
+random keys softmax is almost uniform, so santa reads about as many different rows of V as it can. With proposal keys
+one prompt is prefilled before all else: with it santa codes the whole cache.
 
 * ms per step: the median time between a step's tokens and the next step's, while all requests are running.
 * KV tokens: what the cache has room for with vLLM's default share of the memory: what the engine itself leaves.
@@ -36,14 +37,17 @@ from harness import environment, save_run
 
 SHAPES = ["8x32768", "16x32768", "4x131072", "8x4096", "1x512"]
 CACHES = {"bf16": "auto", "fp8": "fp8"}
-ENGINES = ["dense", "santa", "exact"]
-# What santa's speed over dense is to be, bf16 and fp8 caches.
+ENGINES = ["dense", "santa", "proposal", "exact"]
+# What speed over dense is to be, bf16 and fp8 caches.
 TARGETS = {
-    "8x32768": {"bf16": 1.25, "fp8": 1.3},
-    "16x32768": {"bf16": 1.35, "fp8": 1.4},
-    "4x131072": {"bf16": 1.4, "fp8": 1.4},
-    "8x4096": {"bf16": 0.98, "fp8": 0.98},
-    "1x512": {"bf16": 0.98, "fp8": 0.98},
+    "santa": {
+        "8x32768": {"bf16": 1.25, "fp8": 1.3},
+        "16x32768": {"bf16": 1.35, "fp8": 1.4},
+        "4x131072": {"bf16": 1.4, "fp8": 1.4},
+        "8x4096": {"bf16": 0.98, "fp8": 0.98},
+        "1x512": {"bf16": 0.98, "fp8": 0.98},
+    },
+    "proposal": {"8x32768": {"bf16": 1.5}, "16x32768": {"bf16": 1.8}, "4x131072": {"bf16": 1.9}},
 }
 LLAMA_3_1_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,6 +71,8 @@ KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "gemv"),
 }
 WARM_UP, PROFILED = 8, 4
+# Of the prompt with which santa freezes the statistics of proposal keys.
+CODED_PROMPT = 4096
 
 
 def kind_of(kernel: str) -> str:
@@ -85,11 +91,13 @@ def sizes_of(shape: str) -> tuple[int, int]:
 def start(a: argparse.Namespace, folder: str) -> Any:
     from vllm import LLM
 
-    longest = max([a.ttft, *(sizes_of(shape)[1] for shape in a.shapes)]) + 64
+    longest = max([a.ttft, CODED_PROMPT, *(sizes_of(shape)[1] for shape in a.shapes)]) + 64
     config = LLAMA_3_1_8B | {"max_position_embeddings": longest} | ({"num_hidden_layers": 2} if a.quick else {})
     Path(folder, "config.json").write_text(json.dumps(config))
     batches = sorted({sizes_of(shape)[0] for shape in a.shapes} | {1})
-    santa = {"num_samples": 0 if a.one == "exact" else a.samples}
+    santa: dict[str, Any] = {"num_samples": 0 if a.one == "exact" else a.samples}
+    if a.one == "proposal":
+        santa["keys"] = "proposal"
     return LLM(
         folder,
         load_format="dummy",
@@ -105,11 +113,14 @@ def start(a: argparse.Namespace, folder: str) -> Any:
             "kv_connector": "RandomCacheConnector",
             "kv_connector_module_path": "vllm_random_cache",
             "kv_role": "kv_both",
+            # It fills the cache before the codes are made.
+            "kv_connector_extra_config": {"santa_proposal_codes": True},
         },
     )
 
 
-def add(llm: Any, names: list[str], length: int, new_tokens: int, **extra: Any) -> None:
+def add(llm: Any, names: list[str], length: int, new_tokens: int, *, varied: bool = False, **extra: Any) -> None:
+    """Requests whose prompts are one token over and over, or `varied` ones."""
     from vllm import SamplingParams
 
     for i, name in enumerate(names):
@@ -120,7 +131,8 @@ def add(llm: Any, names: list[str], length: int, new_tokens: int, **extra: Any) 
             detokenize=False,
             extra_args={"kv_transfer_params": extra} if extra else None,
         )
-        llm.llm_engine.add_request(name, {"prompt_token_ids": [i + 1] + [7] * (length - 1)}, parameters)
+        rest = [(37 * j) % 50021 + 1 if varied else 7 for j in range(length - 1)]
+        llm.llm_engine.add_request(name, {"prompt_token_ids": [i + 1, *rest]}, parameters)
 
 
 def arrivals(llm: Any, count: int) -> list[float]:
@@ -183,6 +195,9 @@ def run_one(a: argparse.Namespace) -> None:
         def say(**row: Any) -> None:
             print("RESULT " + json.dumps({"engine": a.one, "cache": a.caches[0], **row}), flush=True)
 
+        if a.one == "proposal":
+            add(llm, ["codes"], CODED_PROMPT, 1, varied=True, prefill=True)
+            drain(llm)
         cache = llm.llm_engine.vllm_config.cache_config
         room = cache.num_gpu_blocks * cache.block_size
         free, total = torch.cuda.mem_get_info()
@@ -224,13 +239,13 @@ def report(rows: list[dict[str, Any]]) -> str:
     """Steps beside dense ones of the same cache, then what is not about steps."""
     timed = [row for row in rows if "ms" in row]
     dense = {(r["cache"], r["shape"], r["batch"]): r["ms"] for r in timed if r["engine"] == "dense"}
-    head = f"{'shape':>10} {'batch':>5} {'cache':>5} {'engine':>6} {'ms/step':>8} {'tokens/s':>8} {'over dense':>10} "
+    head = f"{'shape':>10} {'batch':>5} {'cache':>5} {'engine':>8} {'ms/step':>8} {'tokens/s':>8} {'over dense':>10} "
     head += f"{'target':>6}"
     lines = [head + "".join(f" {kind:>15}" for kind in [*KINDS, "rest"])]
     for row in sorted(timed, key=lambda r: (SHAPES.index(r["shape"]) if r["shape"] in SHAPES else 99, r["cache"])):
         base = dense.get((row["cache"], row["shape"], row["batch"]))
-        target = TARGETS.get(row["shape"], {}).get(row["cache"]) if row["engine"] == "santa" else None
-        line = f"{row['shape']:>10} {row['batch']:>5} {row['cache']:>5} {row['engine']:>6} {row['ms']:8.2f}"
+        target = TARGETS.get(row["engine"], {}).get(row["shape"], {}).get(row["cache"])
+        line = f"{row['shape']:>10} {row['batch']:>5} {row['cache']:>5} {row['engine']:>8} {row['ms']:8.2f}"
         line += f" {row['tokens_per_s']:8.0f} " + (f"{base / row['ms']:9.2f}x" if base else f"{'-':>10}")
         line += f" {target:5.2f}x" if target else f" {'-':>6}"
         lines.append(line + "".join(f" {row[kind]:12.2f} ms" for kind in [*KINDS, "rest"]))
@@ -251,8 +266,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--shapes", nargs="+", default=SHAPES, help="batch x context; the largest batch that fits is taken"
     )
     parser.add_argument("--caches", nargs="+", default=list(CACHES), choices=CACHES)
-    parser.add_argument("--engines", nargs="+", default=ENGINES[:2], choices=ENGINES)
-    parser.add_argument("--samples", type=int, default=128, help="num_samples of santa")
+    parser.add_argument("--engines", nargs="+", default=ENGINES[:3], choices=ENGINES)
+    parser.add_argument("--samples", type=int, default=128, help="num_samples of santa and proposal")
     parser.add_argument("--steps", type=int, default=48, help="steps that are timed")
     parser.add_argument("--ttft", type=int, default=32768, help="tokens of the prompt that is prefilled; 0: none")
     parser.add_argument("--quick", action="store_true", help="two layers, to see that it runs")

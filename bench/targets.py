@@ -28,6 +28,17 @@ SAMPLED: dict[str, Sampled] = {
     "8x131072": Sampled(1.96, 1.95, 0.97),
 }
 SAMPLES = (128,)
+# Proposal keys, the same: share of the limit that reading their 4 bits is.
+PROPOSAL: dict[str, Sampled] = {
+    "1x32768": Sampled(3.3, 2.8, 0.45),
+    "1x131072": Sampled(5.4, 4.5, 0.65),
+    "4x32768": Sampled(5.4, 4.5, 0.65),
+    "16x32768": Sampled(6.5, 5.5, 0.75),
+    "8x131072": Sampled(7.2, 6.5, 0.88),
+}
+PROPOSAL_ERROR = 1 / 1.05  # that of `grouped` with scores of the keys themselves, over that of proposal keys
+APPEND = ("1x32768", "16x1")  # batch x new keys
+APPEND_OVER_COPY, APPEND_PREFILL_US = 0.5, 100.0
 # Rows below min_sampled_len: the exact path decides. A sample of 1 .. 64 x 512 .. 4,096.
 SHORT = ("1x512", "1x4096", "16x2048", "64x512", "64x4096")
 EXACT_SPEEDUP = 0.95
@@ -173,6 +184,30 @@ def evaluate(rows: list[dict[str, Any]], device: str = "") -> list[Result]:
             fp8 = sampled("fp8", shape)
             results += _results("8-bit K, x best 16-bit dense", shape, FP8_SPEEDUP[card], fp8, "speedup")
             results += _over_8_bit(shape, fp8, kind("dense fp8", "fp8", shape))
+    if "proposal" in suites:
+        for shape, wanted in PROPOSAL.items():
+            four_bits = sampled("proposal", shape, storage="4-bit K")
+            speedup = wanted.h100 if card == "H100" else wanted.h200
+            results += _results("proposal keys, x best dense", shape, speedup, four_bits, "speedup")
+            results += _results("proposal keys, share of limit", shape, wanted.share, four_bits, "share")
+            exact = {row["num_samples"]: row.get("error") for row in sampled("proposal", shape, storage="")}
+            compared = [
+                row | {"ratio": exact[row["num_samples"]] / row["error"]}
+                if row.get("error") and exact.get(row["num_samples"])
+                else row
+                for row in four_bits
+            ]
+            results += _results("error of 16-bit keys, over", shape, PROPOSAL_ERROR, compared, "ratio")
+        for shape in APPEND:
+            rows_of_shape = [row for row in kind("append", "proposal", shape) if "us" in row]
+            copies = [row | {"ratio": row["copy_us"] / row["us"]} for row in rows_of_shape]
+            results += _results("append, copy over it", shape, APPEND_OVER_COPY, copies, "ratio")
+        prefill = [
+            row | {"ratio": APPEND_PREFILL_US / row["us"]}
+            for row in kind("append", "proposal", APPEND[0])
+            if "us" in row
+        ]
+        results += _results(f"append, {APPEND_PREFILL_US:.0f} us over it", APPEND[0], 1.0, prefill, "ratio")
     return results
 
 

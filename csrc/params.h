@@ -60,6 +60,8 @@ struct CallPlan {
   int most_waves;    // or this many times as many, if decode/runs.cuh finds that better
   int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
   int run_parts;     // of these runs
+  int run_multiple;  // of these, what runs are rounded up to; a power of two
+  bool whole_parts;  // with proposal keys, whether a warp takes whole parts
   int tile_ctas;     // CUDA, other rows: per line of the grid
 };
 
@@ -107,6 +109,8 @@ struct DecodeParams {
   int max_kv_len;    // of which it attends to so many at most
   bool aligned;      // q, k and v rows all start on 16-byte boundaries
   bool by_features;  // k is feature-major: Bernoulli scores
+  int proposal_tile_kv;  // of rows in one pass, where proposal keys draw them; else 0
+  int most_part_kv = kMaxPartKv;
   // What there is of the members at the end.
   bool paged, has_lists, has_shards, has_sinks;
 
@@ -274,7 +278,7 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
                        : p.budget == Budget::kProportional ? RowKind::kProportional
                                                            : RowKind::kOnePass;
   const int tile_kv = kind == RowKind::kExact     ? exact_tile_kv_of(span.length)
-                      : kind == RowKind::kOnePass ? part_kv_of(span.length, p.num_units())
+                      : kind == RowKind::kOnePass ? part_kv_of(span.length, p.num_units(), p.most_part_kv)
                                                   : tile_kv_of(span.length);
   return {.kv_start = span.start,
           .kv_len = span.length,
@@ -285,7 +289,7 @@ SANTA_HD RowShape row_shape_of(const DecodeParams& p, int batch_index) {
           .kind = kind,
           .tile_kv = tile_kv,
           .num_tiles = num_parts_of(span.length, tile_kv),
-          .draw_kv = draw_tile_kv_of(span.whole, p.by_features)};
+          .draw_kv = p.proposal_tile_kv > 0 ? p.proposal_tile_kv : draw_tile_kv_of(span.whole, p.by_features)};
 }
 
 // Keys of the row that a query vector attends to, for rows whose last token sees those up to `end`.
@@ -414,7 +418,7 @@ inline CallPlan plan_call(const DecodeParams& p) {
     host.plan.equal_rows = false, host.positions = nullptr;
     plan.row = row_shape_of(host, 0);
   }
-  plan.max_parts = plan.one_pass ? max_num_parts(p.max_kv_len, p.num_units()) : 0;
+  plan.max_parts = plan.one_pass ? max_num_parts(p.max_kv_len, p.num_units(), p.most_part_kv) : 0;
   return plan;
 }
 

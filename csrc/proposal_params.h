@@ -17,6 +17,8 @@ struct ProposalParams {
   const uint16_t* scales;  // float16
   int64_t stride_codes_batch, stride_codes_token, stride_codes_head;  // batch: of a page, where there are pages
   int64_t stride_scales_batch, stride_scales_token, stride_scales_head;
+  bool codes_aligned;        // those of a key start on a 16-byte boundary
+  bool scales_side_by_side;  // eight scales, from a position on that is a multiple of 8, are 16 bytes that are aligned
 
   const float* center;         // [batch, num_kv_heads, head_dim], contiguous
   const float* channel_scale;  // the same
@@ -40,6 +42,13 @@ struct ProposalParams {
   }
 };
 
+// Rows are cut another way than without proposal keys. `p` is filled otherwise.
+inline void plan_proposal_call(DecodeParams& p) {
+  p.proposal_tile_kv = proposal_tile_kv_of(head_block_of(p, 0).count);
+  p.most_part_kv = kMostProposalPartKv;
+  p.plan = plan_call(p);
+}
+
 // Fills the workspace fields of p and p.decode and returns the bytes needed at `base`.
 inline int64_t place_proposal_workspace(ProposalParams& p, void* base) {
   const DecodeParams& d = p.decode;
@@ -61,7 +70,9 @@ struct AppendProposalParams {
   bool wide_positions;                  // int64
   bool shared_statistics;
   bool by_slot;  // positions are page page_size + offset, of pages that no batch row owns
-  Dtype dtype;   // of k_new
+  bool aligned;        // rows of k_new start on 16-byte boundaries
+  bool codes_aligned;  // those of a key start on an 8-byte boundary
+  Dtype dtype;         // of k_new
   int batch, num_keys, num_kv_heads, head_dim;
   int64_t page_size;  // by slot; else max_kv_len
   int64_t limit;      // positions, or slots, that there are

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from santa._dispatch import _library as _kernels
 from santa._dispatch import call, register
 from santa.arguments import KvLayout, check_same_device, check_tensor, value_of
 from santa.shapes import DECODE_HEAD_DIMS
@@ -112,7 +111,6 @@ def make_proposal_keys(
     check_same_device(
         k, "k", kv_lens=kv_lens, kv_starts=kv_starts, page_table=page_table, center=center, channel_scale=channel_scale
     )
-    _refuse_cuda("k", k)
 
     nhd = k.transpose(1, 2) if layout == KvLayout.HND else k
     valid = _valid_keys(nhd, kv_lens, kv_starts, page_table)
@@ -215,20 +213,6 @@ def key_statistics(nhd: Tensor, valid: Tensor, *, shared: bool) -> tuple[Tensor,
     return center, torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
 
 
-def _refuse_cuda(name: str, tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        raise ValueError(f"santa: {name} is on {tensor.device}; proposal keys are on the CPU alone, not on CUDA yet")
-
-
-def _cuda_kernel(name: str, index: int) -> Any:
-    """In place of a CUDA kernel: an error that names its argument at `index`."""
-
-    def kernel(*tensors: Tensor, **_: Any) -> Any:
-        _refuse_cuda(name, tensors[index])
-
-    return kernel
-
-
 @torch.library.register_fake("santa::append_proposal_keys")
 def _append_proposal_keys_fake(
     codes: Tensor,
@@ -251,11 +235,3 @@ def _append_proposal_keys_fake(
 
 
 register("append_proposal_keys", written=2)
-for _name, _argument, _index in (
-    ("decode_proposal", "q", 0),
-    ("decode_proposal_paged", "q", 0),
-    ("decode_proposal_out", "q", 2),
-    ("decode_proposal_paged_out", "q", 2),
-    ("append_proposal_keys", "k_new", 4),
-):
-    _kernels.impl(_name, _cuda_kernel(_argument, _index), "CUDA")

@@ -164,14 +164,15 @@ def pilot(kv_len: int, run: int = 1) -> tuple[Tensor, Tensor]:
     return positions, weights
 
 
-def tile_shares(p: Tensor, budget: str, *, pilot_run: int = 1) -> Tensor:
-    """The shares a of their draws that heads give to each tile: p [group, n] -> [group, tiles].
+def tile_shares(p: Tensor, budget: str, *, pilot_run: int = 1, tile_keys: int | None = None) -> Tensor:
+    """The shares a of their draws that heads give to each tile, of `tile_keys` or tile_kv keys: p [group, n] ->
+    [group, tiles].
 
     uniform: the tile's part of the keys. streaming: its part of the mass, by what the pilot says the mass is; at least
     a quarter of its part of the keys, at most 1.
     """
     kv_len = p.shape[-1]
-    tile_keys = tile_kv(kv_len, pilot_run)
+    tile_keys = tile_keys or tile_kv(kv_len, pilot_run)
     keys = torch.tensor([len(tile) for tile in torch.arange(kv_len).split(tile_keys)], dtype=torch.float64)
     if budget == "uniform":
         return (keys / kv_len).expand(p.shape[0], -1)

@@ -19,21 +19,27 @@ from santa import reference
 from santa.reference_bernoulli import philox
 
 FLOOR_SHARE = 1 / 16
-UNIT_BITS = 24  # of the boundaries between keys
+UNIT_BITS = 22  # of the boundaries between keys
+
+
+def tile_kv(group: int) -> int:
+    """Keys of a tile: 256 where blocks of query heads have up to 4, else 128."""
+    first = reference.head_blocks(group)[0]
+    return 256 if first.stop - first.start <= 4 else 128
 
 
 def quantise(k: Tensor, center: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
     """codes int8 [..., head_dim] from -8 to 7 and scales float16 [...] of k [..., head_dim]; center and channel_scale
     broadcast. A key that is not finite has scale NaN and codes 0."""
     with np.errstate(all="ignore"):
-        centred = (_float32(k) - _float32(center)) / _float32(channel_scale)
+        centred = (_float32(k) - _float32(center)) * (np.float32(1) / _float32(channel_scale))
         largest = np.abs(centred).max(axis=-1)
         scales = np.where(
             np.isfinite(largest), np.minimum(largest / np.float32(7), np.float32(65504)), np.float32("nan")
         )
         scales = scales.astype(np.float16)
         width = scales.astype(np.float32)[..., None]
-        codes = np.where(width > 0, np.clip(np.rint(centred / width), -8, 7), 0).astype(np.int8)
+        codes = np.where(width > 0, np.clip(np.rint(centred * (np.float32(1) / width)), -8, 7), 0).astype(np.int8)
     return torch.from_numpy(codes), torch.from_numpy(scales)
 
 
@@ -59,7 +65,7 @@ def proposal_scores(
     packed [n, head_dim / 2], scales [n]; center and channel_scale [head_dim]. Queries are rounded to int8."""
     scaled = torch.from_numpy(_float32(q) * _float32(channel_scale))
     q_scale = (scaled.abs().amax(dim=-1, keepdim=True) / 127).float()
-    codes = torch.where(q_scale > 0, (scaled / q_scale).round().clamp(-127, 127), 0.0)
+    codes = torch.where(q_scale > 0, (scaled * (1 / q_scale)).round().clamp(-127, 127), 0.0)
     products = codes.double() @ unpack(packed).double().T
     shift = q.double() @ center.double()
     scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
@@ -79,9 +85,8 @@ class Row:
         floor. Not yet cut to 1."""
         group, kv_len = self.proposal.shape
         p = torch.softmax(self.proposal, dim=-1)
-        shares = reference.tile_shares(p, "streaming")
-        tile_kv = reference.tile_kv(kv_len)
-        tiles = self.proposal.split(tile_kv, dim=-1)
+        shares = reference.tile_shares(p, "streaming", tile_keys=tile_kv(group))
+        tiles = self.proposal.split(tile_kv(group), dim=-1)
         within = torch.cat([shares[:, i : i + 1] * torch.softmax(t, dim=-1) for i, t in enumerate(tiles)], dim=-1)
         sums = []
         for block in reference.head_blocks(group):
@@ -95,21 +100,38 @@ class Row:
         blocks = reference.head_blocks(len(self.exact))
         return torch.cat([pi[i].expand(len(self.exact[block]), -1) for i, block in enumerate(blocks)])
 
+    def _lines(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> list[list[Tensor]]:
+        """For each head block and tile, where its keys begin and end on the line that has a threshold at every multiple
+        of 2^UNIT_BITS: [keys + 1]."""
+        group = len(self.exact)
+        blocks = reference.head_blocks(group)
+        units = (self.expected_draws(num_samples).clamp(max=1.0) * 2**UNIT_BITS + 0.5).floor().long().clamp(min=1)
+        lines = []
+        for i in range(len(blocks)):
+            key = _stream_key(seed, row_seed, position, kv_head * len(blocks) + i)
+            tiles = units[i].split(tile_kv(group))
+            offsets = [int(philox([0, tile, 0, 0], key)[1]) >> (32 - UNIT_BITS) for tile in range(len(tiles))]
+            starts = [torch.tensor([offset]) for offset in offsets]
+            lines.append(
+                [torch.cumsum(torch.cat([start, tile]), dim=0) for start, tile in zip(starts, tiles, strict=True)]
+            )
+        return lines
+
     def draw(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> Tensor:
         """Which keys the kernels draw for each head: bool [group, n]."""
-        group, kv_len = self.exact.shape
-        blocks, tile_kv = reference.head_blocks(group), reference.tile_kv(kv_len)
-        units = (self.expected_draws(num_samples).clamp(max=1.0) * 2**UNIT_BITS + 0.5).floor().long().clamp(min=1)
+        lines = self._lines(num_samples, seed=seed, row_seed=row_seed, position=position, kv_head=kv_head)
         drawn = []
-        for i, block in enumerate(blocks):
-            key = _stream_key(seed, row_seed, position, kv_head * len(blocks) + i)
-            counts = []
-            for tile, of_tile in enumerate(units[i].split(tile_kv)):
-                offset = int(philox([0, tile, 0, 0], key)[1]) >> (32 - UNIT_BITS)
-                ends = torch.cumsum(of_tile, dim=0) + offset
-                counts.append((ends >> UNIT_BITS) - ((ends - of_tile) >> UNIT_BITS))
-            drawn.append((torch.cat(counts) > 0).expand(len(range(group)[block]), -1))
+        for block, of_block in zip(reference.head_blocks(len(self.exact)), lines, strict=True):
+            counts = torch.cat([(line >> UNIT_BITS).diff() for line in of_block])
+            drawn.append((counts > 0).expand(len(range(len(self.exact))[block]), -1))
         return torch.cat(drawn)
+
+    def closest_threshold(self, num_samples: int, *, seed: int, row_seed: int, position: int, kv_head: int) -> float:
+        """How close a threshold comes to a boundary between two keys, in draws. Backends round the boundaries
+        differently: one that is nearer than their rounding can draw either key."""
+        lines = self._lines(num_samples, seed=seed, row_seed=row_seed, position=position, kv_head=kv_head)
+        ends = torch.cat([line[1:] for of_block in lines for line in of_block]) & (2**UNIT_BITS - 1)
+        return min(int(ends.min()), 2**UNIT_BITS - int(ends.max())) / 2**UNIT_BITS
 
     def terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """In units of the exact row's sum: exp(s) v [group, n, D] and exp(s) - exp(s~) [group, n], which the two sums
@@ -142,7 +164,7 @@ class Row:
             for h in range(group)[block]:
                 terms = torch.cat([values[h], corrections[h, :, None]], dim=-1) / m[i, :, None]
                 mean, variance = torch.zeros(terms.shape[-1]).double(), torch.zeros(terms.shape[-1]).double()
-                for tile in torch.arange(kv_len).split(reference.tile_kv(kv_len)):
+                for tile in torch.arange(kv_len).split(tile_kv(group)):
                     line = torch.cat([m.new_zeros(1), torch.cumsum(m[i, tile], dim=0)])
                     of_tile = reference.systematic_sums(line[:-1], line[1:], terms[tile])
                     mean, variance = mean + of_tile[0], variance + of_tile[1]

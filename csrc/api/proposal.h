@@ -2,10 +2,17 @@
 // backends.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "api/decode.h"
 #include "proposal_params.h"
 
 namespace santa::api {
+
+inline bool are_multiples(int64_t of, std::initializer_list<int64_t> values) {
+  return std::all_of(values.begin(), values.end(), [of](int64_t value) { return value % of == 0; });
+}
 
 // Proposal keys, on their way from an operator.
 struct ProposalArguments {
@@ -62,6 +69,11 @@ inline void check_decode_proposal(const DecodeArguments& a, const ProposalArgume
     fail("budget is '", a.budget == static_cast<int64_t>(Budget::kUniform) ? "uniform" : "proportional",
          "' with proposal keys, which need 'streaming'");
   }
+  for (const auto& [name, tensor] : {std::pair{a.paged ? "k_cache" : "k", &a.k}, {a.paged ? "v_cache" : "v", &a.v}}) {
+    if (tensor->is_cpu() || rows_are_aligned(*tensor)) continue;
+    fail(name, " has rows that do not start on 16-byte boundaries; on CUDA, proposal keys need them to: pass ", name,
+         ".contiguous(), or slices at multiples of 16 bytes");
+  }
   const char* shard = a.whole_lens ? "whole_lens" : a.shard_starts ? "shard_starts" : a.levels ? "levels" : nullptr;
   if (shard != nullptr) {
     fail(shard, " is given with proposal keys, which are not for rows that are parts of longer ones");
@@ -77,6 +89,7 @@ DecodeOutputs decode_proposal(const DecodeArguments& a, const ProposalArguments&
 
   ProposalParams p{};
   p.decode = decode_params(a, outputs);
+  plan_proposal_call(p.decode);
   const Tensor &codes = proposal.codes, &scales = proposal.scales;
   p.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   p.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
@@ -87,6 +100,11 @@ DecodeOutputs decode_proposal(const DecodeArguments& a, const ProposalArguments&
   p.center = proposal.center.const_data_ptr<float>();
   p.channel_scale = proposal.channel_scale.const_data_ptr<float>();
   p.shared_statistics = proposal.center.size(0) == 1;
+  p.codes_aligned = are_multiples(
+      16, {reinterpret_cast<int64_t>(p.codes), p.stride_codes_batch, p.stride_codes_token, p.stride_codes_head});
+  p.scales_side_by_side = p.stride_scales_token == 1 && are_multiples(16, {reinterpret_cast<int64_t>(p.scales)}) &&
+                          are_multiples(8, {p.stride_scales_batch, p.stride_scales_head}) &&
+                          (!a.paged || scales.size(a.token_axis()) % 8 == 0);
   run_backend<Backend>(p, a.q, place_proposal_workspace);
   return outputs;
 }
@@ -166,6 +184,9 @@ void append_proposal_keys_op(Tensor codes, Tensor scales, Tensor center, Tensor 
   p.stride_scales_batch = scales.stride(0), p.stride_scales_token = scales.stride(token_axis);
   p.stride_scales_head = scales.stride(head_axis);
   p.stride_new_batch = k_new.stride(0), p.stride_new_token = k_new.stride(1), p.stride_new_head = k_new.stride(2);
+  p.codes_aligned = are_multiples(
+      8, {reinterpret_cast<int64_t>(p.codes), p.stride_codes_batch, p.stride_codes_token, p.stride_codes_head});
+  p.aligned = rows_are_aligned(k_new);
   if (p.batch == 0 || p.num_keys == 0 || p.num_kv_heads == 0) return;
   Backend::run_append(p, k_new.is_cpu() ? -1 : k_new.get_device_index());
 }

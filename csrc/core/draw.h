@@ -132,8 +132,8 @@ SANTA_HD float tile_reference(Budget budget, float level, float tile_max) {
 }
 
 // grouped: Horvitz-Thompson, exp2(score - reference) / P(the key is drawn).
-SANTA_HD float inclusion_weight(float score, float reference, uint32_t units) {
-  return exp2_below(score, reference) * (static_cast<float>(1u << kGroupedUnitBits) / static_cast<float>(units));
+SANTA_HD float inclusion_weight(float score, float reference, uint32_t units, int unit_bits = kGroupedUnitBits) {
+  return exp2_below(score, reference) * (static_cast<float>(1u << unit_bits) / static_cast<float>(units));
 }
 
 // systematic: what each draw of a head stands for, its share of the tile's mass. `tile_units`: of all its keys.

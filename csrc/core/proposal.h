@@ -1,8 +1,8 @@
 // Proposal keys: a copy of K in 4 bits proposes rows, and the rows drawn are scored again, exactly. Everything that
 // decides what the copy is, what is drawn by it and how that is weighed is here, once, for host and device.
 //
-//   k'_n    = (k_n - center) / channel_scale                            features of a key, float32
-//   scale_n = max|k'_n| / 7, as float16      code_n = clamp(rint(k'_n / scale_n), -8, 7)
+//   k'_n    = (k_n - center) (1 / channel_scale)                        features of a key, float32
+//   scale_n = max|k'_n| / 7, as float16      code_n = clamp(rint(k'_n (1 / scale_n)), -8, 7)
 //   s~_hn   = score_scale (q_scale_h scale_n <q_code_h, code_n> + <q_h, center>)        logits of the proposal, base 2
 //
 // Rows are drawn from s~ as core/draw.h has it for `grouped` under the streaming budget, its pilot included; a key
@@ -41,8 +41,11 @@ SANTA_HD float rounded_quotient(float a, float b) {
 #endif
 }
 
-SANTA_HD float centred_feature(float k, float center, float channel_scale) {
-  return rounded_quotient(k - center, channel_scale);
+// Divisions take long, so there is one per channel, key and query vector: 1 / scale, 0 where the scale is 0 or NaN.
+SANTA_HD float inverse_scale_of(float scale) { return scale > 0.0f ? rounded_quotient(1.0f, scale) : 0.0f; }
+
+SANTA_HD float centred_feature(float k, float center, float inverse_channel_scale) {
+  return (k - center) * inverse_channel_scale;
 }
 
 // x >= 0, at most kMostFloat16, rounded to the nearest float16, ties to even.
@@ -74,10 +77,10 @@ SANTA_HD uint16_t code_scale_of(float largest) {
   return float16_bits_of(fminf(rounded_quotient(largest, static_cast<float>(kMostCode)), kMostFloat16));
 }
 
-// `scale`: as stored. 0 where that is 0 or NaN.
-SANTA_HD int code_of(float feature, float scale) {
-  if (!(scale > 0.0f)) return 0;
-  const float code = rintf(rounded_quotient(feature, scale));
+// `inverse_scale`: of the scale as it is stored.
+SANTA_HD int code_of(float feature, float inverse_scale) {
+  if (!(inverse_scale > 0.0f)) return 0;
+  const float code = rintf(feature * inverse_scale);
   return static_cast<int>(fminf(fmaxf(code, static_cast<float>(kLeastCode)), static_cast<float>(kMostCode)));
 }
 
@@ -98,10 +101,10 @@ SANTA_HD float query_scale_of(float largest) {
   return is_finite(scale) ? scale : NAN;
 }
 
-SANTA_HD int query_code_of(float scaled_q, float scale) {
-  if (!(scale > 0.0f)) return 0;
+SANTA_HD int query_code_of(float scaled_q, float inverse_scale) {
+  if (!(inverse_scale > 0.0f)) return 0;
   const float most = static_cast<float>(kMostQueryCode);
-  return static_cast<int>(fminf(fmaxf(rintf(rounded_quotient(scaled_q, scale)), -most), most));
+  return static_cast<int>(fminf(fmaxf(rintf(scaled_q * inverse_scale), -most), most));
 }
 
 // <q, center> in the order of a warp, which fixes its bits: lane l adds up features l, l + 32, ..., then lanes are
@@ -134,6 +137,15 @@ constexpr float kFloorShare = 1.0f / 16.0f;
 SANTA_HD float floor_draws(int num_samples, int num_heads, int kv_len) {
   return approximate_quotient(kFloorShare * static_cast<float>(num_samples) * static_cast<float>(num_heads),
                               static_cast<float>(kv_len));
+}
+
+// A tile of kMostProposalTileKv keys adds up to 2^30 units at most.
+constexpr int kProposalUnitBits = 22;
+
+// inclusion_units of what a key expects, which is more than 0 by the floor.
+SANTA_HD uint32_t proposal_units(float expected) {
+  const auto units = static_cast<uint32_t>(fminf(expected, 1.0f) * static_cast<float>(1u << kProposalUnitBits) + 0.5f);
+  return units > 0 ? units : 1;
 }
 
 // ---- sums

@@ -65,20 +65,28 @@ SANTA_HD int draw_tile_kv_of(int64_t kv_len, bool by_features) {
   return kv_len <= 16384 && !by_features ? 64 : kDrawTileKv;
 }
 
+// With proposal keys a warp does all there is to do for a tile, so it has as many keys as there is room for the scores
+// of: those of a block of up to 4 heads twice as many.
+constexpr int kProposalScores = 1024;
+constexpr int kMostProposalTileKv = kProposalScores / 4;
+
+SANTA_HD int proposal_tile_kv_of(int block_heads) { return kProposalScores / (block_heads <= 4 ? 4 : 8); }
+
 // Keys per part of such a row. One row alone should keep a GPU busy: 256 parts over all its KV heads and head blocks.
 // A part costs a partial result, so it has 256 keys at least; beyond 4,096 keys longer parts save nothing.
 constexpr int kMinPartKv = 256;
 constexpr int kMaxPartKv = 4096;
 constexpr int kPartsWanted = 256;
+constexpr int kMostProposalPartKv = 2048;  // with proposal keys, which take less time
 
 // The smallest power of two with which kPartsWanted parts are enough, within those limits.
-SANTA_HD int part_kv_of(int64_t kv_len, int num_units) {
+SANTA_HD int part_kv_of(int64_t kv_len, int num_units, int most = kMaxPartKv) {
 #if defined(__CUDA_ARCH__)
   const int bits = 64 - __clzll(kv_len * num_units - 1) - (__ffs(kPartsWanted) - 1);
-  return kv_len == 0 ? kMinPartKv : min(max(1 << max(min(bits, 30), 0), kMinPartKv), kMaxPartKv);
+  return kv_len == 0 ? kMinPartKv : min(max(1 << max(min(bits, 30), 0), kMinPartKv), most);
 #else
   int part_kv = kMinPartKv;
-  while (part_kv < kMaxPartKv && static_cast<int64_t>(part_kv) * kPartsWanted < kv_len * num_units) part_kv *= 2;
+  while (part_kv < most && static_cast<int64_t>(part_kv) * kPartsWanted < kv_len * num_units) part_kv *= 2;
   return part_kv;
 #endif
 }
@@ -93,9 +101,9 @@ SANTA_HD int num_parts_of(int kv_len, int part_kv) {  // part_kv, or that of a t
 }
 
 // Upper bound over all lengths up to max_kv_len: a row has most parts just before its parts grow, or at the end.
-inline int max_num_parts(int64_t max_kv_len, int num_units) {
-  int bound = static_cast<int>(ceil_div(max_kv_len, part_kv_of(max_kv_len, num_units)));
-  for (int64_t part_kv = kMinPartKv; part_kv < kMaxPartKv; part_kv *= 2) {
+inline int max_num_parts(int64_t max_kv_len, int num_units, int most = kMaxPartKv) {
+  int bound = static_cast<int>(ceil_div(max_kv_len, part_kv_of(max_kv_len, num_units, most)));
+  for (int64_t part_kv = kMinPartKv; part_kv < most; part_kv *= 2) {
     const int64_t longest = part_kv * kPartsWanted / num_units;  // with parts of this size
     if (longest < max_kv_len) bound = std::max(bound, static_cast<int>(ceil_div(longest, part_kv)));
   }

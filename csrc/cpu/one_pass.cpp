@@ -151,7 +151,7 @@ float PartSums::add_tile(int h, SoftmaxState tile, float tile_reference) {
 }
 
 ScoredTile::ScoredTile(int group_size)
-    : scores(static_cast<size_t>(group_size) * kDrawTileKv),
+    : scores(static_cast<size_t>(group_size) * kCapacity),
       exponentials(scores.size()),
       states(group_size),
       references(group_size),
@@ -160,11 +160,11 @@ ScoredTile::ScoredTile(int group_size)
 
 void ScoredTile::score(const DecodeParams& p, GroupIndex at, const RowShape& row, const float* levels,
                        const ScoreKeys& score_keys) {
-  score_keys(at, row, first, count, scores.data(), kDrawTileKv);
+  score_keys(at, row, first, count, scores.data(), kCapacity);
   for (int h = 0; h < p.group_size; ++h) {
-    const float* of_head = scores.data() + h * kDrawTileKv;
+    const float* of_head = scores.data() + h * kCapacity;
     const float max = max_block(of_head, count);
-    states[h] = {max, exp2_block(of_head, max, exponentials.data() + h * kDrawTileKv, count)};
+    states[h] = {max, exp2_block(of_head, max, exponentials.data() + h * kCapacity, count)};
     const float share = p.budget == Budget::kStreaming
                             ? streaming_share(log2_sum(states[h]), levels[h], count, row.span_len)
                             : uniform_share(count, row.span_len);

@@ -26,8 +26,11 @@ struct PartSums {
   float add_tile(int h, SoftmaxState tile, float tile_reference);
 };
 
-// A tile that was scored. Arrays are [group_size], those of keys [group_size, kDrawTileKv].
+// A tile that was scored. Arrays are [group_size], those of keys [group_size, kCapacity].
 struct ScoredTile {
+  static constexpr int kCapacity = kMostProposalTileKv;
+  static_assert(kCapacity >= kDrawTileKv);
+
   int64_t first;
   int count;
   std::vector<float> scores, exponentials;  // exp2(score - max)
@@ -41,8 +44,8 @@ struct ScoredTile {
   void score(const DecodeParams& p, GroupIndex at, const RowShape& row, const float* levels,
              const ScoreKeys& score_keys);
 
-  float score_of(int h, int n) const { return scores[h * kDrawTileKv + n]; }
-  float exponential(int h, int n) const { return exponentials[h * kDrawTileKv + n]; }
+  float score_of(int h, int n) const { return scores[h * kCapacity + n]; }
+  float exponential(int h, int n) const { return exponentials[h * kCapacity + n]; }
 
   uint32_t offset(const DecodeParams& p, const RowShape& row, RandomStream stream, int64_t num_draws,
                   int unit_bits) const {

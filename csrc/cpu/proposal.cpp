@@ -47,9 +47,10 @@ QueryCodes encode_queries(const ProposalParams& p, const std::vector<float>& que
       scaled[feature] = q[feature] * p.channel_scale[statistics + feature];
       largest = larger_magnitude(largest, scaled[feature]);
     }
-    const float scale = query_scale_of(largest), score_scale = d.score_scale(at.kv_head);
+    const float scale = query_scale_of(largest), inverse = inverse_scale_of(scale);
+    const float score_scale = d.score_scale(at.kv_head);
     for (int feature = 0; feature < d.head_dim; ++feature) {
-      encoded.codes[i * d.head_dim + feature] = static_cast<int16_t>(query_code_of(scaled[feature], scale));
+      encoded.codes[i * d.head_dim + feature] = static_cast<int16_t>(query_code_of(scaled[feature], inverse));
     }
     encoded.queries[i] = {score_scale * scale, score_scale * center_product(q, p.center + statistics, d.head_dim)};
   }
@@ -79,30 +80,30 @@ int propose(const ProposalParams& p, GroupIndex at, const RowShape& row, ScoredT
   const DecodeParams& d = p.decode;
   const HeadBlock block = head_block_of(d, block_index);
   const float floor = floor_draws(d.num_samples, block.count, row.span_len);
-  uint32_t units[kDrawTileKv];
+  uint32_t units[kMostProposalTileKv];
   for (int n = 0; n < tile.count; ++n) {
     float expected = 0.0f;
     for (int h = block.first; h < block.first + block.count; ++h) {
       // A head that takes no part can have NaN here.
       if (tile.rates[h] > 0.0f) expected += tile.rates[h] * tile.exponential(h, n);
     }
-    units[n] = inclusion_units(expected + floor);
+    units[n] = proposal_units(expected + floor);
   }
-  int32_t counts[kDrawTileKv];
+  int32_t counts[kMostProposalTileKv];
   const RandomStream stream = stream_of(d, at, row, block_index, d.num_head_blocks());
-  draw_counts(units, tile.count, tile.offset(d, row, stream, 0, kGroupedUnitBits), kGroupedUnitBits, counts);
+  draw_counts(units, tile.count, tile.offset(d, row, stream, 0, kProposalUnitBits), kProposalUnitBits, counts);
 
   // What is drawn comes first in `exact` and `drawn`.
-  int drawn[kDrawTileKv], rows = 0;
-  std::vector<float> exact(static_cast<size_t>(d.group_size) * kDrawTileKv);
+  int drawn[kMostProposalTileKv], rows = 0;
+  std::vector<float> exact(static_cast<size_t>(d.group_size) * kMostProposalTileKv);
   for (int n = 0; n < tile.count; ++n) {
     if (counts[n] == 0) continue;
-    exact_keys(at, row, tile.first + n, 1, exact.data() + rows, kDrawTileKv);
+    exact_keys(at, row, tile.first + n, 1, exact.data() + rows, kMostProposalTileKv);
     drawn[rows++] = n;
   }
   // An exact logit can be far above all of the proposal's.
   for (int h = block.first; h < block.first + block.count; ++h) {
-    sums.add_tile(h, tile.states[h], fmaxf(tile.references[h], max_block(exact.data() + h * kDrawTileKv, rows)));
+    sums.add_tile(h, tile.states[h], fmaxf(tile.references[h], max_block(exact.data() + h * kMostProposalTileKv, rows)));
   }
 
   float value[kLargestHeadDim], weights[kHeadBlock];
@@ -110,9 +111,9 @@ int propose(const ProposalParams& p, GroupIndex at, const RowShape& row, ScoredT
     const int n = drawn[i];
     for (int j = 0; j < block.count; ++j) {
       const int h = block.first + j;
-      weights[j] = inclusion_weight(exact[h * kDrawTileKv + i], sums.reference[h], units[n]);
+      weights[j] = inclusion_weight(exact[h * kMostProposalTileKv + i], sums.reference[h], units[n], kProposalUnitBits);
       sums.drawn[h] += weights[j];
-      sums.z[h] += weights[j] - inclusion_weight(tile.score_of(h, n), sums.reference[h], units[n]);
+      sums.z[h] += weights[j] - inclusion_weight(tile.score_of(h, n), sums.reference[h], units[n], kProposalUnitBits);
     }
     widen_values(d, at, row, tile.first + n, 1, value);
     accumulate_block(weights, 1, block.count, value, 1, d.head_dim, sums.n + block.first * d.head_dim);
@@ -181,11 +182,12 @@ void append_proposal(const AppendProposalParams& p) {
   }
   const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> key(p.head_dim);
+    std::vector<float> key(p.head_dim), inverse(p.head_dim);
     for (int64_t group = begin; group < end; ++group) {
       const int b = static_cast<int>(group / p.num_kv_heads), head = static_cast<int>(group % p.num_kv_heads);
       const int64_t statistics = p.statistics_offset(b, head);
       const float *center = p.center + statistics, *channel_scale = p.channel_scale + statistics;
+      std::transform(channel_scale, channel_scale + p.head_dim, inverse.begin(), inverse_scale_of);
       for (int n = 0; n < p.num_keys; ++n) {
         const int64_t position = p.position(b, n);
         if (position < 0) continue;
@@ -193,18 +195,18 @@ void append_proposal(const AppendProposalParams& p) {
         widen(static_cast<const char*>(p.k_new) + offset * element_size(p.dtype), p.dtype, key.data(), p.head_dim);
         float largest = 0.0f;
         for (int d = 0; d < p.head_dim; ++d) {
-          key[d] = centred_feature(key[d], center[d], channel_scale[d]);
+          key[d] = centred_feature(key[d], center[d], inverse[d]);
           largest = larger_magnitude(largest, key[d]);
         }
         const uint16_t stored = code_scale_of(largest);
-        const float scale = float_of_float16(stored);
+        const float key_inverse = inverse_scale_of(float_of_float16(stored));
         const auto place = p.place_of(b, position);
         p.scales[place.batch * p.stride_scales_batch + place.token * p.stride_scales_token +
                  head * p.stride_scales_head] = stored;
         uint8_t* codes = p.codes + place.batch * p.stride_codes_batch + place.token * p.stride_codes_token +
                          head * p.stride_codes_head;
         for (int j = 0; j < p.head_dim / 2; ++j) {
-          codes[j] = packed_codes(code_of(key[j], scale), code_of(key[j + p.head_dim / 2], scale));
+          codes[j] = packed_codes(code_of(key[j], key_inverse), code_of(key[j + p.head_dim / 2], key_inverse));
         }
       }
     }

@@ -5,6 +5,7 @@
 
 #include "api/bernoulli.h"
 #include "api/decode.h"
+#include "api/proposal.h"
 #include "api/sample_select.h"
 #include "api/select.h"
 #include "cuda/bernoulli/launch.h"
@@ -13,6 +14,7 @@
 #include "cuda/decode/draw.cuh"
 #include "cuda/decode/select.cuh"
 #include "cuda/prefill/launch.h"
+#include "cuda/proposal/launch.h"
 
 namespace santa::cuda {
 namespace {
@@ -109,6 +111,18 @@ struct BernoulliBackend {
   }
 };
 
+struct ProposalBackend {
+  static void plan(ProposalParams& p, int device_index) { plan_decode_proposal(p, device_index); }
+  static void run(const ProposalParams& p, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    launch_decode_proposal(p, current_stream(device_index));
+  }
+  static void run_append(const AppendProposalParams& p, int device_index) {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    launch_append_proposal(p, current_stream(device_index));
+  }
+};
+
 void force_plan(int64_t num_warps, int64_t num_slots, int64_t wanted_ctas) {
   forced_plan() = {static_cast<int>(num_warps), static_cast<int>(num_slots), static_cast<int>(wanted_ctas)};
 }
@@ -118,6 +132,8 @@ void force_plan(int64_t num_warps, int64_t num_slots, int64_t wanted_ctas) {
 
 STABLE_TORCH_LIBRARY_IMPL(santa, CUDA, m) {
   santa::api::register_decode<santa::cuda::DecodeBackend>(m);
+  santa::api::register_decode_proposal<santa::cuda::ProposalBackend>(m);
+  m.impl("append_proposal_keys", TORCH_BOX(&santa::api::append_proposal_keys_op<santa::cuda::ProposalBackend>));
   m.impl("decode_bernoulli", TORCH_BOX(&santa::api::decode_bernoulli_op<santa::cuda::BernoulliBackend>));
   m.impl("append_k_features", TORCH_BOX(&santa::api::append_k_features_op<santa::cuda::BernoulliBackend>));
   m.impl("append_k_features_paged", TORCH_BOX(&santa::api::append_k_features_paged_op<santa::cuda::BernoulliBackend>));

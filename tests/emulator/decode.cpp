@@ -3,6 +3,8 @@
 
 #include "cuda/decode/stages.cuh"
 #include "cuda/decode/launch.cu"
+#include "cuda/proposal/one_pass.cuh"
+#include "cuda/proposal/launch.cu"
 #include "workspace.h"
 
 namespace {
@@ -34,6 +36,12 @@ struct Call {
   int64_t sampler, budget, num_samples, min_sampled_len, seed, window_left;
   double logits_soft_cap;
   int64_t num_sms, sm_bytes, order;
+  // Proposal keys, if there are any; of one set of statistics for all rows.
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const float *center, *channel_scale;
+  int64_t codes_strides[3], scales_strides[3];
+  int64_t shared_statistics, scales_side_by_side;
 };
 
 // Null, or what went wrong.
@@ -75,12 +83,31 @@ extern "C" const char* emulate_decode(const Call* call) {
   if (p.min_sampled_len > p.max_kv_len) p.num_samples = 0;
   try {
     p.plan = plan_call(p);
-    cuda::plan_decode(p, 0);
-    std::vector<float> workspace(place_workspace(p, nullptr) / sizeof(float) + 64, NAN);
-    void* base = workspace.data();
-    size_t space = workspace.size() * sizeof(float);
-    place_workspace(p, std::align(256, 1, base, space));
-    cuda::launch_decode(p, nullptr);
+    const auto run = [](auto& params, auto plan, auto place, auto launch) {
+      plan(params, 0);
+      std::vector<float> workspace(place(params, nullptr) / sizeof(float) + 64, NAN);
+      void* base = workspace.data();
+      size_t space = workspace.size() * sizeof(float);
+      place(params, std::align(256, 1, base, space));
+      launch(params, nullptr);
+    };
+    if (call->codes == nullptr) {
+      run(p, cuda::plan_decode, place_workspace, cuda::launch_decode);
+    } else {
+      ProposalParams proposal{};
+      proposal.decode = p;
+      plan_proposal_call(proposal.decode);
+      proposal.codes = call->codes, proposal.scales = call->scales;
+      proposal.center = call->center, proposal.channel_scale = call->channel_scale;
+      proposal.stride_codes_batch = call->codes_strides[0], proposal.stride_codes_token = call->codes_strides[1];
+      proposal.stride_codes_head = call->codes_strides[2];
+      proposal.stride_scales_batch = call->scales_strides[0], proposal.stride_scales_token = call->scales_strides[1];
+      proposal.stride_scales_head = call->scales_strides[2];
+      proposal.shared_statistics = call->shared_statistics != 0;
+      proposal.codes_aligned = aligned(call->codes, call->codes_strides[1]);
+      proposal.scales_side_by_side = call->scales_side_by_side != 0;
+      run(proposal, cuda::plan_decode_proposal, place_proposal_workspace, cuda::launch_decode_proposal);
+    }
   } catch (const std::exception& exception) {
     error = exception.what();
   }

@@ -86,7 +86,7 @@ constexpr int kJunk = 0xA5;
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  Barrier all, pair;
+  Barrier all, pair, teams[16];
   int current = 0, stride = 1;
   Dim index{}, size{}, grid{};
   ucontext_t caller;
@@ -237,6 +237,12 @@ inline uint32_t __ballot_sync(unsigned, bool vote) {
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
+inline int __reduce_add_sync(unsigned, int value) {
+  const uint64_t* const values = emulator::exchange(emulator::bits_of(value));
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += emulator::value_of<int>(values[lane]);
+  return sum;
+}
 inline void __syncwarp(unsigned = 0xffffffffu) { emulator::exchange(0); }
 inline void __syncthreads() { emulator::block.all.wait(static_cast<int>(emulator::block.threads.size())); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,8 +40,10 @@ class Case:
         page_size: int = 0,
         q_len: int = 1,
         seed: int = 3,
+        proposes: bool = False,
         **options: Any,
     ) -> None:
+        self.proposes = proposes
         lens = LENS if lens is None else lens
         batch, width = len(lens), max(lens)
         generator = torch.Generator().manual_seed(seed)
@@ -66,6 +69,14 @@ class Case:
         if layout == "HND":
             k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
         self.k, self.v = k, v
+        if self.proposes:
+            lens = self.options.get("kv_lens")
+            starts, table = self.options.get("kv_starts"), self.options.get("page_table")
+            if starts is not None:
+                lens = lens - starts
+            self.options["proposal"] = santa.make_proposal_keys(
+                k, lens, kv_starts=starts, page_table=table, kv_layout=layout
+            )
 
     @staticmethod
     def _paged(x: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -101,6 +112,7 @@ HOW = {
     "systematic": {"sampler": "systematic"},
     "uniform": {"budget": "uniform", "num_samples": 200},
     "proportional": {"budget": "proportional"},
+    "proposal keys": {"proposes": True},
 }
 CUTS: dict[str, dict[str, Any]] = {
     "group 1": {"group": 1},
@@ -155,6 +167,15 @@ def test_bits_depend_on_neither_threads_nor_the_device(how: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+def test_parts_that_warps_share() -> None:
+    """With proposal keys, on a device with too few parts for all warps; on a small one each warp takes whole ones."""
+    case = Case(lens=[1000], group=1, num_kv_heads=70, proposes=True, num_samples=20)
+    case.check()
+    expected = case.emulated(num_sms=132)
+    for num_sms in (1, 2):
+        assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=num_sms), expected, strict=True))
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_bits_do_not_depend_on_the_batch(how: str) -> None:
     case = Case(lens=[1437, 2100, 90], **HOW[how])
@@ -162,6 +183,9 @@ def test_bits_do_not_depend_on_the_batch(how: str) -> None:
     for row in range(3):
         alone = Case(lens=[1437, 2100, 90], **HOW[how])
         alone.q, alone.k, alone.v = (x[row : row + 1] for x in (case.q, case.k, case.v))
+        if case.proposes:
+            tensors = {name: x[row : row + 1] for name, x in case.options["proposal"].tensors().items()}
+            alone.options["proposal"] = replace(case.options["proposal"], **tensors)
         for name in ("kv_lens", "row_seeds"):
             alone.options[name] = case.options[name][row : row + 1]
         for x, y in zip(alone.emulated(), together, strict=True):

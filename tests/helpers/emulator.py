@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import santa
 from santa.arguments import Budget, KvLayout, Sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "emulator"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 3}  # santa::Dtype
 POINTERS = ("q", "k", "v", "kv_lens", "kv_starts", "page_table", "row_seeds", "out", "lse", "rows_read")
+PROPOSAL = ("codes", "scales", "center", "channel_scale")
 SIZES = ("batch", "q_len", "num_kv_heads", "head_group", "head_dim", "cache_kv_len", "page_size")
 SETTINGS = ("sampler", "budget", "num_samples", "min_sampled_len", "seed", "window_left")
 
@@ -39,6 +41,9 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SETTINGS),
         ("logits_soft_cap", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("num_sms", "sm_bytes", "order")),
+        *((name, ctypes.c_void_p) for name in PROPOSAL),
+        *((name, ctypes.c_int64 * 3) for name in ("codes_strides", "scales_strides")),
+        *((name, ctypes.c_int64) for name in ("shared_statistics", "scales_side_by_side")),
     ]
 
 
@@ -87,6 +92,7 @@ def decode(
     kv_lens: Tensor | None = None,
     kv_starts: Tensor | None = None,
     page_table: Tensor | None = None,
+    proposal: santa.ProposalKeys | None = None,
     num_samples: int = 0,
     min_sampled_len: int = 0,
     sampler: str = "grouped",
@@ -126,6 +132,15 @@ def decode(
         setattr(call, name, value)
     for name, x in (("k_strides", k), ("v_strides", v)):
         setattr(call, name, (ctypes.c_int64 * 3)(x.stride(0), x.stride(token), x.stride(head)))
+    if proposal is not None:
+        codes, scales = proposal.codes, proposal.scales
+        for name, x in proposal.tensors().items():
+            setattr(call, name, x.data_ptr())
+        for name, x in (("codes_strides", codes), ("scales_strides", scales)):
+            setattr(call, name, (ctypes.c_int64 * 3)(x.stride(0), x.stride(token), x.stride(head)))
+        call.shared_statistics = int(proposal.center.shape[0] == 1)
+        aligned = all(x % 8 == 0 for x in (scales.stride(0), scales.stride(head))) and scales.data_ptr() % 16 == 0
+        call.scales_side_by_side = int(scales.stride(token) == 1 and aligned and page_size % 8 == 0)
     if error := library.emulate_decode(ctypes.byref(call)):
         raise RuntimeError(error.decode())
     return out, lse, rows_read

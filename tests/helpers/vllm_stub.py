@@ -71,6 +71,31 @@ class FlashAttentionBackend:
         return None
 
 
+@dataclass(frozen=True)
+class FullAttentionSpec:
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    page_size_padded: int | None = None
+
+    @property
+    def page_size_bytes(self) -> int:
+        real = 2 * self.block_size * self.num_kv_heads * self.head_size * self.dtype.itemsize
+        return self.page_size_padded or real
+
+
+class Attention:
+    """A layer."""
+
+    def __init__(self, name: str, impl: Any, spec: Any) -> None:
+        self.layer_name, self.impl, self._spec = name, impl, spec
+        self.kv_cache = torch.empty(0)
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return self._spec
+
+
 @dataclass
 class FlashAttentionMetadata:
     common: Common
@@ -120,6 +145,18 @@ class FlashAttentionImpl:
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         pass
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        is_float8 = self.kv_cache_dtype.startswith("fp8")
+        cache = layer_cache(kv_cache, self.head_size, torch.float8_e4m3fn if is_float8 else kv_cache.dtype)
+        written = slot_mapping >= 0
+        slots = slot_mapping[written]
+        scales = (layer._k_scale, layer._v_scale) if is_float8 else (1.0, 1.0)
+        for pages, new, scale in zip(cache, (key, value), scales, strict=True):
+            rows = (new[: len(slot_mapping)][written] / scale).to(pages.dtype)
+            pages.view(torch.uint8)[slots // pages.shape[1], slots % pages.shape[1]] = rows.view(torch.uint8)
 
     def forward(
         self, layer: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor, attn_metadata: Any, output: Tensor
@@ -191,8 +228,9 @@ def make_config(santa: dict[str, Any], **model: Any) -> SimpleNamespace:
             get_total_num_hidden_layers=lambda: fields["num_layers"],
             get_total_num_kv_heads=lambda: fields["total_num_kv_heads"],
         ),
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
-        scheduler_config=SimpleNamespace(max_num_seqs=6),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=8, static_forward_context={}),
+        scheduler_config=SimpleNamespace(max_num_seqs=6, max_num_batched_tokens=256),
+        cache_config=SimpleNamespace(block_size=16),
     )
 
 
@@ -215,6 +253,12 @@ def install(monkeypatch: pytest.MonkeyPatch, config: Any, rank: int = 0, size: i
         "vllm.distributed.parallel_state": {
             "get_tensor_model_parallel_rank": lambda: rank,
             "get_tensor_model_parallel_world_size": lambda: size,
+        },
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.attention": {},
+        "vllm.model_executor.layers.attention.attention": {
+            "Attention": type("Attention", (Attention,), dict(vars(Attention)))
         },
         "vllm.v1": {},
         "vllm.v1.attention": {},

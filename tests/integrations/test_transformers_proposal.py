@@ -480,13 +480,6 @@ def test_no_cache_is_no_error() -> None:
         assert all(torch.isfinite(model(x, use_cache=False).logits).all() for x in (prompt, prompt[:, :1]))
 
 
-@pytest.mark.gpu
-def test_cuda_raises_the_operators_error() -> None:
-    model = attached().bfloat16().cuda()
-    with pytest.raises(ValueError, match="proposal keys are on the CPU alone, not on CUDA yet"):
-        generate(model, {name: x.cuda() for name, x in make_prompt().items()})
-
-
 # A trained model ------------------------------------------------------------------------------------
 
 

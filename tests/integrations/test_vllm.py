@@ -39,7 +39,9 @@ def test_settings_are_those_of_santa_config() -> None:
 
 def test_settings_are_described() -> None:
     text = describe(settings_of({"santa": {"num_samples": 64, "budget": "uniform", "layers": [1]}}))
-    assert text == "budget uniform, layers (1,), min_sampled_len none, num_samples 64, sampler grouped, seed 0"
+    assert (
+        text == "budget uniform, keys exact, layers (1,), min_sampled_len none, num_samples 64, sampler grouped, seed 0"
+    )
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"santa": {}}, {"gdn_prefill_backend": "auto"}])
@@ -57,10 +59,16 @@ def test_default_settings(nothing: Any) -> None:
         ),
         ({"santa": {"num_sample": 8}}, ValueError, "'num_samples' is one"),
         ({"santa": {"prefill": "sample"}}, ValueError, "has 'prefill'; it needs names among"),
+        ({"santa": {"keys": "4 bits"}}, ValueError, r"keys is '4 bits'; it needs to be one of \['exact', 'proposal'\]"),
         (
-            {"santa": {"keys": "proposal"}},
+            {"santa": {"keys": "proposal", "budget": "uniform"}},
             ValueError,
-            "has keys='proposal'; it needs to be left out: .* no proposal keys",
+            "budget is 'uniform' while keys is 'proposal', which needs budget='streaming'",
+        ),
+        (
+            {"santa": {"keys": "proposal", "sampler": "systematic"}},
+            ValueError,
+            "sampler is 'systematic' while keys is 'proposal', which needs sampler='grouped'",
         ),
         ({"santa": {"zzz": 8}}, ValueError, "has 'zzz'; it needs names among .*'seed']$"),
         ({"santa": {"num_samples": -1}}, ValueError, "num_samples is -1; it needs to be from 0"),

@@ -7,10 +7,18 @@ from the package index; without a network these tests skip, and say so.
 from __future__ import annotations
 
 import ast
+import enum
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from helpers.vllm_layer import BLOCK, BLOCKS, CODES, DIM, KV_HEADS, padded_cache
 from helpers.vllm_sources import Source, Unreachable, decorators, fetch, parameters, takes_any
+
+from santa.integrations.vllm.cache import LayerCodes
 
 VERSIONS = ["0.25.0", "0.33.0"]
 BACKEND = "vllm/v1/attention/backend.py"
@@ -27,11 +35,16 @@ PARALLEL = "vllm/distributed/parallel_state.py"
 CUSTOM_OPS = "vllm/_custom_ops.py"
 CONFIG, MODEL_CONFIG = "vllm/config/vllm.py", "vllm/config/model.py"
 PARALLEL_CONFIG = "vllm/config/parallel.py"
+CACHE_CONFIG, SCHEDULER_CONFIG = "vllm/config/cache.py", "vllm/config/scheduler.py"
+TRANSFER_CONFIG, COMPILATION_CONFIG = "vllm/config/kv_transfer.py", "vllm/config/compilation.py"
+SPECS, LAYOUTS = "vllm/v1/kv_cache_interface.py", "vllm/v1/kv_cache_layout.py"
+SECOND_ATTENTION, SECOND_BLOCKS = "vllm/v1/worker/gpu/attn_utils.py", "vllm/v1/worker/gpu/block_table.py"
 PLUGINS = "vllm/plugins/__init__.py"
 CONNECTOR = "vllm/distributed/kv_transfer/kv_connector/v1/decode_bench_connector.py"
 FILES = (
     *(BACKEND, FLASH, UTILS, REGISTRY, LAYER, FIRST_RUNNER, SECOND_RUNNER, BATCH, SECOND_BATCH, SCHEDULER, PARALLEL),
-    *(CUSTOM_OPS, CONFIG, MODEL_CONFIG, PARALLEL_CONFIG, PLUGINS, CONNECTOR),
+    *(CUSTOM_OPS, CONFIG, MODEL_CONFIG, PARALLEL_CONFIG, PLUGINS, CONNECTOR, CACHE_CONFIG, SCHEDULER_CONFIG),
+    *(TRANSFER_CONFIG, COMPILATION_CONFIG, SPECS, LAYOUTS, SECOND_ATTENTION, SECOND_BLOCKS),
 )
 OURS = Path(__file__).resolve().parents[2] / "santa" / "integrations" / "vllm"
 
@@ -196,6 +209,88 @@ def test_settings_of_an_engine(vllm: Sources) -> None:
     assert "use_ubatching" in vllm[PARALLEL_CONFIG].methods("ParallelConfig")
     model = vllm[MODEL_CONFIG].methods("ModelConfig")
     assert {"get_total_num_kv_heads", "get_total_num_hidden_layers", "rswa_window"} <= set(model)
+
+
+def test_pages_can_be_padded(vllm: Sources) -> None:
+    """attention.py pads them in the layer's specification, which both runners ask the layer for."""
+    assert parameters(vllm[LAYER].methods("Attention")["get_kv_cache_spec"]) == ["vllm_config"]
+    made = ast.unparse(vllm[LAYER].methods("Attention")["__init__"])
+    assert "self.impl = " in made and "static_forward_context[prefix] = self" in made
+    for text in (vllm[FIRST_RUNNER].methods("GPUModelRunner")["get_kv_cache_spec"], vllm[SECOND_ATTENTION].tree):
+        assert "attn_module.get_kv_cache_spec(" in ast.unparse(text)
+    fields = vllm[SPECS].attributes("AttentionSpec") | vllm[SPECS].attributes("KVCacheSpec")
+    assert {"block_size", "num_kv_heads", "head_size", "page_size_padded"} <= fields
+    assert "return self.page_size_padded" in ast.unparse(vllm[SPECS].methods("AttentionSpec")["page_size_bytes"])
+    assert "block_size" in vllm[CACHE_CONFIG].attributes("CacheConfig")
+    assert "static_forward_context" in vllm[COMPILATION_CONFIG].attributes("CompilationConfig")
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_padded_pages_are_laid_out_as_in_our_tests(vllm: Sources, heads_first: bool) -> None:
+    """vLLM's own code that makes views of padded pages, run."""
+    page = 2 * BLOCK * KV_HEADS * DIM * 2 + CODES
+    raw = torch.zeros(BLOCKS * page, dtype=torch.int8)
+    spec = SimpleNamespace(
+        **{"block_size": BLOCK, "num_heads": KV_HEADS, "page_size_padded": page, "page_size_bytes": page},
+        **{"dtype": torch.bfloat16, "state_content_size_bytes": 4 * DIM, "get_num_kernel_states": lambda size: size},
+    )
+    names = {"torch": torch, "prod": math.prod, "get_dtype_size": lambda dtype: dtype.itemsize}
+    if "_reshape_attention_kv_cache" in vllm[SECOND_ATTENTION].functions:
+        run(vllm[SECOND_ATTENTION], names, "_reshape_attention_kv_cache")
+        order = (0, 1, 3, 2, 4) if heads_first else (0, 1, 2, 3, 4)
+        shape = (BLOCKS, 2, BLOCK, KV_HEADS, DIM)
+        view = names["_reshape_attention_kv_cache"](raw, spec, shape, order, BLOCKS, None)
+        ours = padded_cache("0.25 HND" if heads_first else "0.25")
+    else:
+        names["Enum"] = enum.Enum
+        run(vllm[LAYOUTS], names, "KVCacheLayout")
+        run(vllm[SPECS], names, "compute_layer_kv_cache_shape_bytes", "compute_layout_strides", "create_kv_cache_views")
+        layout = names["KVCacheLayout"].LBHNC if heads_first else names["KVCacheLayout"].LBNHC
+        tensor = SimpleNamespace(layers=["a"], layer_stride=page * BLOCKS, block_stride=page, offset=0)
+        (view,) = names["create_kv_cache_views"](raw, spec, BLOCKS, layout, tensor, kernel_block_size=BLOCK)
+        ours = padded_cache("0.33 HND" if heads_first else "0.33")
+    assert view.shape == ours.shape and view.stride() == ours.stride() and view.storage_offset() == 0
+    assert LayerCodes(KV_HEADS, DIM, torch.device("cpu")).proposal(view).scales.shape == (BLOCKS, BLOCK, KV_HEADS)
+
+
+def run(source: Source, names: dict[str, Any], *wanted: str) -> None:
+    """Execute some definitions of a module, and its constants, into `names`."""
+    body: list[ast.stmt] = [ast.ImportFrom("__future__", [ast.alias("annotations")], 0)]
+    for node in source.tree.body:
+        constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith(("_DIM", "(_DIM"))
+        if constant or getattr(node, "name", None) in wanted:
+            body.append(node)
+    exec(compile(ast.fix_missing_locations(ast.Module(body, [])), "vllm", "exec"), names)
+
+
+def test_keys_that_warm_ups_write_go_nowhere(vllm: Sources) -> None:
+    """attention.py tells them by their slots."""
+    dummy = ast.unparse(vllm[FIRST_RUNNER].methods("GPUModelRunner")["_dummy_run"])
+    assert dummy.index("sm.fill_(-1)") < dummy.index("self._build_attention_metadata(")
+    assert "get_dummy_slot_mappings(" in ast.unparse(
+        vllm[SECOND_RUNNER].methods("GPUModelRunner")["prepare_dummy_attn"]
+    )
+    slots = ast.unparse(vllm[SECOND_BLOCKS].methods("BlockTables")["get_dummy_slot_mappings"])
+    assert "self.slot_mappings.fill_(PAD_SLOT_ID)" in slots
+    assert "PAD_SLOT_ID = -1" in ast.unparse(vllm[UTILS].tree)
+
+
+def test_keys_are_written_by_one_method(vllm: Sources) -> None:
+    """Codes are written there, too. Nothing of FlashAttention's fuses it with rotations."""
+    update = vllm[FLASH].methods("FlashAttentionImpl")["do_kv_cache_update"]
+    assert parameters(update) == ["layer", "key", "value", "kv_cache", "slot_mapping"]
+    assert "forward_includes_kv_cache_update" in vllm[FLASH].attributes("FlashAttentionBackend")
+    assert "fused_rope_kvcache_supported" not in vllm[FLASH].methods("FlashAttentionImpl")
+    text = ast.unparse(vllm[LAYER].functions["unified_kv_cache_update"])
+    assert "attn_layer.impl.do_kv_cache_update(attn_layer, key, value, kv_cache, layer_slot_mapping)" in text
+
+
+def test_settings_that_proposal_keys_look_at(vllm: Sources) -> None:
+    assert "kv_transfer_config" in vllm[CONFIG].attributes("VllmConfig")
+    assert "kv_connector_extra_config" in vllm[TRANSFER_CONFIG].attributes("KVTransferConfig")
+    assert "is_hybrid" in vllm[MODEL_CONFIG].methods("ModelConfig")
+    limits = {"max_num_batched_tokens", "long_prefill_token_threshold"}
+    assert limits <= vllm[SCHEDULER_CONFIG].attributes("SchedulerConfig")
 
 
 def test_the_benchmarks_connector(vllm: Sources) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -10,95 +9,23 @@ from typing import Any
 import pytest
 import torch
 from helpers import vllm_stub
-from helpers.vllm_stub import Common, layer_rows, make_config, reference
+from helpers.vllm_layer import (
+    DIM,
+    EXACT,
+    HEADS,
+    check,
+    load,
+    make_builder,
+    make_cache,
+    make_impl,
+    make_layer,
+    make_step,
+    run,
+)
 from torch import Tensor
 
 from santa.integrations.vllm.decode import DecodeLayer
 from santa.integrations.vllm.requests import StepRows
-
-HEADS, KV_HEADS, DIM, BLOCK, BLOCKS = 8, 2, 64, 16, 100
-EXACT = {"num_samples": 0}
-
-
-def load(monkeypatch: pytest.MonkeyPatch, santa: dict[str, Any], rank: int = 0, size: int = 1, **model: Any) -> Any:
-    """The package over the stub, with `config`."""
-    config = make_config(santa, **model)
-    vllm_stub.install(monkeypatch, config, rank, size)
-    backend = importlib.import_module("santa.integrations.vllm.backend")
-    attention, metadata = (sys.modules[f"santa.integrations.vllm.{name}"] for name in ("attention", "metadata"))
-    return SimpleNamespace(config=config, backend=backend, attention=attention, metadata=metadata)
-
-
-def make_builder(package: Any) -> Any:
-    return package.metadata.SantaMetadataBuilder(
-        None, ["model.layers.1.self_attn.attn"], package.config, torch.device("cpu")
-    )
-
-
-def make_impl(package: Any, **options: Any) -> Any:
-    arguments = dict(
-        num_heads=HEADS,
-        head_size=DIM,
-        scale=0.2,
-        num_kv_heads=KV_HEADS,
-        alibi_slopes=None,
-        sliding_window=None,
-        kv_cache_dtype="auto",
-    )
-    impl = package.attention.SantaImpl(**arguments | options)
-    impl.process_weights_after_loading(torch.bfloat16)
-    return impl
-
-
-def make_layer(index: int = 1, scale: float = 1.0) -> Any:
-    scales = {name: torch.tensor(scale) for name in ("_q_scale", "_k_scale", "_v_scale")}
-    return SimpleNamespace(layer_name=f"model.layers.{index}.self_attn.attn", **scales)
-
-
-def make_step(lens: list[int], new_tokens: list[int]) -> Common:
-    """Rows in vLLM's order: those with one new token first."""
-    starts = torch.tensor([0, *new_tokens]).cumsum(0).int()
-    pages = 12
-    table = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(3))[: len(lens) * pages]
-    return Common(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts.clone(),
-        seq_lens=torch.tensor(lens, dtype=torch.int32),
-        num_reqs=len(lens),
-        num_actual_tokens=sum(new_tokens),
-        max_query_len=max(new_tokens),
-        max_seq_len=max(lens),
-        block_table_tensor=table.view(len(lens), pages).int(),
-        slot_mapping=torch.arange(sum(new_tokens)),
-        seq_lens_cpu_upper_bound=torch.tensor(lens, dtype=torch.int32),
-    )
-
-
-def make_cache(layout: str = "0.25", dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator().manual_seed(4)
-    if layout == "0.25":
-        return torch.randn(BLOCKS, 2, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype)
-    return torch.randn(BLOCKS, KV_HEADS, BLOCK, 2 * DIM, generator=generator).to(dtype)
-
-
-def run(impl: Any, layer: Any, cache: Tensor, metadata: Any, tokens: int, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """A step's query and output; vLLM pads both."""
-    query = torch.randn(tokens + padding, HEADS, DIM, generator=torch.Generator().manual_seed(5)).bfloat16()
-    output = torch.full_like(query, torch.nan)
-    assert impl.forward(layer, query, None, None, cache, metadata, output) is output
-    return query, output
-
-
-def check(impl: Any, step: Common, query: Tensor, output: Tensor, cache: Tensor, scale: float = 1.0) -> None:
-    """Against exact attention in float64."""
-    dtype = torch.float8_e4m3fn if cache.dtype == torch.uint8 else cache.dtype
-    starts = step.query_start_loc_cpu.tolist()
-    for row, length in enumerate(step.seq_lens.tolist()):
-        tokens = slice(starts[row], starts[row + 1])
-        k, v = layer_rows(cache, step.block_table_tensor[row], length, DIM, dtype, (scale, scale))
-        expected = reference(impl, query[tokens], k, v)
-        torch.testing.assert_close(output[tokens].double(), expected, atol=2e-2, rtol=2e-2)
-
 
 MIXED = ([50, 131, 7, 90, 33], [1, 1, 1, 40, 33])
 
@@ -154,9 +81,9 @@ def test_the_measurement_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     original = DecodeLayer.run
 
-    def spy(self: DecodeLayer, out: Tensor, *rest: Any) -> None:
+    def spy(self: DecodeLayer, out: Tensor, *rest: Any, **options: Any) -> None:
         rows.append(len(out))
-        original(self, out, *rest)
+        original(self, out, *rest, **options)
 
     monkeypatch.setattr(DecodeLayer, "run", spy)
     for tokens in (5, 20):

@@ -20,13 +20,3 @@ def operator(request) -> Callable[..., Any]:
 def kind(request) -> str:
     """What is in float8: K alone, or K and V."""
     return request.param
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Until there are CUDA kernels for proposal keys."""
-    skip = pytest.mark.skip(reason="proposal keys are not on CUDA yet")
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        ours = item.path.name.startswith("test_proposal") or parameters.get("operator") == "decode_proposal"
-        if ours and parameters.get("device") == "cuda":
-            item.add_marker(skip)

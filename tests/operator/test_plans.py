@@ -4,6 +4,7 @@ result."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,3 +102,29 @@ def test_many_draws(force_plan, sampler):
 def test_a_small_row(force_plan, scores):
     call = call_of(scores, 4, [700])
     assert_one_result(force_plan, call, [(1, 2, 10**6), (3, 2, 6)], num_samples=32)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("kv_len", [33_000, 66_000])
+def test_proposal_keys(force_plan, kv_len, group):
+    """Parts of several tiles, one warp's (1) or shared by four (2 and on); the longer ones are always shared."""
+    q, k, v = make_qkv(2, 8 * group, 8, kv_len, 64, dtype=torch.bfloat16, device="cuda", logit_std=1.5)
+    lengths = torch.tensor([kv_len, kv_len - 1234], dtype=torch.int32, device="cuda")
+    options = {"kv_lens": lengths, "min_sampled_len": 0, "return_rows_read": True, "seed": 3}
+    proposal = santa.make_proposal_keys(k, lengths)
+
+    def call(**more):
+        return santa.decode(q, k, v, proposal=proposal, **options, **more)
+
+    assert_one_result(force_plan, call, PLANS, num_samples=64)
+    assert_one_result(force_plan, call, PLANS, num_samples=5000)
+    for row in range(2):
+        of_row = {name: x[row : row + 1] for name, x in proposal.tensors().items()}
+        alone = santa.decode(
+            *(x[row : row + 1] for x in (q, k, v)),
+            proposal=replace(proposal, **of_row),
+            num_samples=64,
+            **options | {"kv_lens": lengths[row : row + 1]},
+        )
+        for ours, together in zip(alone, call(num_samples=64), strict=True):
+            assert torch.equal(ours[0], together[row])

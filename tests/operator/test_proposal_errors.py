@@ -208,19 +208,3 @@ def test_backward_is_refused(name):
         result = santa.decode(**arguments, proposal=proposal, min_sampled_len=0)[output]
         with pytest.raises(RuntimeError, match="santa: decode_proposal has no backward pass"):
             result.sum().backward()
-
-
-@pytest.mark.gpu
-def test_not_on_cuda_yet():
-    arguments = qkv("cuda")
-    proposal = proposal_of(qkv())
-    on_cuda = replace(proposal, **{name: x.cuda() for name, x in proposal.tensors().items()})
-    for name, call in {
-        "q": lambda: santa.decode(**arguments, proposal=on_cuda),
-        "k": lambda: santa.make_proposal_keys(arguments["k"]),
-        "k_new": lambda: santa.append_proposal_keys(on_cuda, arguments["k"][:, :3], POSITIONS.cuda()),
-    }.items():
-        with pytest.raises(
-            ValueError, match=f"^santa: {name} is on cuda:0; proposal keys are on the CPU alone, not on"
-        ):
-            call()

@@ -216,6 +216,37 @@ def test_compile_fullgraph(device):
     assert_same_bits(compiled, eager)
 
 
+@pytest.mark.gpu
+def test_cuda_graph_follows_its_inputs():
+    """A captured step, replayed: the new key's place, the lengths, and with them the draws, are those of the replay."""
+    q, k, v, proposal = inputs("cuda", kv_len=900)
+    new = torch.randn(2, 1, 2, 64, device="cuda").to(k.dtype)
+    positions = torch.tensor([[600], [700]], device="cuda")
+
+    def step(own):
+        santa.append_proposal_keys(own, new, positions)
+        return decode(q, k, v, own, kv_lens=(positions[:, 0] + 1).int(), return_rows_read=True)
+
+    own = replace(proposal, codes=proposal.codes.clone(), scales=proposal.scales.clone())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(own)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(own)
+    for places in ([[600], [700]], [[601], [899]], [[899], [300]]):
+        positions.copy_(torch.tensor(places))
+        own.codes.copy_(proposal.codes), own.scales.copy_(proposal.scales)
+        graph.replay()
+        found = [x.clone() for x in captured]
+        codes, scales = own.codes.clone(), own.scales.clone()
+        own.codes.copy_(proposal.codes), own.scales.copy_(proposal.scales)
+        assert_same_bits(step(own), found)
+        assert torch.equal(own.codes, codes) and torch.equal(own.scales, scales)
+
+
 def test_autocast_leaves_the_proposal_alone(device):
     """q, k and v are cast; codes, scales and statistics are as they are."""
     q, k, v, proposal = inputs(device)

@@ -275,8 +275,10 @@ __global__ void __launch_bounds__(bound_threads(kFeatureScoreWarps, HEAD_DIM), 2
 
 template <typename T, int HEAD_DIM>
 void launch_one_pass_bernoulli(const BernoulliParams& p, cudaStream_t stream) {
+  const ScoreNeeds needs = feature_score_needs(p.decode);
   launch_one_pass_kernels(pilot_bernoulli_kernel<T, HEAD_DIM>, one_pass_bernoulli_kernel<T, HEAD_DIM>, p, p.decode,
-                          feature_score_needs(p.decode), stream, /*is_first=*/false);
+                          pilot_shared_bytes(needs), one_pass_shared_bytes(p.decode, needs), one_pass_threads(p.decode),
+                          stream, /*is_first=*/false);
 }
 
 }  // namespace santa::cuda

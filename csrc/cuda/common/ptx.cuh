@@ -56,6 +56,16 @@ __device__ __forceinline__ void cp_async_whole_16(uint32_t shared, const void* g
                : "memory");
 }
 
+// If `there`, without a branch around it.
+__device__ __forceinline__ void cp_async_whole_16_if(bool there, uint32_t shared, const void* global,
+                                                     uint64_t policy) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;}" ::"r"(
+          shared),
+      "l"(global), "l"(policy), "r"(static_cast<uint32_t>(there))
+      : "memory");
+}
+
 // The same for the first `bytes` of 16; zeros take the place of the others, which are not read.
 __device__ __forceinline__ void cp_async_up_to_16(uint32_t shared, const void* global, int bytes, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
@@ -135,6 +145,22 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared_float(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
   return value;
 }
 
@@ -235,8 +261,21 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // A barrier of the last two warps of a CTA alone.
 __device__ __forceinline__ void gather_warps_barrier() { asm volatile("barrier.sync 2, 64;" ::: "memory"); }
 
+// One of whole warps: of `threads` threads, those that know it by the same number, from 1 on.
+__device__ __forceinline__ void team_barrier(int number, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // One of all, which may be met in different places.
 __device__ __forceinline__ void cta_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
+// Matrix product of m16n8k32 in integers: bytes without a sign times bytes with one, added to the sums.
+__device__ __forceinline__ void mma_u8_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // 2^x, results below 2^-126 flushed to zero.
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/mixture.h"
+#include "core/proposal.h"
 #include "core/softmax_state.h"
 #include "cuda/common/ptx.cuh"
 #include "params.h"
@@ -14,9 +15,10 @@ constexpr int kCombineThreads = 256;
 constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
 
 // Threads along head_dim take 4 dimensions each; the rest, `slots` of them, take the tiles in turn. The order of every
-// sum depends on the number of tiles alone.
-template <typename T>
-__global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams p) {
+// sum depends on the number of tiles alone. PROPOSES: rows in one pass are those of proposal keys, whose parts have a
+// second sum, `tile_drawn`.
+template <typename T, bool PROPOSES>
+__device__ __forceinline__ void combine_row(const DecodeParams& p, const float* tile_drawn) {
   __shared__ float4 partial[kCombineThreads];
   __shared__ int shared_rows[kCombineThreads];
 
@@ -52,6 +54,22 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
   float lse, own_max = -INFINITY;  // own_max: of tile threadIdx.x % 32
   if (row.proportional()) {
     lse = p.row_lse[group * p.group_size + h];
+  } else if (PROPOSES && row.one_pass()) {
+    ProposalState state = empty_proposal_state();
+#pragma unroll 1
+    for (int tile = threadIdx.x & 31; tile < row.num_tiles; tile += 32) {
+      const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
+      const float max = p.tile_max[index];
+      state = merge_proposals(state, {max, p.tile_sum[index], tile_drawn[index]});
+      if (tile < 32) own_max = max;
+    }
+#pragma unroll 1
+    for (int offset = 16; offset > 0; offset >>= 1) {
+      state = merge_proposals(
+          state, {__shfl_xor_sync(0xffffffffu, state.reference, offset), __shfl_xor_sync(0xffffffffu, state.z, offset),
+                  __shfl_xor_sync(0xffffffffu, state.drawn, offset)});
+    }
+    lse = log2_guarded(state);
   } else {
     SoftmaxState state = empty_softmax_state();
     // Loops: code that runs once has to be fetched first.
@@ -124,6 +142,17 @@ __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __gri
     for (int i = 0; i < kCombineThreads; ++i) rows += shared_rows[i];
     p.rows_read[group] = row.valid ? rows : -1;
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ DecodeParams p) {
+  combine_row<T, false>(p, nullptr);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCombineThreads, 4)
+    combine_proposal_kernel(const __grid_constant__ DecodeParams p, const float* tile_drawn) {
+  combine_row<T, true>(p, tile_drawn);
 }
 
 }  // namespace santa::cuda

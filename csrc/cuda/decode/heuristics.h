@@ -100,6 +100,9 @@ SANTA_HD int run_parts_of(int64_t run_kv, int part_shift) {
   return static_cast<int>((run_kv + (int64_t{1} << part_shift) - 1) >> part_shift);
 }
 
+// `multiple`: a power of two.
+SANTA_HD int round_up(int value, int multiple) { return (value + multiple - 1) & -multiple; }
+
 // Of a row of `parts` parts, `units` rows in all.
 inline int equal_run_parts(int64_t units, int parts, int64_t wanted_ctas) {
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(ceil_div(units * parts, wanted_ctas), 1), parts));
@@ -142,6 +145,8 @@ inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs)
          p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
 
+inline int one_pass_threads(const DecodeParams& p) { return (p.plan.num_warps + kGatherWarps) * 32; }
+
 // CTAs of the tile kernel, per line of the grid: one for each tile of a row, where the host knows how many there are.
 // Where lengths are on the device, most tiles that there could be may not be there, and CTAs without one cost time too:
 // then there is one line of CTAs that look for tiles, twice as many as live at once, but beside rows in one pass, whose
@@ -157,27 +162,39 @@ inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   plan.tile_ctas = static_cast<int>(plan.equal_rows ? row_items : std::min<int64_t>(row_items * p.batch, most));
 }
 
-// Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
-// warps as fit with two slots each, then as many slots as they need.
-inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
-  if (!p.plan.one_pass) return;
-  CallPlan& plan = p.plan;
+// What a CTA can have of a multiprocessor that others share with it.
+inline int shared_room(const DeviceLimits& device, int ctas) {
   constexpr int kReserved = 1024;  // by the system, per CTA
+  return std::min(device.sm_bytes / ctas - kReserved, device.cta_bytes);
+}
+
+// Into how many runs, of a multiple of `run_multiple` parts, for a device on which plan.ctas_at_once CTAs live.
+inline void cut_rows(DecodeParams& p, int run_multiple = 1) {
+  CallPlan& plan = p.plan;
+  plan.run_multiple = run_multiple;
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
-  const int part_kv = part_kv_of(p.max_kv_len, p.num_units());
+  const int part_kv = part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv);
   const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
-  plan.ctas_at_once = 2 * device.num_sms;
   const bool lengths_known = !plan.exact;
   plan.wanted_ctas = forced.wanted_ctas > 0 ? forced.wanted_ctas
                      : lengths_known        ? wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once)
                                             : plan.ctas_at_once;
   plan.most_waves = forced.wanted_ctas > 0 || lengths_known || p.batch == 1 ? 1 : kMostUnknownWaves;
-  const int run_parts = equal_run_parts(units, parts, plan.wanted_ctas);
-  plan.row_runs = lengths_known ? ceil_div_int(parts, run_parts) : 0;
-  plan.run_parts = run_parts;
+  plan.run_parts = round_up(equal_run_parts(units, parts, plan.wanted_ctas), run_multiple);
+  plan.row_runs = lengths_known ? ceil_div_int(parts, plan.run_parts) : 0;
+}
+
+// Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
+// warps as fit with two slots each, then as many slots as they need.
+inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
+  if (!p.plan.one_pass) return;
+  CallPlan& plan = p.plan;
+  const ForcedPlan& forced = forced_plan();
+  plan.ctas_at_once = 2 * device.num_sms;
+  cut_rows(p);
   const bool alone = max_runs_of(p) * p.num_units() <= device.num_sms;
-  const int room = std::min(device.sm_bytes / (alone ? 1 : 2) - kReserved, device.cta_bytes);
+  const int room = shared_room(device, alone ? 1 : 2);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
     return one_pass_shared_bytes(p, needs) <= room;
@@ -185,7 +202,8 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   int num_warps = needs.max_warps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
   // No more than what the tiles of a run take as many turns with.
-  const int tiles = ceil_div_int(run_parts * part_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
+  const int run_kv = plan.run_parts * part_kv_of(p.max_kv_len, p.num_units());
+  const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   num_warps = ceil_div_int(tiles, ceil_div_int(tiles, num_warps));
   if (forced.num_warps > 0) num_warps = std::min(forced.num_warps, num_warps);
   const int wanted = forced.num_slots > 0 ? forced.num_slots : needs.num_slots;

@@ -45,7 +45,7 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
         keys += kv_len;
         continue;
       }
-      const int parts = run_parts_of(wave_kv, part_shift);
+      const int parts = round_up(run_parts_of(wave_kv, part_shift), plan.run_multiple);
       const int runs = ceil_div_int(num_parts_of(kv_len, 1 << part_shift), parts);
       longest =
           max(longest, static_cast<int>(min(static_cast<int64_t>(parts) << part_shift, static_cast<int64_t>(kv_len))));

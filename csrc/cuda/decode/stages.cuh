@@ -31,11 +31,10 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 // for the one before it.
 template <typename Params>
 void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
-                             const DecodeParams& p, const ScoreNeeds& needs, cudaStream_t stream,
-                             bool is_first = true) {
+                             const DecodeParams& p, int pilot_bytes, int shared_bytes, int threads,
+                             cudaStream_t stream, bool is_first = true) {
   const bool needs_pilot = p.budget == Budget::kStreaming && !p.has_levels;
   if (needs_pilot) {
-    const int pilot_bytes = pilot_shared_bytes(needs);
     share_multiprocessor(pilot, pilot_bytes);
     const dim3 pilot_grid(p.num_units(), p.batch);
     if (is_first) {
@@ -45,7 +44,6 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
       launch_after(pilot, pilot_grid, kPilotWarps * 32, pilot_bytes, stream, "pilot_kernel", argument);
     }
   }
-  const int shared_bytes = one_pass_shared_bytes(p, needs), threads = (p.plan.num_warps + kGatherWarps) * 32;
   share_multiprocessor(one_pass, shared_bytes);
   const dim3 grid(static_cast<unsigned>(max_runs_of(p) * p.num_units()));
   if (needs_pilot) {
@@ -58,8 +56,9 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
 
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
-  launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p, key_score_needs(p),
-                          stream);
+  const ScoreNeeds needs = key_score_needs(p);
+  launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p,
+                          pilot_shared_bytes(needs), one_pass_shared_bytes(p, needs), one_pass_threads(p), stream);
 }
 
 template <typename V, int HEAD_DIM>

@@ -12,7 +12,7 @@ What runs:
 
     settings.py   additional_config["santa"], and what of an engine is refused
     requests.py   which requests a step holds, and a stream of random numbers for each
-    cache.py      K and V of a layer as vLLM keeps them
+    cache.py      K and V of a layer as vLLM keeps them, and its proposal keys
     decode.py     what one layer does in a decode step, without vLLM
     backend.py    what the backend can do
     metadata.py   what a step's layers have in common

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from vllm.distributed.parallel_state import (
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from .cache import layer_cache
+from .cache import LayerCodes, bytes_of_codes, layer_cache, pages_of
+from .compat import let_layers_pad_pages
 from .decode import DecodeLayer
 from .metadata import SantaMetadata, max_rows
-from .settings import check_engine, first_kv_head, layer_index
+from .settings import PAGE_SIZES, check_engine, first_kv_head, is_draft, layer_index
 
 
 class SantaImpl(FlashAttentionImpl):
@@ -79,8 +81,55 @@ class SantaImpl(FlashAttentionImpl):
         self._quantizes_prefill = self._is_float8 and self.supports_quant_query_input
         self.supports_quant_query_input = False
         self._layer: DecodeLayer | None = None
+        # Windows read few keys, and their pages can be those of other layers; layers that share keys have none; drafts
+        # are built from steps that tell nothing of prompts.
+        self._can_have_codes = sliding_window is None and kv_sharing_target_layer_name is None and not is_draft(config)
+        self._codes: LayerCodes | None = None
+        self._checked_pages: int | None = None
+        self._layers = config.compilation_config.static_forward_context
+        if self._settings.keys == "proposal":
+            let_layers_pad_pages()
         self._lse: Tensor | None = None
         self._sinks: Tensor | None = None
+
+    def keeps_codes(self, layer_name: str) -> bool:
+        """Whether the layer of that name has proposal keys."""
+        return self._can_have_codes and self._settings.proposes(layer_index(layer_name))
+
+    def adapt_spec(self, layer_name: str, spec: Any, vllm_config: Any) -> Any:
+        """vLLM's specification of the layer's cache, with room in each page for codes if it has some.
+
+        Raises:
+            ValueError: blocks of a size that vLLM would cut into smaller pages, which it cannot where they are padded.
+        """
+        if self._settings.keys != "proposal":
+            return spec
+        block_size = vllm_config.cache_config.block_size
+        if block_size not in PAGE_SIZES:
+            raise ValueError(
+                f"santa: block_size is {block_size} while keys is 'proposal', which needs one of {list(PAGE_SIZES)}"
+            )
+        if self.keeps_codes(layer_name):
+            codes = bytes_of_codes(spec.block_size, spec.num_kv_heads, spec.head_size)
+            return dataclasses.replace(spec, page_size_padded=spec.page_size_bytes + codes)
+        if spec.block_size < block_size and spec.page_size_padded is None:
+            # Pages of windows have to be as large as the others. vLLM makes larger blocks of them where sizes are
+            # multiples, which they no longer are, and pads them otherwise.
+            return dataclasses.replace(spec, block_size=block_size)
+        return spec
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write new keys and values into the cache, and the codes of the keys."""
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self._layer is None:
+            self._set_up(layer, key)
+        if self._codes is not None:
+            if self._checked_pages != kv_cache.data_ptr():
+                self._check_pages(layer.layer_name, kv_cache)
+            # vLLM pads tokens, but not their slots.
+            self._codes.write(kv_cache, key[: len(slot_mapping)], slot_mapping)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
@@ -104,7 +153,7 @@ class SantaImpl(FlashAttentionImpl):
         Args:
             layer: vLLM's layer, for its name and its scales.
             query: [num_tokens, num_heads, head_size], bfloat16 or float16.
-            key, value: of the new tokens; not read.
+            key, value: of the new tokens; read where they tell the statistics of proposal keys.
             kv_cache: as in `layer_cache`.
             attn_metadata: None while vLLM measures memory: the output is 0 then.
             output: [num_tokens, num_heads, head_size], written.
@@ -119,6 +168,12 @@ class SantaImpl(FlashAttentionImpl):
                 self._layer.claim_memory(query, self.num_kv_heads, self._cache_dtype, self._max_rows, self._max_kv_len)
             return output.fill_(0)
         rows = attn_metadata.num_decodes
+        codes = self._codes
+        if attn_metadata.prompt is not None and codes is not None and not codes.is_frozen:
+            first, last = attn_metadata.prompt
+            # Waits for the device, once. Keys that were written nowhere are those of a warm-up.
+            if attn_metadata.slot_mapping[first] >= 0:
+                codes.freeze(kv_cache, layer_cache(kv_cache, self.head_size, self._cache_dtype), key[first:last])
         if attn_metadata.decode is not None:
             cache = layer_cache(kv_cache, self.head_size, self._cache_dtype)
             self._layer.run(
@@ -130,13 +185,14 @@ class SantaImpl(FlashAttentionImpl):
                 k_scale=layer._k_scale if self._is_float8 else None,
                 v_scale=layer._v_scale if self._is_float8 else None,
                 sinks=self._sinks,
+                proposal=None if codes is None else codes.proposal(kv_cache),
             )
         if attn_metadata.prefill is not None:
             self._prefill(layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:])
         return output
 
     def _set_up(self, layer: torch.nn.Module, query: Tensor) -> None:
-        """What is known at the first call: the layer's name, the device and the dtype."""
+        """What is known at the first call, which is never in a graph: the layer's name, the device and the dtype."""
         self._cache_dtype = torch.float8_e4m3fn if self._is_float8 else query.dtype
         # Santa writes the log-sum-exp, which nobody reads; captured graphs keep its address.
         self._lse = torch.empty(self._max_rows, self.num_heads, dtype=torch.float32, device=query.device)
@@ -149,7 +205,32 @@ class SantaImpl(FlashAttentionImpl):
             window_left=self.sliding_window[0],
             logits_soft_cap=float(self.logits_soft_cap),
             first_kv_head=self._first_kv_head,
+            has_codes=self._can_have_codes,
         )
+        if self._layer.proposes:
+            k_scale = layer._k_scale if self._is_float8 else None
+            self._codes = LayerCodes(self.num_kv_heads, self.head_size, query.device, k_scale)
+
+    def _check_pages(self, layer_name: str, kv_cache: Tensor) -> None:
+        """Refuse codes in memory that another layer uses.
+
+        Where some layers have windows, vLLM has layers of several groups share memory, each with blocks of its own, and
+        `freeze` codes all blocks.
+        """
+        codes = self._codes.pages(kv_cache)
+        for name, other in self._layers.items():
+            cache = getattr(other, "kv_cache", None)
+            if name == layer_name or not isinstance(cache, Tensor) or cache.numel() == 0:
+                continue
+            impl = getattr(other, "impl", None)
+            has_codes = isinstance(impl, SantaImpl) and impl._codes is not None
+            if codes.overlap(pages_of(cache)) or (has_codes and codes.overlap(impl._codes.pages(cache))):
+                raise ValueError(
+                    f"santa: {layer_name} and {name} share the memory of their caches while keys is 'proposal', which "
+                    "needs some for each layer with codes: leave one of them out of layers, or set "
+                    "disable_hybrid_kv_cache_manager"
+                )
+        self._checked_pages = kv_cache.data_ptr()
 
     def _prefill(
         self,

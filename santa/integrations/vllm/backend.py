@@ -12,11 +12,9 @@ from santa.shapes import DECODE_HEAD_DIMS
 from .attention import SantaImpl
 from .compat import check_version
 from .metadata import SantaMetadataBuilder
+from .settings import PAGE_SIZES
 
 check_version()
-
-# Of a page, as `santa.decode_paged` takes them and FlashAttention too.
-_PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 class SantaBackend(FlashAttentionBackend):
@@ -43,7 +41,7 @@ class SantaBackend(FlashAttentionBackend):
         theirs = super().get_supported_kernel_block_sizes(*args, **kwargs)
         return [
             size
-            for size in _PAGE_SIZES
+            for size in PAGE_SIZES
             if any(size % known.base == 0 if isinstance(known, MultipleOf) else size == known for known in theirs)
         ]
 

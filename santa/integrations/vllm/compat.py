@@ -5,6 +5,7 @@ The rest of the package uses what both have. The layout of a layer's cache diffe
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -52,3 +53,25 @@ def watch_runners() -> None:
         )
     for module, note, rows, request_ids in found:
         watch_runner(module.GPUModelRunner, note, rows, request_ids)
+
+
+def let_layers_pad_pages() -> None:
+    """Have vLLM's layers ask their backend, by `adapt_spec`, what the pages of their cache are to be.
+
+    0.33 asks a backend's class, which does not know of which layer, and 0.25 nobody.
+    """
+    # Not where this module is imported, which the layers' module may be about to do.
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    if "_santa_asks" in vars(Attention):
+        return
+    method = Attention.get_kv_cache_spec
+
+    @functools.wraps(method)
+    def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
+        spec = method(self, vllm_config)
+        adapt = getattr(self.impl, "adapt_spec", None)
+        return spec if spec is None or adapt is None else adapt(self.layer_name, spec, vllm_config)
+
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+    Attention._santa_asks = True

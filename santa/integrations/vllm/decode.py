@@ -9,6 +9,7 @@ from torch import Tensor
 
 from santa.arguments import KvLayout
 from santa.config import SantaConfig
+from santa.proposal import ProposalKeys, make_proposal_keys
 
 from .cache import LayerCache
 
@@ -40,6 +41,7 @@ class DecodeLayer:
     Attributes:
         num_samples, sampler, budget, min_sampled_len, seed, sm_scale, window_left, logits_soft_cap, first_kv_head: as
             in `santa.decode_paged`, with integers for enums.
+        proposes: steps draw by proposal keys.
     """
 
     num_samples: int
@@ -51,6 +53,7 @@ class DecodeLayer:
     window_left: int
     logits_soft_cap: float
     first_kv_head: int
+    proposes: bool
 
     @classmethod
     def of(
@@ -62,8 +65,12 @@ class DecodeLayer:
         window_left: int = -1,
         logits_soft_cap: float = 0.0,
         first_kv_head: int = 0,
+        has_codes: bool = True,
     ) -> DecodeLayer:
-        """Layer `index` of a model with these settings: its stream is seed + index."""
+        """Layer `index` of a model with these settings: its stream is seed + index.
+
+        has_codes: whether the layer can have proposal keys, if the settings ask for them.
+        """
         return cls(
             num_samples=config.samples_in_layer(index),
             sampler=int(config.sampler),
@@ -74,6 +81,7 @@ class DecodeLayer:
             window_left=window_left,
             logits_soft_cap=logits_soft_cap,
             first_kv_head=first_kv_head,
+            proposes=config.proposes(index) and has_codes,
         )
 
     def run(
@@ -87,6 +95,7 @@ class DecodeLayer:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
         sinks: Tensor | None = None,
+        proposal: ProposalKeys | None = None,
     ) -> None:
         """Attention of one new token per row, into out and lse. Rows without keys give 0 and -inf.
 
@@ -96,17 +105,20 @@ class DecodeLayer:
             q: [rows, num_qo_heads, head_dim], bfloat16 or float16.
             cache: q's dtype, or float8_e4m3fn with k_scale and v_scale, float32 [] or [1].
             sinks: float32 [num_qo_heads].
+            proposal: of the cache, where the layer `proposes`.
 
         Raises:
             ValueError: as `santa.decode_paged`.
         """
         # The operator itself: its typed function checks in every layer of every step what is settled here.
-        torch.ops.santa.decode_paged_out(
+        decode = torch.ops.santa.decode_paged_out if proposal is None else torch.ops.santa.decode_proposal_paged_out
+        decode(
             out,
             lse,
             q,
             cache.k,
             cache.v,
+            **({} if proposal is None else proposal.tensors()),
             page_table=rows.page_table,
             kv_lens=rows.kv_lens,
             max_kv_len=rows.max_kv_len,
@@ -136,7 +148,9 @@ class DecodeLayer:
         num_qo_heads, head_dim = q.shape[1:]
         pages = -(-max_kv_len // _PROFILED_PAGE_SIZE)
         int32 = {"dtype": torch.int32, "device": q.device}
+        none = torch.zeros(1, **int32)
         page = q.new_zeros(1, _PROFILED_PAGE_SIZE, num_kv_heads, head_dim).to(cache_dtype)
+        proposal = make_proposal_keys(page, none, page_table=none[:, None]) if self.proposes else None
         out = q.new_empty(rows, num_qo_heads, head_dim)
         self.run(
             out,
@@ -149,4 +163,5 @@ class DecodeLayer:
                 row_seeds=torch.zeros(rows, dtype=torch.int64, device=q.device),
                 max_kv_len=max_kv_len,
             ),
+            proposal=proposal,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from .cache import bytes_of_codes
 from .compat import watch_runners
 from .decode import DecodeRows
 from .requests import StepRows
-from .settings import check_engine, describe
+from .settings import check_engine, describe, least_prompt
 
 logger = logging.getLogger("vllm.santa")
 
@@ -27,6 +29,8 @@ class SantaMetadata:
     Attributes:
         decode: the first `num_decodes` rows, which have one new token each; None if there is none.
         prefill: FlashAttention's own metadata of the other rows, as if they were alone; None if there is none.
+        prompt: first and last token, exclusive, of the row with the most new tokens, if they are enough to tell the
+            statistics of proposal keys.
     """
 
     num_actual_tokens: int
@@ -39,6 +43,7 @@ class SantaMetadata:
     num_decodes: int
     decode: DecodeRows | None
     prefill: FlashAttentionMetadata | None
+    prompt: tuple[int, int] | None = None
 
 
 def max_rows(vllm_config: Any) -> int:
@@ -71,6 +76,9 @@ class SantaMetadataBuilder(FlashAttentionMetadataBuilder):
         self._written: tuple[int, ...] = ()
         watch_runners()
         logger.info("santa: %d attention layers decode with %s", len(layer_names), describe(settings))
+        self._least_prompt = least_prompt(vllm_config.scheduler_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        self._keeps_codes = settings.keys == "proposal" and self._log_codes(kv_cache_spec, layer_names, layers)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any
@@ -103,6 +111,7 @@ class SantaMetadataBuilder(FlashAttentionMetadataBuilder):
             num_decodes=rows,
             decode=decode,
             prefill=prefill,
+            prompt=None if prefill is None else self._prompt(common),
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> SantaMetadata:
@@ -112,6 +121,25 @@ class SantaMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False
+
+    def _prompt(self, common: Any) -> tuple[int, int] | None:
+        if not self._keeps_codes or common.max_query_len < self._least_prompt:
+            return None
+        starts = common.query_start_loc_cpu
+        row = int(starts.diff().argmax())
+        first, last = starts[row : row + 2].tolist()
+        return (first, last) if last - first >= self._least_prompt else None
+
+    def _log_codes(self, spec: Any, layer_names: list[str], layers: Mapping[str, Any]) -> bool:
+        """Say how much of the cache is proposal keys; returns whether any is."""
+        count = sum(layers[name].impl.keeps_codes(name) for name in layer_names if name in layers)
+        if count > 0:
+            codes = bytes_of_codes(spec.block_size, spec.num_kv_heads, spec.head_size)
+            logger.info(
+                "santa: %d of them keep proposal keys, %d of the %d bytes of each block",
+                *(count, codes, spec.page_size_bytes),
+            )
+        return count > 0
 
     def _seeds_on_device(self, rows: int) -> Tensor:
         """Row seeds of the step, copied where the batch has changed. A graph that is replayed reads them in place."""

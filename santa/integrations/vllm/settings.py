@@ -10,9 +10,14 @@ from typing import Any
 from santa.config import SantaConfig
 
 KEY = "santa"
-# Of `SantaConfig`; the others are about prefill, scores and verification, which are vLLM's own here, and about keys,
-# which are exact.
-NAMES = ("budget", "layers", "min_context", "min_sampled_len", "num_samples", "sampler", "seed")
+# Of `SantaConfig`; the others are about prefill, scores and verification, which are vLLM's own here.
+NAMES = ("budget", "keys", "layers", "min_context", "min_sampled_len", "num_samples", "sampler", "seed")
+
+# Of a page, as `santa.decode_paged` takes them and FlashAttention too.
+PAGE_SIZES = (16, 32, 64, 128, 256)
+# In the extra configuration of a KV connector, which then writes codes where it writes keys.
+SEES_TO_CODES = "santa_proposal_codes"
+_LEAST_PROMPT = 1024
 
 
 def settings_of(additional_config: Any) -> SantaConfig:
@@ -45,11 +50,6 @@ def settings_of(additional_config: Any) -> SantaConfig:
             f"santa: additional_config[{KEY!r}] is a {type(fields).__name__}; it needs to be a dict with names among "
             f"{list(NAMES)}"
         )
-    if "keys" in fields:
-        raise ValueError(
-            f"santa: additional_config[{KEY!r}] has keys={fields['keys']!r}; it needs to be left out: vLLM's backend "
-            "has no proposal keys yet"
-        )
     for name in fields:
         if name not in NAMES:
             meant = _closest(str(name), NAMES)
@@ -79,13 +79,44 @@ def check_engine(config: Any) -> SantaConfig:
             raise ValueError(f"santa: {name} is {got}; the backend needs it to be {wanted}")
     if getattr(model, "rswa_window", None) is not None:
         raise ValueError(f"santa: rswa_window is {model.rswa_window}; the backend needs a model without one")
-    speculative = getattr(config, "speculative_config", None)
-    if speculative is not None and model is getattr(speculative, "draft_model_config", None):
+    if settings.keys == "proposal":
+        _check_pages(config)
+    if is_draft(config):
         return settings  # `layers` is about the model that it drafts for
     num_layers = model.get_total_num_hidden_layers()
     if unknown := [i for i in settings.layers or () if i >= num_layers]:
         raise ValueError(f"santa: layers has {unknown}; it needs to name layers of the model, 0 to {num_layers - 1}")
     return settings
+
+
+def _check_pages(config: Any) -> None:
+    """Refuse an engine that moves K and V of a block without the codes beside them."""
+    transfer = getattr(config, "kv_transfer_config", None)
+    if transfer is not None and not (transfer.kv_connector_extra_config or {}).get(SEES_TO_CODES):
+        raise ValueError(
+            f"santa: kv_transfer_config is given while keys is 'proposal'; it needs to be left out: connectors move "
+            f"keys without their codes (one that sees to these has {SEES_TO_CODES!r} in kv_connector_extra_config)"
+        )
+    if getattr(config.model_config, "is_hybrid", False):
+        raise ValueError(
+            "santa: is_hybrid is True while keys is 'proposal', which needs a model of attention layers alone: vLLM "
+            "pads and copies the pages of hybrid models by rules of their own"
+        )
+
+
+def is_draft(config: Any) -> bool:
+    """Whether a VllmConfig is that of a draft model."""
+    speculative = getattr(config, "speculative_config", None)
+    return speculative is not None and config.model_config is getattr(speculative, "draft_model_config", None)
+
+
+def least_prompt(scheduler_config: Any) -> int:
+    """New tokens of a row whose keys tell center and channel_scale: 1,024, or half of the most that a step has."""
+    limits = (
+        scheduler_config.max_num_batched_tokens // 2,
+        getattr(scheduler_config, "long_prefill_token_threshold", 0),
+    )
+    return min(_LEAST_PROMPT, *(limit for limit in limits if limit > 0))
 
 
 def describe(settings: SantaConfig) -> str:

@@ -57,6 +57,9 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_
   copy_up_to_16(shared, global, valid ? 16 : 0);
 }
 inline void cp_async_whole_16(uint32_t shared, const void* global, uint64_t) { copy_up_to_16(shared, global, 16); }
+inline void cp_async_whole_16_if(bool there, uint32_t shared, const void* global, uint64_t) {
+  if (there) copy_up_to_16(shared, global, 16);
+}
 inline void cp_async_up_to_16(uint32_t shared, const void* global, int bytes, uint64_t) {
   copy_up_to_16(shared, global, bytes);
 }
@@ -93,6 +96,9 @@ void store_global(float* to, const float (&values)[WORDS], uint64_t) {
 inline uint4 load_shared_16(uint32_t address) { return load_shared<uint4>(address); }
 inline uint2 load_shared_8(uint32_t address) { return load_shared<uint2>(address); }
 inline uint8_t load_shared_1(uint32_t address) { return load_shared<uint8_t>(address); }
+inline float load_shared_float(uint32_t address) { return load_shared<float>(address); }
+inline void store_shared_float(uint32_t address, float value) { store_shared(address, value); }
+inline uint16_t load_shared_2(uint32_t address) { return load_shared<uint16_t>(address); }
 inline void store_shared_1(uint32_t address, uint8_t value) { store_shared(address, value); }
 inline void store_shared_2(uint32_t address, uint16_t value) { store_shared(address, value); }
 inline void store_shared_16(uint32_t address, uint4 value) { store_shared(address, value); }
@@ -134,6 +140,23 @@ inline uint32_t transpose_8x8(uint32_t fragment) {
   return word;
 }
 
+// m16n8k32 of bytes, to integers: as Float16Traits::mma, four elements to a word.
+inline void mma_u8_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint64_t rows[4][32], columns[2][32];
+  for (int i = 0; i < 4; ++i) std::memcpy(rows[i], emulator::exchange(a[i]), sizeof(rows[i]));
+  std::memcpy(columns[0], emulator::exchange(b0), sizeof(columns[0]));
+  std::memcpy(columns[1], emulator::exchange(b1), sizeof(columns[1]));
+  const int g = emulator::lane() >> 2, t = emulator::lane() & 3;
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 32; ++k) {
+      const int half = k / 16, word = k % 16 / 4, shift = 8 * (k % 4);
+      const auto x = static_cast<uint8_t>(rows[2 * half + (i >> 1)][g * 4 + word] >> shift);
+      const auto y = static_cast<int8_t>(columns[half][(2 * t + (i & 1)) * 4 + word] >> shift);
+      d[i] += static_cast<int>(x) * y;
+    }
+  }
+}
+
 // ---- kernels and barriers: kernels run one after the other
 
 inline void launch_dependents() {}
@@ -161,6 +184,7 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   while (!mbarrier_test(address, parity)) emulator::yield();
 }
 inline void gather_warps_barrier() { emulator::block.pair.wait(64); }
+inline void team_barrier(int number, int threads) { emulator::block.teams[number].wait(threads); }
 inline void cta_barrier() { __syncthreads(); }
 
 // ---- arithmetic
