@@ -1,4 +1,5 @@
-"""A decode step of a whole model in Transformers: `generate` with a static cache, by SDPA and by santa, in one run.
+"""A decode step of a whole model in Transformers: `generate` with a static cache, by SDPA and by santa, with exact and
+with proposal keys, in one run.
 
     python bench/bench_transformers.py --json out/transformers.json
     python bench/bench_transformers.py --device cpu --quick
@@ -32,7 +33,7 @@ from bench_vllm import KINDS, LLAMA_3_1_8B, kind_of, sizes_of
 from harness import environment, save_run
 
 SHAPES = ["1x32768", "8x32768"]
-ENGINES = ["sdpa", "exact", "santa"]
+ENGINES = ["sdpa", "exact", "santa", "proposal"]
 FEW, MANY = 8, 72
 
 
@@ -56,7 +57,9 @@ def use(model: LlamaForCausalLM, engine: str, a: argparse.Namespace) -> None:
         model.set_attn_implementation("sdpa")
     else:
         shortest = 0 if a.quick else None
-        attach(model, santa.SantaConfig(num_samples=0 if engine == "exact" else a.samples, min_sampled_len=shortest))
+        keys = "proposal" if engine == "proposal" else "exact"
+        samples = 0 if engine == "exact" else a.samples
+        attach(model, santa.SantaConfig(num_samples=samples, min_sampled_len=shortest, keys=keys))
 
 
 class Rows:
@@ -135,7 +138,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         first = base[row["shape"]]
-        line = f"{row['shape']:>10}  {row['engine']:<6} {row['ms']:8.2f} ms/step  {first['ms'] / row['ms']:5.2f} x "
+        line = f"{row['shape']:>10}  {row['engine']:<8} {row['ms']:8.2f} ms/step  {first['ms'] / row['ms']:5.2f} x "
         line += first["engine"]
         kernels = {kind: row[kind] for kind in [*KINDS, "rest"] if kind in row}
         if kernels:
