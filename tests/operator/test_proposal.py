@@ -151,6 +151,7 @@ def test_everything_drawn_is_exact(device, name, q_len):
     assert torch.equal(rows.cpu(), blocks * options["kv_lens"].cpu().clamp(max=window)[:, None].expand(3, 2))
 
 
+@pytest.mark.sanitize
 def test_features_when_sampled(device):
     """Window, soft cap, sinks and several tokens on few draws: near the exact result."""
     q, k, v, spans = batch_of(device)
@@ -164,6 +165,7 @@ def test_features_when_sampled(device):
     assert (rows[0] < 900).all()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_float8(device, kind, layout):
     """K, or K and V, in float8: codes are of k as it is stored, and its scale multiplies all logits."""
@@ -180,6 +182,7 @@ def test_float8(device, kind, layout):
 # Rows that are not sampled ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sanitize
 def test_short_rows_are_exact(device):
     """Below min_sampled_len, and with num_samples = 0, the bits of decode without proposal keys; these are not read."""
     q, k, v, spans = batch_of(device)
@@ -197,6 +200,7 @@ def test_short_rows_are_exact(device):
 # Same bits -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sanitize
 def test_repeated_alone_or_in_a_batch(device):
     q, k, v, spans = batch_of(device)
     proposal = santa.make_proposal_keys(k)
