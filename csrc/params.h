@@ -105,10 +105,10 @@ struct DecodeParams {
   int group_size;  // q_len head_group: query vectors that share a KV head, token by token. To all that follows they
                    // are heads
   int head_dim;
-  int cache_kv_len;  // keys that a row can have
-  int max_kv_len;    // of which it attends to so many at most
-  bool aligned;      // q, k and v rows all start on 16-byte boundaries
-  bool by_features;  // k is feature-major: Bernoulli scores
+  int cache_kv_len;      // keys that a row can have
+  int max_kv_len;        // of which it attends to so many at most
+  bool aligned;          // q, k and v rows all start on 16-byte boundaries
+  bool by_features;      // k is feature-major: Bernoulli scores
   int proposal_tile_kv;  // of rows in one pass, where proposal keys draw them; else 0
   int most_part_kv = kMaxPartKv;
   // What there is of the members at the end.

@@ -69,7 +69,7 @@ struct AppendProposalParams {
   const void* positions;                // [batch, num_keys], contiguous, int32 or int64; negative: not written
   bool wide_positions;                  // int64
   bool shared_statistics;
-  bool by_slot;  // positions are page page_size + offset, of pages that no batch row owns
+  bool by_slot;        // positions are page page_size + offset, of pages that no batch row owns
   bool aligned;        // rows of k_new start on 16-byte boundaries
   bool codes_aligned;  // those of a key start on an 8-byte boundary
   Dtype dtype;         // of k_new

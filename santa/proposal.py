@@ -5,6 +5,7 @@ Making and filling them, and the fake kernel of the operator that does. docs/pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ class ProposalKeys:
     """Keys in 4 bits: 66 bytes a key and KV head at head_dim 128, 12.9% of K and V in 16 bits.
 
     codes: uint8, shape of k but for its last dimension, head_dim / 2: byte j has feature j in its low 4 bits and
-        feature j + head_dim / 2 in its high ones, each a number from -8 to 7, plus 8.
+        feature j + head_dim / 2 in its high ones, each a number from -8 to 7, plus 8. Any strides with a contiguous
+        last dimension; `make_proposal_keys` has what belongs to a KV head side by side in either layout.
     scales: float16, the shape of codes without its last dimension. NaN for keys that are not finite.
     center, channel_scale: float32 [batch or 1, num_kv_heads, head_dim], frozen when first made. A key is about
         ``codes * scale * channel_scale + center``.
@@ -116,8 +118,8 @@ def make_proposal_keys(
     valid = _valid_keys(nhd, kv_lens, kv_starts, page_table)
     if center is None or channel_scale is None:
         center, channel_scale = key_statistics(nhd, valid, shared=shared or page_table is not None)
-    codes = torch.zeros((*k.shape[:-1], k.shape[-1] // 2), dtype=torch.uint8, device=k.device)
-    scales = torch.zeros(k.shape[:-1], dtype=torch.float16, device=k.device)
+    codes = _zeros((*k.shape[:-1], k.shape[-1] // 2), torch.uint8, layout, k.device)
+    scales = _zeros(k.shape[:-1], torch.float16, layout, k.device)
     proposal = ProposalKeys(codes, scales, center, channel_scale, "HND" if layout == KvLayout.HND else "NHD")
     if page_table is None:
         positions = torch.arange(valid.shape[1], device=k.device)
@@ -126,6 +128,13 @@ def make_proposal_keys(
         slots = torch.arange(valid.numel(), device=k.device).view(valid.shape)
         append_proposal_keys(proposal, nhd, slots=torch.where(valid, slots, -1))
     return proposal
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, layout: int, device: torch.device) -> Tensor:
+    """Of a layout, but with what belongs to a KV head side by side in either: so CUDA kernels copy it fastest."""
+    if layout == KvLayout.HND:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.zeros((shape[0], shape[2], shape[1], *shape[3:]), dtype=dtype, device=device).transpose(1, 2)
 
 
 def append_proposal_keys(

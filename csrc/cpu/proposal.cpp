@@ -103,7 +103,8 @@ int propose(const ProposalParams& p, GroupIndex at, const RowShape& row, ScoredT
   }
   // An exact logit can be far above all of the proposal's.
   for (int h = block.first; h < block.first + block.count; ++h) {
-    sums.add_tile(h, tile.states[h], fmaxf(tile.references[h], max_block(exact.data() + h * kMostProposalTileKv, rows)));
+    sums.add_tile(h, tile.states[h],
+                  fmaxf(tile.references[h], max_block(exact.data() + h * kMostProposalTileKv, rows)));
   }
 
   float value[kLargestHeadDim], weights[kHeadBlock];

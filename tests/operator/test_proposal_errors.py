@@ -208,3 +208,16 @@ def test_backward_is_refused(name):
         result = santa.decode(**arguments, proposal=proposal, min_sampled_len=0)[output]
         with pytest.raises(RuntimeError, match="santa: decode_proposal has no backward pass"):
             result.sum().backward()
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_aligned():
+    """CUDA copies 16 bytes at a time."""
+    arguments = {name: x.cuda() for name, x in qkv().items()}
+    proposal = proposal_of(qkv())
+    proposal = ProposalKeys(**{name: x.cuda() for name, x in proposal.tensors().items()})
+    for name in ("k", "v"):
+        x = arguments[name]
+        odd = torch.empty(*x.shape[:-1], HEAD_DIM + 1, dtype=x.dtype, device="cuda")[..., 1:]
+        with pytest.raises(ValueError, match=f"{name} has rows that do not start on 16-byte boundaries"):
+            santa.decode(**arguments | {name: odd}, proposal=proposal)

@@ -57,8 +57,7 @@ __device__ __forceinline__ void cp_async_whole_16(uint32_t shared, const void* g
 }
 
 // If `there`, without a branch around it.
-__device__ __forceinline__ void cp_async_whole_16_if(bool there, uint32_t shared, const void* global,
-                                                     uint64_t policy) {
+__device__ __forceinline__ void cp_async_whole_16_if(bool there, uint32_t shared, const void* global, uint64_t policy) {
   asm volatile(
       "{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;}" ::"r"(
           shared),

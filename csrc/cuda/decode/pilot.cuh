@@ -15,8 +15,8 @@ struct PilotShared {
 };
 static_assert(sizeof(PilotShared) <= kPilotHeadBytes);
 
-// The states of 16 pilot keys, a head's each, to `states`. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the order of
-// score_slot.
+// The states of 16 pilot keys, a head's each, to `states`. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t
+// and the next, in the order of score_slot.
 __device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& unit, SoftmaxState* states, int group,
                                           const float (&logits)[4], float spaced, int lane) {
   const int low = group * 16 + (lane >> 2), high = low + 8, kv_len = unit.row.kv_len, size = pilot_size(kv_len);
@@ -67,11 +67,10 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   const float spaced = spaced_log2_weight(unit.row.kv_len);
   if (warp * kPilotWarpKeys < size) {
-    scorer.score_pilot(
-        shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
-        [&](int group, const float (&logits)[4]) {
-          put_pilot(p, unit, shared.states[group], group, logits, spaced, lane);
-        });
+    scorer.score_pilot(shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
+                       [&](int group, const float (&logits)[4]) {
+                         put_pilot(p, unit, shared.states[group], group, logits, spaced, lane);
+                       });
   }
   __syncthreads();
   if (warp > 0) return;

@@ -31,8 +31,8 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 // for the one before it.
 template <typename Params>
 void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), const Params& argument,
-                             const DecodeParams& p, int pilot_bytes, int shared_bytes, int threads,
-                             cudaStream_t stream, bool is_first = true) {
+                             const DecodeParams& p, int pilot_bytes, int shared_bytes, int threads, cudaStream_t stream,
+                             bool is_first = true) {
   const bool needs_pilot = p.budget == Budget::kStreaming && !p.has_levels;
   if (needs_pilot) {
     share_multiprocessor(pilot, pilot_bytes);

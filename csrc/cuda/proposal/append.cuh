@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kAppendWarps * 32)
     center[i] = __ldg(p.center + statistics + i);
     inverse[i] = inverse_scale_of(__ldg(p.channel_scale + statistics + i));
   }
-  const T* const keys = static_cast<const T*>(p.k_new) + batch_index * p.stride_new_batch +
-                        kv_head * p.stride_new_head + feature;
+  const T* const keys =
+      static_cast<const T*>(p.k_new) + batch_index * p.stride_new_batch + kv_head * p.stride_new_head + feature;
   const int stride = gridDim.x * kAppendWarps * kKeys;
 #pragma unroll 1
   for (int first = (blockIdx.x * kAppendWarps + (threadIdx.x >> 5)) * kKeys; first < p.num_keys; first += stride) {

@@ -112,8 +112,8 @@ struct CodeSlots {
     cp_async_whole_16_if(lane < kCodeSlotKeys / 8, slot + kScales + lane * 16, scale, policy);
   }
 
-  // Of any: of the row's keys from `begin` on, of which `there` are there, which may be more than a slot has. `page`: of
-  // key `lane` of the slot, looked up before; returned is that of as many keys from `next` on, of which `next_there`
+  // Of any: of the row's keys from `begin` on, of which `there` are there, which may be more than a slot has. `page`:
+  // of key `lane` of the slot, looked up before; returned is that of as many keys from `next` on, of which `next_there`
   // are there. Out of line: code that seldom runs gets in the way of what does.
   static __device__ __noinline__ int32_t load(const ProposalParams* p, const RowUnit* unit, uint32_t slot, int begin,
                                               int there, int32_t page, int next, int next_there) {
@@ -216,7 +216,7 @@ struct CodeScorer {
     for (int w = 0; w + 1 < kWords; w += 2) {
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        const uint32_t(&own)[kWords] = words[2 * n], (&other)[kWords] = words[2 * n + 1];
+        const uint32_t (&own)[kWords] = words[2 * n], (&other)[kWords] = words[2 * n + 1];
         mma_u8_s8(low[n], {own[w] & kLow, other[w] & kLow, own[w + 1] & kLow, other[w + 1] & kLow}, query[w],
                   query[w + 1]);
         mma_u8_s8(high[n], {own[w] & kHigh, other[w] & kHigh, own[w + 1] & kHigh, other[w + 1] & kHigh},
@@ -234,7 +234,7 @@ struct CodeScorer {
     const uint4 four = load_shared_16(shared_address(&queries.common[head_of(lane)]));
     const ProposalQuery common[2] = {{__uint_as_float(four.x), __uint_as_float(four.y)},
                                      {__uint_as_float(four.z), __uint_as_float(four.w)}};
-    const auto put_sums = [&](int first, const int32_t(&sums)[4]) {
+    const auto put_sums = [&](int first, const int32_t (&sums)[4]) {
       float logits[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -306,7 +306,8 @@ struct PilotScorer {
     const CodeScorer<T, HEAD_DIM, 2> scorer(queries, lane);
     cp_async_wait<0>();
     __syncwarp();
-    scorer.score(slot, lane, [&](int row, const float(&logits)[4]) { put(part * kPilotWarpKeys / 16 + row / 16, logits); });
+    scorer.score(slot, lane,
+                 [&](int row, const float (&logits)[4]) { put(part * kPilotWarpKeys / 16 + row / 16, logits); });
   }
 };
 

@@ -25,7 +25,8 @@ constexpr int query_bytes(int head_dim) { return kHeadBlock * (query_pitch(head_
 constexpr int head_quads(int block_heads) { return block_heads <= 4 ? 1 : 2; }
 // WarpShared; one_pass.cuh checks it.
 constexpr int proposal_warp_bytes(int head_dim, int quads) {
-  return (kProposalScores * 4 + kListedDraws * 16 + 240 + quads * (16 * head_dim + kDrawsAtOnce * 16) + 127) / 128 * 128;
+  return (kProposalScores * 4 + kListedDraws * 16 + 240 + quads * (16 * head_dim + kDrawsAtOnce * 16) + 127) / 128 *
+         128;
 }
 constexpr int kProposalSharedBytes = 512;  // of ProposalShared; one_pass.cuh checks it
 constexpr int aligned_query_bytes(int head_dim) { return (query_bytes(head_dim) + 127) / 128 * 128; }
@@ -57,8 +58,8 @@ inline void plan_one_pass_proposal(DecodeParams& p, const DeviceLimits& device) 
   const int64_t parts = ceil_div(p.max_kv_len, part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv));
   const int64_t items = static_cast<int64_t>(p.batch) * p.num_units() * parts;
   const int64_t warps = static_cast<int64_t>(plan.ctas_at_once) * kProposalWarps;
-  plan.whole_parts = forced_plan().num_warps > 0 ? forced_plan().num_warps == 1
-                                                 : 10 * items >= 9 * ceil_div(items, warps) * warps;
+  plan.whole_parts =
+      forced_plan().num_warps > 0 ? forced_plan().num_warps == 1 : 10 * items >= 9 * ceil_div(items, warps) * warps;
   cut_rows(p, plan.whole_parts ? kProposalWarps : 1);
 }
 

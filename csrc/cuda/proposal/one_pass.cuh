@@ -309,8 +309,7 @@ struct ProposalWarp {
     // Rows are on their way together. Keys are the M of m16n8k16, up to 8 of them; a lane has eight elements of each
     // 32, those of q likewise, in an order of features that is the same for both.
     constexpr int kChunks = HEAD_DIM / 32, kAhead = HEAD_DIM <= 128 ? kDrawsAtOnce : 0;
-    const auto* const k_row =
-        reinterpret_cast<const K*>(__shfl_sync(0xffffffffu, key_row, first + min(g, count - 1)));
+    const auto* const k_row = reinterpret_cast<const K*>(__shfl_sync(0xffffffffu, key_row, first + min(g, count - 1)));
     uint4 k[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) k[i] = load_key_elements<T>(k_row + i * 32 + t * 8);
@@ -500,7 +499,8 @@ struct ProposalWarp {
     write_rows(part, rows);
   }
 
-  // Writes the part's sums of heads `member`, member + team, ...: those of `team` warps, `first` and on, in their order.
+  // Writes the part's sums of heads `member`, member + team, ...: those of `team` warps, `first` and on, in their
+  // order.
   __device__ __forceinline__ void write_shared(const ProposalParams& proposal, const Shared* first, int team,
                                                int member, int part) const {
     const int64_t stats = stats_of(part);
@@ -512,7 +512,8 @@ struct ProposalWarp {
         const float other = first[u].reference[h], raised = fmaxf(reference, other);
         const float factor = exp2_below(reference, raised), other_factor = exp2_below(other, raised);
         reference = raised;
-        z = merged(z, factor, first[u].z[h], other_factor), drawn = merged(drawn, factor, first[u].drawn[h], other_factor);
+        z = merged(z, factor, first[u].z[h], other_factor),
+        drawn = merged(drawn, factor, first[u].drawn[h], other_factor);
         float values[kElements] = {};
         if (first[u].rows > 0) load_elements(values, &first[u].sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
 #pragma unroll
@@ -574,8 +575,8 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
     const int part_tiles = part_kv / kTileKv;
     cta.team = p.plan.whole_parts && part_tiles <= kProposalWarps ? 1 : min(part_tiles, kProposalWarps);
     cta.turns = part_tiles / cta.team, cta.span = cta.team == 1 ? part_kv : kTileKv;
-    cta.stream = random_stream(p, work.unit.batch_index, work.unit.row, work.unit.kv_head, work.unit.block,
-                               p.num_head_blocks());
+    cta.stream =
+        random_stream(p, work.unit.batch_index, work.unit.row, work.unit.kv_head, work.unit.block, p.num_head_blocks());
   }
   if (threadIdx.x == 32) cta.keys = rows_in_bytes(p, work.unit, false);
   if (threadIdx.x == 64) cta.values = rows_in_bytes(p, work.unit, true);
@@ -587,8 +588,8 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   const bool side_by_side = same(Slots::side_by_side(proposal, cta.unit));
   const int num_keys = same(cta.num_keys), span = same(cta.span);
   int ahead = warp * span;  // what is copied next
-  int32_t page = side_by_side ? 0
-                              : Slots::load(&proposal, &cta.unit, 0, 0, 0, 0, cta.first_key + ahead, num_keys - ahead);
+  int32_t page =
+      side_by_side ? 0 : Slots::load(&proposal, &cta.unit, 0, 0, 0, 0, cta.first_key + ahead, num_keys - ahead);
   const auto load = [&](uint32_t slot) {
     if (ahead < num_keys) {
       const int begin = ahead;
@@ -630,7 +631,7 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
           cp_async_wait<3>();
         }
         __syncwarp();  // the other lanes' copies are visible
-        scorer.score(slot, lane, [&](int at, const float(&logits)[4]) { own.put(first + at, logits); });
+        scorer.score(slot, lane, [&](int at, const float (&logits)[4]) { own.put(first + at, logits); });
         __syncwarp();  // the other lanes are done with the slot: it is filled again
         load(slot);
         slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
@@ -645,8 +646,8 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
         const int64_t position = static_cast<int64_t>(cta.unit.row.span_first) + cta.first_key + tile / span * span +
                                  static_cast<int64_t>(nth / span_tiles) * kProposalWarps * span +
                                  nth % span_tiles * kTileKv;
-        shared.offsets[lane] = tile_offset(Budget::kStreaming, cta.stream, position, kTileKv, cta.unit.row.span_len, 0,
-                              kProposalUnitBits);
+        shared.offsets[lane] =
+            tile_offset(Budget::kStreaming, cta.stream, position, kTileKv, cta.unit.row.span_len, 0, kProposalUnitBits);
         __syncwarp();
       }
       own.draw(cta.first_key + tile, tile_keys, shared.offsets[tile_index & 31]);
@@ -702,7 +703,7 @@ __global__ void __launch_bounds__(kProposalWarps * 32, proposal_ctas(HEAD_DIM))
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass_proposal(const ProposalParams& p, cudaStream_t stream) {
   auto* const kernel = head_quads(head_block_of(p.decode, 0).count) == 1 ? one_pass_proposal_kernel<T, K, HEAD_DIM, 1>
-                                                                        : one_pass_proposal_kernel<T, K, HEAD_DIM, 2>;
+                                                                         : one_pass_proposal_kernel<T, K, HEAD_DIM, 2>;
   launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, kernel, p, p.decode, pilot_proposal_bytes(HEAD_DIM),
                           proposal_shared_bytes(p.decode, p.decode.plan.num_slots), kProposalWarps * 32, stream);
 }
