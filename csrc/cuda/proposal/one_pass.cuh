@@ -47,7 +47,8 @@ struct alignas(128) WarpShared {
   int rows;
   uint32_t offsets[32];  // of the thresholds of as many tiles
 };
-// By bytes: [first row, K or V of it] of a row unit.
+
+// K or V of a row unit, in bytes.
 __device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, const RowUnit& unit, bool of_values) {
   const int bytes = (of_values ? p.v_dtype : p.k_dtype) == Dtype::kFloat8E4M3 ? 1 : 2;
   return of_values ? make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start,
@@ -452,19 +453,14 @@ struct ProposalWarp {
     __syncwarp();  // all lanes have read them
     if (lane < kHeadBlock) own.reference[lane] = raised, own.z[lane] = part_z, own.drawn[lane] = part_drawn;
     if (lane == 0) own.rows = rows_before + rows;
-    if (rows_before == 0) {  // then the reference is the tile's
-      if (rows == 0 || lane >= Lanes::kLanes) return;
-#pragma unroll
-      for (int h = 0; h < 4 * QUADS; ++h) store_elements(&own.sums[h][lane * kElements], sums[h]);
-      return;
-    }
+    if (rows_before + rows == 0) return;
 #pragma unroll
     for (int h = 0; h < 4 * QUADS; ++h) {
       const float head_factor = __shfl_sync(0xffffffffu, factor, h),
                   head_tile_factor = __shfl_sync(0xffffffffu, tile_factor, h);
       if (lane >= Lanes::kLanes) continue;
-      float of_part[kElements];
-      load_elements(of_part, &own.sums[h][lane * kElements]);
+      float of_part[kElements] = {};
+      if (rows_before > 0) load_elements(of_part, &own.sums[h][lane * kElements]);
 #pragma unroll
       for (int d = 0; d < kElements; ++d) of_part[d] = merged(of_part[d], head_factor, sums[h][d], head_tile_factor);
       store_elements(&own.sums[h][lane * kElements], of_part);
@@ -512,7 +508,7 @@ struct ProposalWarp {
         const float other = first[u].reference[h], raised = fmaxf(reference, other);
         const float factor = exp2_below(reference, raised), other_factor = exp2_below(other, raised);
         reference = raised;
-        z = merged(z, factor, first[u].z[h], other_factor),
+        z = merged(z, factor, first[u].z[h], other_factor);
         drawn = merged(drawn, factor, first[u].drawn[h], other_factor);
         float values[kElements] = {};
         if (first[u].rows > 0) load_elements(values, &first[u].sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
@@ -656,6 +652,7 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
     const int team = same(cta.team);
     if (team == 1) {
       own.write_own(proposal, cta.first_part + part);
+      __syncwarp();  // all lanes have read the sums
       continue;
     }
     const int member = warp & (team - 1);
