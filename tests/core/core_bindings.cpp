@@ -146,8 +146,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("exact_tile_kv_of", py::vectorize(exact_tile_kv_of));
   m.def("max_exact_tiles", py::vectorize(max_exact_tiles));
   m.def("draw_tile_kv_of", py::vectorize(draw_tile_kv_of), py::arg("kv_len"), py::arg("by_features"));
-  m.def("part_kv_of", py::vectorize(part_kv_of), py::arg("kv_len"), py::arg("num_units"));
-  m.def("max_num_parts", py::vectorize(max_num_parts), py::arg("max_kv_len"), py::arg("num_units"));
+  m.def("part_kv_of", py::vectorize(part_kv_of), py::arg("kv_len"), py::arg("num_units"), py::arg("most") = kMaxPartKv);
+  m.def("max_num_parts", py::vectorize(max_num_parts), py::arg("max_kv_len"), py::arg("num_units"),
+        py::arg("most") = kMaxPartKv);
+  m.def("proposal_tile_kv_of", &proposal_tile_kv_of, py::arg("block_heads"));
+  m.attr("MOST_PROPOSAL_PART_KV") = kMostProposalPartKv;
   m.def("num_head_blocks_of", &num_head_blocks_of);
   m.def("ceil_div_int", &ceil_div_int);
   m.def("default_min_sampled_len", &default_min_sampled_len, py::arg("num_samples"), py::arg("gqa_group_size"));

@@ -10,7 +10,7 @@ from hypothesis import example
 from hypothesis import strategies as st
 
 import santa
-from santa import reference
+from santa import reference, reference_proposal
 
 
 def test_tiles_cover_every_length_and_max_num_tiles_bounds_them():
@@ -63,6 +63,22 @@ def test_tiles_of_rows_in_one_pass():
         assert set(tiles_kv.tolist()) == ({128} if by_features else {64, 128})
         assert (core.part_kv_of(lengths, 1) % tiles_kv == 0).all()
     assert core.draw_tile_kv_of(2**31 - 1, False) == 128
+
+
+@pytest.mark.parametrize("num_units", [1, 8, 64, 1000])
+def test_parts_of_rows_with_proposal_keys(num_units):
+    """Those of other rows, up to 2,048 keys, in whole tiles: what the oracle says of them."""
+    lengths, most = np.arange(0, 300_001, 7), core.MOST_PROPOSAL_PART_KV
+    parts_kv = core.part_kv_of(lengths, num_units, most)
+    np.testing.assert_array_equal(parts_kv, np.minimum(core.part_kv_of(lengths, num_units), 2048))
+    needed = np.maximum.accumulate(-(-lengths // parts_kv))
+    bound = core.max_num_parts(lengths, num_units, most)
+    assert (bound >= needed).all() and (bound <= needed + needed // 8 + 1).all()
+    for group in range(1, 17):
+        block = reference.head_blocks(group)[0]
+        tile_kv = core.proposal_tile_kv_of(block.stop - block.start)
+        assert tile_kv == reference_proposal.tile_kv(group)
+        assert (parts_kv % tile_kv == 0).all()
 
 
 @for_all(kv_lens, kv_lens, st.integers(1, 2**26))
