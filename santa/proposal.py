@@ -149,7 +149,8 @@ def append_proposal_keys(
         slots: instead of positions, for pages: page * page_size + offset; negative: nowhere. With one list of new
             tokens for all rows batch is 1.
 
-    On the CPU a place outside the cache raises, and nothing is written. No place may be given twice.
+    On the CPU a place outside the cache raises, and nothing is written; CUDA does not wait to look, and leaves such
+    keys out. No place may be given twice.
 
     Raises:
         ValueError: an argument has an unusable value, dtype, shape, stride or device; the message names it.

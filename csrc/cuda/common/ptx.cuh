@@ -102,7 +102,11 @@ __device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
   return slot + SLOT_BYTES == ring + NUM_SLOTS * SLOT_BYTES ? ring : slot + SLOT_BYTES;
 }
 
-// A pair to shared memory, if `there`, without a branch around it.
+__device__ __forceinline__ void store_shared_pair(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+
+// The same if `there`, without a branch around it.
 __device__ __forceinline__ void store_shared_pair_if(bool there, uint32_t address, float first, float second) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1, %2};}" ::"r"(address), "f"(first),
                "f"(second), "r"(static_cast<uint32_t>(there))
@@ -161,12 +165,6 @@ __device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
   uint16_t value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
   return value;
-}
-
-__device__ __forceinline__ uint8_t load_shared_1(uint32_t address) {
-  uint16_t value;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
-  return static_cast<uint8_t>(value);
 }
 
 __device__ __forceinline__ void store_shared_1(uint32_t address, uint8_t value) {

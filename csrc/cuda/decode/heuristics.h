@@ -151,7 +151,6 @@ inline int one_pass_threads(const DecodeParams& p) { return (p.plan.num_warps + 
 // Where lengths are on the device, most tiles that there could be may not be there, and CTAs without one cost time too:
 // then there is one line of CTAs that look for tiles, twice as many as live at once, but beside rows in one pass, whose
 // CTAs must have gone before these can come, no more than do.
-
 inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   CallPlan& plan = p.plan;
   const int row_tiles = plan.equal_rows ? plan.row.num_tiles

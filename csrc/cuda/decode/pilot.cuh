@@ -15,9 +15,9 @@ struct PilotShared {
 };
 static_assert(sizeof(PilotShared) <= kPilotHeadBytes);
 
-// The states of 16 pilot keys, a head's each, to `states`. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t
-// and the next, in the order of score_slot.
-__device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& unit, SoftmaxState* states, int group,
+// The states of 16 pilot keys. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the order of
+// score_slot.
+__device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& unit, PilotShared& shared, int group,
                                           const float (&logits)[4], float spaced, int lane) {
   const int low = group * 16 + (lane >> 2), high = low + 8, kv_len = unit.row.kv_len, size = pilot_size(kv_len);
   const float low_weight = low < size ? pilot_log2_weight(low, kv_len, spaced) : -INFINITY;
@@ -38,25 +38,8 @@ __device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& 
     const float max = max_over_keys(fmaxf(first, second)), below = finite_max(max);
     float sum = exp2_approx(first - below) + exp2_approx(second - below);
     for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane < 4) states[2 * lane + j] = {max, sum};
+    if (lane < 4) shared.states[group][2 * lane + j] = {max, sum};
   }
-}
-
-// Their merged log-sum-exp of head lane % 8, by a warp. states_of(group of 16 keys), of `size` keys.
-template <typename StatesOf>
-__device__ __forceinline__ float pilot_level(int size, const StatesOf& states_of, int lane) {
-  // Lanes of the same head take groups in turn and merge as a tree.
-  const int num_groups = ceil_div_int(size, kPilotWarpKeys) * (kPilotWarpKeys / 16);
-  SoftmaxState state = empty_softmax_state();
-  // Loops: code that runs once has to be fetched first.
-#pragma unroll 1
-  for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, states_of(group)[lane & 7]);
-#pragma unroll 1
-  for (int offset = 8; offset < 32; offset <<= 1) {
-    state = merge(state,
-                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-  }
-  return log2_sum(state);
 }
 
 // By all warps of the CTA. `bytes`: PilotShared and what the warps need.
@@ -67,16 +50,25 @@ __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit&
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   const float spaced = spaced_log2_weight(unit.row.kv_len);
   if (warp * kPilotWarpKeys < size) {
-    scorer.score_pilot(shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
-                       [&](int group, const float (&logits)[4]) {
-                         put_pilot(p, unit, shared.states[group], group, logits, spaced, lane);
-                       });
+    scorer.score_pilot(
+        shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
+        [&](int group, const float (&logits)[4]) { put_pilot(p, unit, shared, group, logits, spaced, lane); });
   }
   __syncthreads();
   if (warp > 0) return;
-  const float level = pilot_level(size, [&](int group) { return shared.states[group]; }, lane);
+  // Lanes of the same head take groups in turn and merge as a tree.
+  const int num_groups = ceil_div_int(size, kPilotWarpKeys) * (kPilotWarpKeys / 16);
+  SoftmaxState state = empty_softmax_state();
+  // Loops: code that runs once has to be fetched first.
+#pragma unroll 1
+  for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, shared.states[group][lane & 7]);
+#pragma unroll 1
+  for (int offset = 8; offset < 32; offset <<= 1) {
+    state = merge(state,
+                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+  }
   if (lane < unit.heads.count) {
-    p.level[p.output_index(unit.batch_index, unit.kv_head, unit.heads.first + lane)] = level;
+    p.level[p.output_index(unit.batch_index, unit.kv_head, unit.heads.first + lane)] = log2_sum(state);
   }
 }
 

@@ -416,8 +416,8 @@ struct TileItem {
 };
 
 // All tiles of all rows that are not in one pass: a CTA for each if rows are known to be equal, else each CTA in steps
-// of the grid. Beside rows in one pass it starts
-// before their kernel has ended, and ends after it: who waits for this kernel has waited for both.
+// of the grid. Beside rows in one pass it starts before their kernel has ended, and ends after it: who waits for this
+// kernel has waited for both.
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, min_tile_ctas(HEAD_DIM))
     tile_kernel(const __grid_constant__ DecodeParams p) {

@@ -51,7 +51,7 @@ inline void plan_one_pass_proposal(DecodeParams& p, const DeviceLimits& device) 
   int ctas = most_proposal_ctas(p.head_dim);
   while (ctas > 1 && !fits(ctas, 2)) --ctas;
   const int most = forced_plan().num_slots > 0 ? std::min(forced_plan().num_slots, kMostCodeSlots) : kMostCodeSlots;
-  plan.num_warps = kProposalWarps, plan.num_slots = 2;
+  plan.num_slots = 2;
   while (plan.num_slots < most && fits(ctas, plan.num_slots + 1)) ++plan.num_slots;
   plan.ctas_at_once = ctas * device.num_sms;
   // Whole parts for each warp, if that keeps nearly all of them busy.

@@ -48,13 +48,11 @@ struct alignas(128) WarpShared {
   uint32_t offsets[32];  // of the thresholds of as many tiles
 };
 
-// K or V of a row unit, in bytes.
-__device__ __forceinline__ KvRows<char> rows_in_bytes(const DecodeParams& p, const RowUnit& unit, bool of_values) {
-  const int bytes = (of_values ? p.v_dtype : p.k_dtype) == Dtype::kFloat8E4M3 ? 1 : 2;
-  return of_values ? make_kv_rows<char>(p, p.v, unit.batch_index, unit.kv_head, unit.row.kv_start,
-                                        p.stride_v_batch * bytes, p.stride_v_token * bytes, p.stride_v_head * bytes)
-                   : make_kv_rows<char>(p, p.k, unit.batch_index, unit.kv_head, unit.row.kv_start,
-                                        p.stride_k_batch * bytes, p.stride_k_token * bytes, p.stride_k_head * bytes);
+// K by bytes, as value_bytes has V.
+__device__ __forceinline__ KvRows<char> key_bytes(const DecodeParams& p, const RowUnit& unit) {
+  const int element_bytes = p.k_dtype == Dtype::kFloat8E4M3 ? 1 : 2;
+  return make_kv_rows<char>(p, p.k, unit.batch_index, unit.kv_head, unit.row.kv_start, p.stride_k_batch * element_bytes,
+                            p.stride_k_token * element_bytes, p.stride_k_head * element_bytes);
 }
 
 // Eight elements of a key, of T or of float8, as elements of T: they are the same numbers.
@@ -137,8 +135,8 @@ struct ProposalWarp {
   __device__ __forceinline__ void put(int first, const float (&logits)[4]) const {
     const int head = CodeScorer<T, HEAD_DIM, QUADS>::head_of(lane), octet = first >> 3;
     const uint32_t base = shared_address(own.scores) + (head >> 2) * kPlane + (head & 3) * 4 + (lane >> 2) * 16;
-    store_shared_pair_if(true, (base + octet * 128) ^ (octet & 7) << 4, logits[0], logits[1]);
-    store_shared_pair_if(true, (base + (octet + 1) * 128) ^ ((octet + 1) & 7) << 4, logits[2], logits[3]);
+    store_shared_pair((base + octet * 128) ^ (octet & 7) << 4, logits[0], logits[1]);
+    store_shared_pair((base + (octet + 1) * 128) ^ ((octet + 1) & 7) << 4, logits[2], logits[3]);
   }
   static __device__ __forceinline__ uint32_t place_of(const Shared& own, int key, int quad) {
     return shared_address(own.scores) + quad * kPlane + (key ^ (key >> 3 & 7)) * 16;
@@ -574,8 +572,8 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
     cta.stream =
         random_stream(p, work.unit.batch_index, work.unit.row, work.unit.kv_head, work.unit.block, p.num_head_blocks());
   }
-  if (threadIdx.x == 32) cta.keys = rows_in_bytes(p, work.unit, false);
-  if (threadIdx.x == 64) cta.values = rows_in_bytes(p, work.unit, true);
+  if (threadIdx.x == 32) cta.keys = key_bytes(p, work.unit);
+  if (threadIdx.x == 64) cta.values = value_bytes(p, work.unit);
   __syncthreads();
 
   // From lane 0: see warp_index.
@@ -619,6 +617,7 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
       if (tile_keys <= 0) break;
 #pragma unroll 1
       for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
+        // cp_async_wait_but(ring_slots - 1), the usual number first: it is asked for every slot.
         if (ring_slots == 3) {
           cp_async_wait<2>();
         } else if (ring_slots == 2) {

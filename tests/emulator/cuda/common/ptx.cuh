@@ -86,8 +86,11 @@ uint32_t slot_after(uint32_t slot, uint32_t ring) {
 
 // ---- loads and stores
 
+inline void store_shared_pair(uint32_t address, float first, float second) {
+  store_shared(address, float2{first, second});
+}
 inline void store_shared_pair_if(bool there, uint32_t address, float first, float second) {
-  if (there) store_shared(address, float2{first, second});
+  if (there) store_shared_pair(address, first, second);
 }
 template <int WORDS>
 void store_global(float* to, const float (&values)[WORDS], uint64_t) {
@@ -95,7 +98,6 @@ void store_global(float* to, const float (&values)[WORDS], uint64_t) {
 }
 inline uint4 load_shared_16(uint32_t address) { return load_shared<uint4>(address); }
 inline uint2 load_shared_8(uint32_t address) { return load_shared<uint2>(address); }
-inline uint8_t load_shared_1(uint32_t address) { return load_shared<uint8_t>(address); }
 inline float load_shared_float(uint32_t address) { return load_shared<float>(address); }
 inline void store_shared_float(uint32_t address, float value) { store_shared(address, value); }
 inline uint16_t load_shared_2(uint32_t address) { return load_shared<uint16_t>(address); }
@@ -140,12 +142,20 @@ inline uint32_t transpose_8x8(uint32_t fragment) {
   return word;
 }
 
+// Words of A and B of a matrix product, of all lanes.
+struct Fragments {
+  uint64_t rows[4][32], columns[2][32];
+
+  Fragments(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    for (int i = 0; i < 4; ++i) std::memcpy(rows[i], emulator::exchange(a[i]), sizeof(rows[i]));
+    std::memcpy(columns[0], emulator::exchange(b0), sizeof(columns[0]));
+    std::memcpy(columns[1], emulator::exchange(b1), sizeof(columns[1]));
+  }
+};
+
 // m16n8k32 of bytes, to integers: as Float16Traits::mma, four elements to a word.
 inline void mma_u8_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint64_t rows[4][32], columns[2][32];
-  for (int i = 0; i < 4; ++i) std::memcpy(rows[i], emulator::exchange(a[i]), sizeof(rows[i]));
-  std::memcpy(columns[0], emulator::exchange(b0), sizeof(columns[0]));
-  std::memcpy(columns[1], emulator::exchange(b1), sizeof(columns[1]));
+  const auto [rows, columns] = Fragments(a, b0, b1);
   const int g = emulator::lane() >> 2, t = emulator::lane() & 3;
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 32; ++k) {
@@ -223,10 +233,7 @@ struct Float16Traits {
 
   // m16n8k16: lane (g, t) has A of rows g and g + 8, B of column g, D of rows g and g + 8 and columns 2 t and 2 t + 1.
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    uint64_t rows[4][32], columns[2][32];
-    for (int i = 0; i < 4; ++i) std::memcpy(rows[i], emulator::exchange(a[i]), sizeof(rows[i]));
-    std::memcpy(columns[0], emulator::exchange(b0), sizeof(columns[0]));
-    std::memcpy(columns[1], emulator::exchange(b1), sizeof(columns[1]));
+    const auto [rows, columns] = Fragments(a, b0, b1);
     const int g = emulator::lane() >> 2, t = emulator::lane() & 3;
     for (int i = 0; i < 4; ++i) {
       const int column = 2 * t + (i & 1);
