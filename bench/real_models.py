@@ -24,7 +24,7 @@ import transformers
 from harness import environment
 from pretrained import output
 from pretrained.checkpoints import CHECKPOINTS, convert, load
-from pretrained.decode import LayerProbe, Prefilled, Steps, answers_right, exact_steps, prefill, sampled_steps
+from pretrained.decode import HeadFacts, HeadProbe, Prefilled, Steps, answers_right, exact_steps, prefill, sampled_steps
 from pretrained.measures import Point, advise, mean_interval
 from pretrained.methods import EXACT, GROUPED, METHODS, Method, Run, reason_not_to_run
 from pretrained.texts import PUZZLES, prompts, texts
@@ -35,6 +35,8 @@ OUT = ROOT / "out" / "real-models"
 # The layers of a run draw from streams that follow each other.
 SEED_STRIDE = 1000
 PROBE_SAMPLES = 64
+# Heads in a table: of the largest error, or of the most that is copied.
+NUM_HEADS = 8
 # Of the layers that sample, how many are exact in the comparison that asks whether it pays.
 NUM_EXACT_LAYERS = 2
 
@@ -65,7 +67,7 @@ def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namesp
     head_dim = head_dim_of(prefilled.model)
     context, batch = prefilled.context, len(prefilled.tokens)
     stride = max(1, (prefilled.tokens.shape[1] - context) // 4)
-    probe = LayerProbe(PROBE_SAMPLES, every=stride)
+    probe = HeadProbe(PROBE_SAMPLES, every=stride)
     exact, distributions = exact_steps(prefilled, probe)
     facts = probe.facts()
     runs = runs_of(arguments, [fact.layer for fact in sorted(facts, key=lambda fact: -fact.error) if counts(fact)])
@@ -84,6 +86,7 @@ def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namesp
         "exact_nll": float(exact.nll.mean()),
         "points": points,
         "layers": facts,
+        "heads": probe.heads(),
     }
 
 
@@ -144,11 +147,13 @@ def head_dim_of(model: transformers.PreTrainedModel) -> int:
 
 def measure_retrieval(
     title: str, model: transformers.PreTrainedModel, tokenizer: Any, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Of the prompts that exact attention answers, how many each method does. All tasks are one batch."""
+) -> tuple[list[dict[str, Any]], list[HeadFacts]]:
+    """Of the prompts that exact attention answers, how many each method does; and the heads that find the answers. All
+    tasks are one batch."""
     asked = prompts(tokenizer, list(PUZZLES), arguments.prompts, arguments.retrieval, arguments.seed)
     prefilled = prefill(model, asked.tokens, arguments.retrieval - asked.decoded - 1, f"{title}, prompts")
-    exact = answers_right(prefilled, Run(EXACT), asked)
+    probe = HeadProbe(PROBE_SAMPLES, every=1, prompts=asked)
+    exact = answers_right(prefilled, Run(EXACT, observe=probe), asked)
     runs = [(method, num_samples) for method in arguments.chosen for num_samples in arguments.retrieval_samples]
     records, rows_of_grouped = [], {}
     for number, (method, num_samples) in enumerate(tqdm(runs, desc=f"{title}, retrieval", unit="run", leave=False)):
@@ -172,7 +177,7 @@ def measure_retrieval(
                     "right": sum(exact[index] and right[index] for index in of_task),
                 }
             )
-    return records
+    return records, probe.heads()
 
 
 def show_context(result: dict[str, Any]) -> None:
@@ -182,16 +187,24 @@ def show_context(result: dict[str, Any]) -> None:
         f"{torch.tensor(result['exact_nll']).exp():.3f}\n"
     )
     print(output.point_table(result["points"]))
-    print(f"\n{output.layer_table(result['layers'], PROBE_SAMPLES)}", flush=True)
+    print(f"\n{output.layer_table(result['layers'], PROBE_SAMPLES)}")
+    worst = sorted(result["heads"], key=lambda head: -head.error)[:NUM_HEADS]
+    print(f"\nHeads of the largest error\n\n{output.head_table(worst, PROBE_SAMPLES)}", flush=True)
 
 
-def show_retrieval(records: list[dict[str, Any]]) -> None:
+def show_retrieval(records: list[dict[str, Any]], heads: list[HeadFacts]) -> None:
     print(f"\n{records[0]['model']}, retrieval from {records[0]['context']:,} tokens\n")
-    print(output.retrieval_table(records), flush=True)
+    print(output.retrieval_table(records))
+    copying = sorted((head for head in heads if head.copied), key=lambda head: -head.copied)[:NUM_HEADS]
+    print(f"\nHeads that copy answers from the text\n\n{output.head_table(copying, PROBE_SAMPLES)}", flush=True)
 
 
 def save(
-    arguments: argparse.Namespace, results: list[dict[str, Any]], retrieval: list[dict[str, Any]], seconds: float
+    arguments: argparse.Namespace,
+    results: list[dict[str, Any]],
+    retrieval: list[dict[str, Any]],
+    copying: dict[str, list[HeadFacts]],
+    seconds: float,
 ) -> None:
     """What there is so far: a run that is cut short keeps it."""
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -201,10 +214,11 @@ def save(
         "options": {name: getattr(arguments, name) for name in names},
         "seconds": round(seconds),
         "contexts": [
-            result | {name: [asdict(item) for item in result[name]] for name in ("points", "layers")}
+            result | {name: [asdict(item) for item in result[name]] for name in ("points", "layers", "heads")}
             for result in results
         ],
         "retrieval": retrieval,
+        "retrieval_heads": {title: [asdict(head) for head in heads] for title, heads in copying.items()},
     }
     (arguments.out / "real_models.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -276,7 +290,7 @@ def main() -> None:
         f"Python {about['python']}, {about['date']}; size {arguments.size}",
         flush=True,
     )
-    results, retrieval = [], []
+    results, retrieval, copying = [], [], {}
     try:
         models = list(models_of(arguments))
     except FileNotFoundError as error:
@@ -289,12 +303,12 @@ def main() -> None:
                 measure_context(title, prefill(model, tokens, context, f"{title}, {context:,} tokens"), arguments)
             )
             show_context(results[-1])
-            save(arguments, results, retrieval, time.perf_counter() - start)
+            save(arguments, results, retrieval, copying, time.perf_counter() - start)
         if arguments.prompts:
-            records = measure_retrieval(title, model, tokenizer, arguments)
-            show_retrieval(records)
+            records, copying[title] = measure_retrieval(title, model, tokenizer, arguments)
+            show_retrieval(records, copying[title])
             retrieval += records
-            save(arguments, results, retrieval, time.perf_counter() - start)
+            save(arguments, results, retrieval, copying, time.perf_counter() - start)
         del model
     points = [point for result in results for point in result["points"]]
     if not points:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,11 +41,40 @@ class Prefilled:
         of the next one). `run` does the attention."""
         run.copies = self.copies
         cache = copy.deepcopy(self.cache)
+
+        def step(fed: Tensor) -> Tensor:
+            return self.model(fed, past_key_values=cache).logits[:, -1].float()
+
+        captures = self.can_capture(run)
         with run.attached(self.model):
             for place in range(self.context, self.tokens.shape[1] - 1):
                 run.position = place + 1
                 fed = self.tokens[:, place : place + 1]
-                yield place, self.model(fed, past_key_values=cache).logits[:, -1].float()
+                if captures and place == self.context + 1:  # the first step allocates what later ones add to
+                    step = CapturedStep(step, fed)
+                logits = step(fed)
+                run.advance()
+                yield place, logits
+
+    def can_capture(self, run: Run) -> bool:
+        """Whether all steps but the first do the same on the host. The cache of a window counts its tokens there."""
+        has_window = any(layer.is_sliding for layer in self.cache.layers)
+        return self.tokens.is_cuda and run.observe is None and not has_window
+
+
+class CapturedStep:
+    """A decode step as a CUDA graph: launched one by one its kernels take ten times as long as they run."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], fed: Tensor) -> None:
+        self.fed = fed.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step(self.fed)
+
+    def __call__(self, fed: Tensor) -> Tensor:
+        self.fed.copy_(fed)
+        self.graph.replay()
+        return self.logits.clone()
 
 
 @torch.inference_mode()
@@ -106,13 +136,27 @@ def answers_right(prefilled: Prefilled, run: Run, prompts: Prompts) -> list[bool
 
 
 @dataclass
-class LayerFacts:
-    """A layer's attention, means over heads, rows and steps.
+class HeadFacts:
+    """A query head's attention, means over rows and steps.
 
     effective_keys: exp of the entropy of attention.
     sink: mass of the row's first key.
     error: ||sampled - exact|| / ||exact|| of the output of `grouped`.
+    copied: mass of the key whose token comes next, in steps that copy an answer from the text; None if none was seen.
     """
+
+    layer: int
+    head: int
+    has_window: bool
+    effective_keys: float
+    sink: float
+    error: float
+    copied: float | None
+
+
+@dataclass
+class LayerFacts:
+    """The same of a layer, means over its heads."""
 
     layer: int
     has_window: bool
@@ -120,13 +164,24 @@ class LayerFacts:
     sink: float
     error: float
 
+    @classmethod
+    def of(cls, heads: Sequence[HeadFacts]) -> LayerFacts:
+        entropy, sink, error = (
+            fmean(values)
+            for values in zip(*((math.log(h.effective_keys), h.sink, h.error) for h in heads), strict=True)
+        )
+        return cls(heads[0].layer, heads[0].has_window, math.exp(entropy), sink, error)
 
-class LayerProbe:
-    """Observes some steps of an exact run: attention's entropy in each layer, and the error of `grouped` there."""
 
-    def __init__(self, num_samples: int, every: int = 16) -> None:
-        self.num_samples, self.every = num_samples, every
-        self.seen: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
+class HeadProbe:
+    """Observes some steps of an exact run: attention's entropy in each head, and the error of `grouped` there.
+
+    With prompts, of the steps that copy an answer from the text, what they attend to it: what makes a retrieval head.
+    """
+
+    def __init__(self, num_samples: int, every: int = 16, prompts: Prompts | None = None) -> None:
+        self.num_samples, self.every, self.prompts = num_samples, every, prompts
+        self.seen: dict[int, list[Tensor]] = defaultdict(list)  # by layer, of each step [4, num_qo_heads]
         self.calls: dict[int, int] = defaultdict(int)
         self.lengths: dict[int, int] = {}
 
@@ -140,16 +195,41 @@ class LayerProbe:
         start, stop = int(options["kv_starts"][0]), int(options["kv_starts"][0] + options["kv_lens"][0])
         scale = options["sm_scale"] or q.shape[-1] ** -0.5
         scores = (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, start:stop].transpose(-1, -2)).float() * scale
-        p = scores.softmax(-1)
-        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean()
-        error = ((out - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
-        self.seen[layer].append((float(entropy), float(p[..., 0].mean()), float(error)))
+        p = scores.softmax(-1).flatten(1, 2)  # [batch, num_qo_heads, keys]
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean(0)
+        error = ((out - exact).norm(dim=-1) / exact.norm(dim=-1)).mean(0)
+        copied = torch.full_like(error, math.nan)
+        if self.prompts is not None:
+            tokens = int(options["positions"][0])  # a window holds the last of them
+            copied = self.mass_of_sources(p, tokens, tokens - (stop - start))
+        self.seen[layer].append(torch.stack([entropy, p[..., 0].mean(0), error, copied]).cpu())
         self.lengths[layer] = stop - start
 
-    def facts(self) -> list[LayerFacts]:
+    def mass_of_sources(self, p: Tensor, tokens: int, first: int) -> Tensor:
+        """Of each head, the mean of p [batch, num_qo_heads, keys] at the keys whose tokens are those that follow after
+        so many tokens; NaN if no row is within its answer. first: the token of p's first key."""
+        total = self.prompts.tokens.shape[1]
+        seen = []
+        for row, (source, answer) in enumerate(zip(self.prompts.sources, self.prompts.answer_lens, strict=True)):
+            nth = tokens - (total - answer)
+            if source is not None and nth >= 0:
+                place = source + nth - first
+                seen.append(p[row, :, place] if place >= 0 else torch.zeros_like(p[row, :, 0]))
+        return torch.stack(seen).mean(0) if seen else torch.full_like(p[0, :, 0], math.nan)
+
+    def heads(self) -> list[HeadFacts]:
         longest = max(self.lengths.values())
         found = []
-        for layer, rows in sorted(self.seen.items()):
-            entropy, sink, error = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-            found.append(LayerFacts(layer, self.lengths[layer] < longest, math.exp(entropy), sink, error))
+        for layer, steps in sorted(self.seen.items()):
+            means = torch.stack(steps).double().nanmean(0)
+            for head, (entropy, sink, error, copied) in enumerate(means.T.tolist()):
+                has_window = self.lengths[layer] < longest
+                mass = None if math.isnan(copied) else copied
+                found.append(HeadFacts(layer, head, has_window, math.exp(entropy), sink, error, mass))
         return found
+
+    def facts(self) -> list[LayerFacts]:
+        by_layer: dict[int, list[HeadFacts]] = defaultdict(list)
+        for head in self.heads():
+            by_layer[head.layer].append(head)
+        return [LayerFacts.of(heads) for heads in by_layer.values()]

@@ -6,7 +6,6 @@ window's of the last ones. Rows draw from random streams of their own.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,19 +76,27 @@ def rounded_to_4_bits(k: Tensor, center: Tensor, channel_scale: Tensor) -> Tenso
     return (codes * scale * channel_scale + center).to(k.dtype)
 
 
-def top_k_attention(q: Tensor, k: Tensor, v: Tensor, num_rows: int, scaling: float | None) -> Tensor:
+def top_k_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_rows: int, scaling: float | None, is_valid: Tensor | None = None
+) -> Tensor:
     """Exact softmax over `num_rows` rows alone: those of the largest probability, on average over the query heads of a
     group, which share them.
 
-    q: [batch, num_qo_heads, head_dim]; k, v: [batch, num_kv_heads, kv_len, head_dim]. Returns q's shape.
+    q: [batch, num_qo_heads, head_dim]; k, v: [batch, num_kv_heads, kv_len, head_dim]; is_valid: [batch, kv_len], which
+    rows there are, all without it. Returns q's shape.
     """
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = (grouped @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if is_valid is not None:
+        scores = scores.masked_fill(~is_valid[:, None, None], -torch.inf)
     p = scores.softmax(-1)
     rows = p.mean(dim=2).topk(min(num_rows, k.shape[2]), dim=-1).indices
     kept = p.gather(-1, rows[:, :, None].expand(*p.shape[:3], -1))
     values = v.gather(2, rows[..., None].expand(-1, -1, -1, v.shape[-1]))
     return ((kept / kept.sum(-1, keepdim=True)).to(v.dtype) @ values).flatten(1, 2)
+
+
+# Copies of a layer's keys. `append` adds the key at place `at`, a tensor [1], and nothing of it runs on the host.
 
 
 class Float8Keys:
@@ -100,9 +107,10 @@ class Float8Keys:
         self.codes = torch.zeros(key.shape, dtype=codes.dtype, device=key.device)
         self.codes[:, :, :tokens] = codes
 
-    def append(self, key: Tensor, at: int) -> None:
-        row = key[:, :, at].float() / self.scale[:, None]
-        self.codes[:, :, at] = row.clamp(-448, 448).to(self.codes.dtype)
+    def append(self, key: Tensor, at: Tensor) -> None:
+        row = key.index_select(2, at).float() / self.scale[:, None, None]
+        codes = row.clamp(-448, 448).to(self.codes.dtype)
+        self.codes.view(torch.uint8).index_copy_(2, at, codes.view(torch.uint8))
 
     def options(self) -> dict[str, Any]:
         return {"k": self.codes, "k_scale": self.scale}
@@ -115,9 +123,9 @@ class ProposedKeys:
         lens = torch.full(key.shape[:1], tokens, dtype=torch.int32, device=key.device)
         self.proposal = santa.make_proposal_keys(key, lens, kv_layout="HND")
 
-    def append(self, key: Tensor, at: int) -> None:
-        positions = torch.full((key.shape[0], 1), at, device=key.device)
-        santa.append_proposal_keys(self.proposal, key[:, :, at : at + 1].transpose(1, 2), positions)
+    def append(self, key: Tensor, at: Tensor) -> None:
+        positions = at.expand(key.shape[0], 1).contiguous()
+        santa.append_proposal_keys(self.proposal, key.index_select(2, at).transpose(1, 2), positions)
 
     def options(self) -> dict[str, Any]:
         return {"proposal": self.proposal}
@@ -135,9 +143,9 @@ class CodedKeys:
         self.keys = torch.zeros_like(key)
         self.keys[:, :, :tokens] = rounded_to_4_bits(keys, self.center, self.channel_scale).to(key.dtype)
 
-    def append(self, key: Tensor, at: int) -> None:
-        row = rounded_to_4_bits(key[:, :, at : at + 1], self.center, self.channel_scale)
-        self.keys[:, :, at : at + 1] = row
+    def append(self, key: Tensor, at: Tensor) -> None:
+        row = rounded_to_4_bits(key.index_select(2, at), self.center, self.channel_scale)
+        self.keys.index_copy_(2, at, row)
 
     def options(self) -> dict[str, Any]:
         return {"k": self.keys}
@@ -158,17 +166,24 @@ def reason_not_to_run(method: Method, device: str) -> str | None:
 
 @dataclass
 class Layer:
-    """What the steps of a layer read: rows of V and keys there were, summed over steps, rows and KV heads."""
+    """What the steps of a layer read, of `heads` KV heads (of all rows) whose cache is `width` keys wide.
 
-    rows_read: list[Tensor] = field(default_factory=list)
+    rows_read: rows of V, summed over steps and heads, on the device: [].
+    available: keys that there were, summed in the same way; steps: of which there are so many.
+    """
+
+    heads: int
+    width: int
+    rows_read: Tensor
     available: int = 0
+    steps: int = 0
 
     def share(self) -> float:
-        return sum(float(rows.sum()) for rows in self.rows_read) / self.available
+        return int(self.rows_read) / self.available
 
     def mean_rows(self) -> float:
         """Rows of V that one step read for one KV head."""
-        return sum(float(rows.sum()) for rows in self.rows_read) / sum(rows.numel() for rows in self.rows_read)
+        return int(self.rows_read) / (self.steps * self.heads)
 
 
 @dataclass
@@ -194,7 +209,7 @@ class Run:
     num_rows: dict[int, int] = field(default_factory=dict)
     position: int = 0
     observe: Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], None] | None = None
-    layers: dict[int, Layer] = field(default_factory=lambda: defaultdict(Layer))
+    layers: dict[int, Layer] = field(default_factory=dict)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
@@ -207,6 +222,12 @@ class Run:
             yield
         finally:
             model.set_attn_implementation(before)
+
+    def advance(self) -> None:
+        """To be called after each step. A captured step adds up what it reads; what there was is counted here."""
+        for layer in self.layers.values():
+            layer.available += min(self.position, layer.width) * layer.heads
+            layer.steps += 1
 
     def share(self) -> float:
         """V rows read over those there were, in the layers that count: all, or without windows those without."""
@@ -261,8 +282,6 @@ class Run:
             return_rows_read=True,
         )
         q = query.squeeze(2)
-        # A window's cache is shorter than the text, and full; it moves at each step.
-        tokens = min(self.position, key.shape[2])
         if self.observe is not None:
             self.observe(index, q, key, value, options)
         if is_exact:
@@ -270,27 +289,29 @@ class Run:
         elif self.method.top_k:
             if softcap is not None or s_aux is not None:
                 raise ValueError(f"{type(module).__name__} has a soft cap or sinks; top-k here has none")
-            start = 0 if not has_window else tokens - int(kv_lens[0])
-            valid = slice(start, tokens)
-            out = top_k_attention(q, key[:, :, valid], value[:, :, valid], self.num_rows[index], scaling)
-            rows = torch.full(key.shape[:2], min(self.num_rows[index], tokens - start), device=key.device)
+            places = torch.arange(key.shape[2], device=key.device)
+            is_valid = (places >= kv_starts[:, None]) & (places < (kv_starts + kv_lens)[:, None])
+            out = top_k_attention(q, key, value, self.num_rows[index], scaling, is_valid)
+            rows = kv_lens.clamp(max=self.num_rows[index])[:, None].expand(key.shape[:2])
         else:
-            options |= self.method.options | self._copy_of(index, key, tokens, has_window)
+            options |= self.method.options | self._copy_of(index, key, kv_starts + kv_lens, has_window)
             out, _, rows = santa.decode(q, options.pop("k", key), value, **options)
         if not has_window or self.windows:
-            self.layers[index].rows_read.append(rows)
-            self.layers[index].available += tokens * rows.numel()
+            if index not in self.layers:
+                none = torch.zeros((), dtype=torch.int64, device=key.device)
+                self.layers[index] = Layer(rows.numel(), key.shape[2], none)
+            self.layers[index].rows_read += rows.sum()
         return out.unsqueeze(1), None
 
-    def _copy_of(self, index: int, key: Tensor, tokens: int, has_window: bool) -> dict[str, Any]:
+    def _copy_of(self, index: int, key: Tensor, ends: Tensor, has_window: bool) -> dict[str, Any]:
         """Options of `santa.decode` that hand over the other form of a layer's keys, with the new one."""
         if self.method.keys == "exact":
             return {}
         make = COPIES[self.method.keys]
-        if has_window:
-            return make(key, tokens).options()
+        if has_window:  # its cache moves
+            return make(key, min(self.position, key.shape[2])).options()
         place = (self.method.keys, index)
         if place not in self.copies:
-            self.copies[place] = make(key, tokens - 1)
-        self.copies[place].append(key, tokens - 1)
+            self.copies[place] = make(key, self.position - 1)
+        self.copies[place].append(key, (ends[:1] - 1).long())
         return self.copies[place].options()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .decode import LayerFacts
+from .decode import HeadFacts, LayerFacts
 from .measures import MAX_TOTAL_VARIATION, Advice, Point, wilson_interval
 
 
@@ -61,6 +61,22 @@ def layer_table(facts: Sequence[LayerFacts], num_samples: int) -> str:
         for fact in facts
     ]
     return markdown(["layer", "exp of entropy, keys", "mass of the first key", f"error, S = {num_samples}"], rows)
+
+
+def head_table(heads: Sequence[HeadFacts], num_samples: int) -> str:
+    rows = [
+        [
+            f"{head.layer}{', window' if head.has_window else ''}",
+            str(head.head),
+            "-" if head.copied is None else f"{head.copied:.1%}",
+            f"{head.effective_keys:,.0f}",
+            f"{head.sink:.1%}",
+            f"{head.error:.1%}",
+        ]
+        for head in heads
+    ]
+    header = ["layer", "head", "mass of the token copied", "exp of entropy, keys", "mass of the first key"]
+    return markdown([*header, f"error, S = {num_samples}"], rows)
 
 
 def retrieval_table(records: Sequence[dict]) -> str:

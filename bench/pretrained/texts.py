@@ -122,12 +122,14 @@ class Prompts:
     answer_lens: tokens of each answer.
     decoded: the last so many tokens are question and answer, at least, of every row: those that are decoded.
     tasks: name of each row's task.
+    sources: where the answer's tokens stand in each row's text, if they stand there once; else None.
     """
 
     tokens: torch.Tensor
     answer_lens: list[int]
     decoded: int
     tasks: list[str]
+    sources: list[int | None]
 
 
 def hide(puzzle: Puzzle, tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random) -> tuple[list[int], int]:
@@ -155,7 +157,7 @@ def hide(puzzle: Puzzle, tokenizer: PreTrainedTokenizerBase, length: int, rng: r
 
 def prompts(tokenizer: PreTrainedTokenizerBase, tasks: list[str], count: int, length: int, seed: int) -> Prompts:
     """`count` prompts of each of the tasks, names of PUZZLES."""
-    rows, answer_lens, tails = [], [], []
+    rows, answer_lens, tails, sources = [], [], [], []
     for task in tasks:
         for index in range(count):
             rng = random.Random(f"{seed} {task} {index}")
@@ -164,4 +166,10 @@ def prompts(tokenizer: PreTrainedTokenizerBase, tasks: list[str], count: int, le
             rows.append(ids)
             tails.append(tail)
             answer_lens.append(len(tokenizer(puzzle.answer, add_special_tokens=False)["input_ids"]))
-    return Prompts(torch.tensor(rows), answer_lens, max(tails), [task for task in tasks for _ in range(count)])
+            sources.append(_only_place(ids[-answer_lens[-1] :], ids[:-tail]))
+    return Prompts(torch.tensor(rows), answer_lens, max(tails), [task for task in tasks for _ in range(count)], sources)
+
+
+def _only_place(part: list[int], ids: list[int]) -> int | None:
+    places = [i for i in range(len(ids) - len(part) + 1) if ids[i : i + len(part)] == part]
+    return places[0] if len(places) == 1 else None

@@ -86,6 +86,20 @@ def test_rows_draw_numbers_of_their_own(tokens):
     assert not torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["exact", *BY_NAME])
+def test_captured_steps_are_those_that_are_launched(tokens, name, monkeypatch):
+    """Their logits, which tell what was drawn, and what they count."""
+    method = BY_NAME.get(name, EXACT)
+    context = decode.prefill(make_model("llama").to("cuda", torch.bfloat16), tokens, CONTEXT, "test")
+    captured, launched = (Run(method, 0 if method == EXACT else 8, num_rows={0: 9, 1: 9}) for _ in range(2))
+    assert context.can_capture(captured)
+    expected = logits_of(context, captured)
+    monkeypatch.setattr(context, "can_capture", lambda _: False)
+    assert torch.equal(logits_of(context, launched), expected)
+    assert captured.share() == launched.share() > 0 and captured.rows_by_layer() == launched.rows_by_layer()
+
+
 @pytest.mark.parametrize("name", [method.name for method in METHODS if not method.top_k and method.keys != "codes"])
 def test_with_many_samples_every_unbiased_method_is_near_exact(tokens, name):
     context = prefilled(tokens)
@@ -145,7 +159,7 @@ def test_uncorrected_keys_are_the_codes_of_proposal_keys():
     k = torch.randn(2, 2, 20, 64, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 4, 64) + 1
     coded, proposed = methods.CodedKeys(k, 19), methods.ProposedKeys(k, 19)
     for copy in (coded, proposed):
-        copy.append(k, 19)
+        copy.append(k, torch.tensor([19]))
     proposal = proposed.proposal
     codes = reference_proposal.unpack(proposal.codes).float() * proposal.scales.float()[..., None]
     expected = codes * proposal.channel_scale[:, :, None] + proposal.center[:, :, None]
@@ -171,15 +185,30 @@ def test_bytes_are_those_of_a_cache_in_16_bits():
     assert share["grouped, 4-bit keys uncorrected"] == pytest.approx(66 / 512 + 0.05)
 
 
+def test_heads_that_copy_attend_to_the_token_that_comes_next():
+    """Of two rows the first has its answer, two tokens, at 4; the second has none in its text."""
+    asked = texts.Prompts(torch.zeros(2, 12, dtype=torch.long), [2, 2], 4, ["a", "a"], [4, None])
+    probe = decode.HeadProbe(4, prompts=asked)
+    p = torch.rand(2, 3, 11)
+    assert probe.mass_of_sources(p, tokens=9, first=0).isnan().all()
+    assert torch.equal(probe.mass_of_sources(p, tokens=10, first=0), p[0, :, 4])
+    assert torch.equal(probe.mass_of_sources(p, tokens=11, first=0), p[0, :, 5])
+    assert torch.equal(probe.mass_of_sources(p, tokens=11, first=3), p[0, :, 2])
+    assert torch.equal(probe.mass_of_sources(p, tokens=11, first=6), torch.zeros(3))
+
+
 def test_the_probe_sees_entropy_sink_and_error(tokens):
     context = prefilled(tokens)
-    probe = decode.LayerProbe(4, every=2)
+    probe = decode.HeadProbe(4, every=2)
     decode.exact_steps(context, probe)
     facts = probe.facts()
     assert [fact.layer for fact in facts] == [0, 1] and len(probe.seen[0]) == 3
     assert all(1 <= fact.effective_keys <= CONTEXT + STEPS and 0 <= fact.sink <= 1 for fact in facts)
     assert all(0 < fact.error < 2 for fact in facts)
-    uniform = decode.LayerProbe(4)
+    heads = probe.heads()
+    assert [(head.layer, head.head) for head in heads] == [(i, h) for i in (0, 1) for h in range(len(heads) // 2)]
+    assert facts[1].error == pytest.approx(sum(h.error for h in heads if h.layer == 1) / (len(heads) // 2))
+    uniform = decode.HeadProbe(4)
     options = dict(
         kv_lens=torch.tensor([7], dtype=torch.int32),
         kv_starts=torch.tensor([0], dtype=torch.int32),
@@ -247,6 +276,10 @@ def test_a_prompt_has_every_line_of_its_puzzle_and_ends_with_the_answer(task):
     for line in puzzle.lines:
         assert text.count(f"\n{line}\n") == puzzle.lines.count(line)
     assert any(puzzle.answer in line for line in puzzle.lines)
+    made = texts.prompts(Characters(), [task], 2, 3000, seed=1)
+    for row, answer, source in zip(made.tokens.tolist(), made.answer_lens, made.sources, strict=True):
+        assert (source is None) == (task == "frequent word")
+        assert source is None or row[source : source + answer] == row[-answer:]
     with pytest.raises(ValueError, match="length is 20"):
         texts.hide(puzzle, Characters(), 20, random.Random(5))
 
@@ -259,7 +292,7 @@ def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(tokens):
         for _ in range(6):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     ids[1, -2] = (ids[1, -2] + 1) % 97
-    asked = texts.Prompts(ids, [3, 3], 6, ["a", "a"])
+    asked = texts.Prompts(ids, [3, 3], 6, ["a", "a"], [None, None])
     context = decode.prefill(model, ids, CONTEXT - 1, "test")
     assert decode.answers_right(context, Run(EXACT), asked) == [True, False]
 
