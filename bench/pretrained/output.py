@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .decode import HeadFacts, LayerFacts
 from .measures import MAX_TOTAL_VARIATION, Advice, Point, wilson_interval
 
@@ -77,6 +79,12 @@ def head_table(heads: Sequence[HeadFacts], num_samples: int) -> str:
     ]
     header = ["layer", "head", "mass of the token copied", "exp of entropy, keys", "mass of the first key"]
     return markdown([*header, f"error, S = {num_samples}"], rows)
+
+
+def error_summary(heads: Sequence[HeadFacts]) -> str:
+    errors = torch.tensor([head.error for head in heads])
+    median, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+    return f"error of {len(heads)} heads: median {median:.1%}, 90th percentile {most:.1%}, mean {errors.mean():.1%}"
 
 
 def retrieval_table(records: Sequence[dict]) -> str:

@@ -207,6 +207,7 @@ def test_the_probe_sees_entropy_sink_and_error(tokens):
     assert all(0 < fact.error < 2 for fact in facts)
     heads = probe.heads()
     assert [(head.layer, head.head) for head in heads] == [(i, h) for i in (0, 1) for h in range(len(heads) // 2)]
+    assert output.error_summary(heads).startswith(f"error of {len(heads)} heads: median ")
     assert facts[1].error == pytest.approx(sum(h.error for h in heads if h.layer == 1) / (len(heads) // 2))
     uniform = decode.HeadProbe(4)
     options = dict(
