@@ -44,10 +44,10 @@ __global__ void __launch_bounds__(32) select_kernel(const __grid_constant__ Sele
     total += static_cast<uint32_t>(tile_mass[t]);
   }
   const int64_t base = (static_cast<int64_t>(row) * p.tiles + tile) * p.tile_kv;
-  const int num_steps = (p.tile_kv + 31) / 32;
+  const int num_steps = ceil_div_int(p.tile_kv, kStepKeys);
   uint32_t weights[kKeysPerLane];
   for (int i = 0; i < kKeysPerLane; ++i) {
-    const int n = i * 32 + lane;
+    const int n = first_key_of(i / 4, lane) + i % 4;
     weights[i] = n < p.tile_kv ? p.row_weights[base + n] : 0;
   }
   const Draws draws = Draws::make(p.sampler, RandomStream::make(p.seed, p.row_seeds[row], 0, 0), 0, p.num_draws, total);

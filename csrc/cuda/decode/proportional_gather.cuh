@@ -109,9 +109,15 @@ __device__ __forceinline__ float reduce_rows(float value) {
   return sum;
 }
 
-template <typename V, int HEAD_DIM>
-__global__ void __launch_bounds__(kSelectThreads, 4)
+// Shares are compared with each other alone. In these units those of a tile that has next to none of the row's mass are
+// no subnormal numbers, and their sum has a reciprocal.
+constexpr float kShareUnits = 18446744073709551616.0f;  // 2^64
+
+// GROUPED: the draws are those of all query heads of the KV head, else of one.
+template <typename V, int HEAD_DIM, bool GROUPED>
+__global__ void __launch_bounds__(kSelectThreads, GROUPED ? 4 : 7)
     proportional_gather_kernel(const __grid_constant__ DecodeParams p) {
+  constexpr int kHeads = GROUPED ? kGatherHeads : 1;
   __shared__ SelectShared all_shared[kSelectWarps];
   const int warp = warp_index(), lane = threadIdx.x & 31;
   SelectShared& shared = all_shared[warp];
@@ -140,90 +146,97 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
     return;
   }
 
-  const bool grouped = p.sampler == Sampler::kGrouped;
-  const int first_head = grouped ? 0 : stream, last_head = grouped ? group_size : stream + 1;
+  const int first_head = GROUPED ? 0 : stream, last_head = GROUPED ? group_size : stream + 1;
   const int64_t stats = p.stats_offset(group) + tile * group_size;
   const int64_t first_key = tile * row.tile_kv;
   const int num_keys = static_cast<int>(min(static_cast<int64_t>(row.tile_kv), row.kv_len - first_key));
-  const int num_steps = (num_keys + 31) / 32;
-  const float* scores = p.scores + group * p.scores_per_row + first_key * p.group_pitch;
+  const int num_steps = ceil_div_int(num_keys, kStepKeys), pitch = p.group_pitch;
+  const float* scores = p.scores + group * p.scores_per_row + first_key * pitch;
   const float* tile_max = p.tile_max + stats;
   const float* row_lse = p.row_lse + group * group_size;
 
   // Level 2 of the CDF: every key's share of the tile. Four heads with one read where all of a key's are wanted and lie
   // on 16 bytes.
   float share_sum = 0.0f, shares[kKeysPerLane] = {};
-  const bool by_four = grouped && p.group_pitch % 4 == 0;
+  const bool by_four = GROUPED && pitch % 4 == 0;
 #pragma unroll 1
   for (int first = first_head; first < last_head; first += by_four ? 4 : 1) {
-    float factor[4], max[4];
+    float factor[kHeads], max[kHeads];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kHeads; ++j) {
       const int h = first + j;
       const bool wanted = h < last_head && (j == 0 || by_four);
-      const float head_factor = wanted ? tile_factor(tile_max[h], row_lse[h]) : 0.0f;
+      const float head_factor = wanted ? kShareUnits * tile_factor(tile_max[h], row_lse[h]) : 0.0f;
       factor[j] = head_factor > 0.0f ? head_factor : 0.0f;
       max[j] = wanted ? tile_max[h] : 0.0f;
       if (factor[j] > 0.0f) share_sum += factor[j] * p.tile_sum[stats + h];
     }
     const auto add = [&](float& share, int j, float score) {
-      if (factor[j] > 0.0f) share += factor[j] * exp2f(score - max[j]);
+      if (factor[j] > 0.0f) share += factor[j] * exp2_approx(score - max[j]);
     };
     // Past the end, the last key's are read again, for nothing: no branch keeps the loads from being in flight
     // together.
-    constexpr int kTogether = 4;
-    const auto own = [&](int i) { return scores + min(i * 32 + lane, num_keys - 1) * p.group_pitch + first; };
+    const auto own = [&](int key) { return scores + min(key, num_keys - 1) * pitch + first; };
 #pragma unroll
-    for (int begin = 0; begin < kKeysPerLane; begin += kTogether) {
-      if (begin >= num_steps) break;
-      float4 read[kTogether];
+    for (int s = 0; s < kSteps; ++s) {
+      if (s >= num_steps) break;
+      const int key = first_key_of(s, lane);
+      float4 read[4];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        read[i].x = by_four ? 0.0f : *own(begin + i);
-        if (by_four) read[i] = *reinterpret_cast<const float4*>(own(begin + i));
+      for (int i = 0; i < 4; ++i) {
+        if (by_four) {
+          read[i] = *reinterpret_cast<const float4*>(own(key + i));
+        } else {
+          read[i].x = *own(key + i);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        float& share = shares[begin + i];
-        if ((begin + i) * 32 + lane >= num_keys) continue;
+      for (int i = 0; i < 4; ++i) {
+        if (key + i >= num_keys) continue;
+        float& share = shares[4 * s + i];
         add(share, 0, read[i].x);
-        if (by_four) add(share, 1, read[i].y), add(share, 2, read[i].z), add(share, 3, read[i].w);
+        if constexpr (GROUPED) {
+          if (by_four) add(share, 1, read[i].y), add(share, 2, read[i].z), add(share, 3, read[i].w);
+        }
       }
     }
   }
   uint32_t weights[kKeysPerLane];
+  const float per_sum = 1.0f / share_sum;
 #pragma unroll
-  for (int i = 0; i < kKeysPerLane; ++i) weights[i] = row_weight_of(shares[i] / share_sum);
+  for (int i = 0; i < kKeysPerLane; ++i) weights[i] = row_weight_of(shares[i] * per_sum);
   const uint32_t weight_sum = accumulate_weights(weights, num_steps, shared, lane);
   if (weight_sum > 0) {
     draw_tile(draws, first_draw, last_draw, tile_start, tile_mass, weight_sum, num_keys, shared, lane);
   }
   uint32_t* mask = p.read_mask == nullptr ? nullptr : p.read_mask + p.mask_offset(group) + tile * kMaskWords;
-  const int num_selected = list_rows(num_steps, shared, lane, [&](int word, uint32_t bits) {
+  const int num_selected = list_rows(shared, lane, [&](int word, uint32_t bits) {
     if (mask != nullptr) atomicOr(mask + word, bits);
   });
   if (lane == 0) p.tile_rows[offset + tile] = num_selected;
   if (num_selected == 0) return;
 
   const auto values = value_rows<V>(p, batch_index, kv_head, row.kv_start);
-  for (int head_base = first_head; head_base < last_head; head_base += kGatherHeads) {
-    float acc[kGatherHeads][8] = {};
+#pragma unroll 1
+  for (int head_base = first_head; head_base < last_head; head_base += kHeads) {
+    float acc[kHeads][8] = {};
+#pragma unroll 1
     for (int base = 0; base < num_selected; base += 32) {
       const int num_rows = min(32, num_selected - base);
       const V* lane_address = nullptr;
-      float lane_weight[kGatherHeads] = {};
+      float lane_weight[kHeads] = {};
       if (lane < num_rows) {
         const int lane_row = shared.rows[base + lane];
         lane_address = values.row(first_key + lane_row);
-        if (grouped) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
+        if constexpr (GROUPED) {  // Horvitz-Thompson: p_{h,n} / P(n is drawn)
           const uint32_t below = lane_row > 0 ? shared.cumulative[lane_row - 1] : 0;
-          const float inclusion = fminf(1.0f, expected_draws(draws.num_draws, tile_mass, draws.total,
-                                                             shared.cumulative[lane_row] - below, weight_sum));
+          const float expected =
+              expected_draws(draws.num_draws, tile_mass, draws.total, shared.cumulative[lane_row] - below, weight_sum);
 #pragma unroll
-          for (int j = 0; j < kGatherHeads; ++j) {
+          for (int j = 0; j < kHeads; ++j) {
             const int h = head_base + j;
             if (h < last_head && is_finite(row_lse[h])) {
-              lane_weight[j] = exp2f(scores[lane_row * p.group_pitch + h] - row_lse[h]) / inclusion;
+              lane_weight[j] = selected_weight(exp2f(scores[lane_row * pitch + h] - row_lse[h]), expected);
             }
           }
         } else {
@@ -233,16 +246,14 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
       accumulate_rows<HEAD_DIM>(acc, lane_address, lane_weight, num_rows, p.aligned, lane);
     }
 #pragma unroll
-    for (int j = 0; j < kGatherHeads; ++j) {
+    for (int j = 0; j < kHeads; ++j) {
       const int h = head_base + j;
-      const float scale = grouped || h >= last_head || !is_finite(row_lse[h]) ? 1.0f : 1.0f / p.num_samples;
+      const float scale = GROUPED || !is_finite(row_lse[h]) ? 1.0f : 1.0f / p.num_samples;
       float sums[8];
 #pragma unroll
       for (int d = 0; d < 8; ++d) sums[d] = reduce_rows<HEAD_DIM>(acc[j][d]) * scale;
       if (h < last_head && lane < GatherShape<HEAD_DIM>::kChunks) {
-        float4* out = reinterpret_cast<float4*>(p.o_accum + (stats + h) * HEAD_DIM + lane * 8);
-        out[0] = {sums[0], sums[1], sums[2], sums[3]};
-        out[1] = {sums[4], sums[5], sums[6], sums[7]};
+        store_global(p.o_accum + (stats + h) * HEAD_DIM + lane * 8, sums, evict_last_policy());
       }
     }
   }

@@ -5,29 +5,53 @@
 #include "core/samplers.h"
 #include "core/tiling.h"
 #include "cuda/common/reduce.cuh"
+#include "params.h"
 
 namespace santa::cuda {
 
-constexpr int kKeysPerLane = kMaxTileKv / 32;  // lane l holds keys l, l + 32, l + 64, ...
+// A lane holds four keys that are neighbours of every 128: a step. Sums over those four are its own, and the scans over
+// lanes of all steps run side by side.
+constexpr int kStepKeys = 128;
+constexpr int kSteps = kMaxTileKv / kStepKeys;
+constexpr int kKeysPerLane = 4 * kSteps;
+
+SANTA_HD int first_key_of(int step, int lane) { return step * kStepKeys + 4 * lane; }
 
 struct SelectShared {
-  uint32_t cumulative[kMaxTileKv];  // running sums of the row weights
-  uint32_t counts[kMaxTileKv];      // draws per row
-  uint16_t rows[kMaxTileKv];        // rows with draws, in order
+  alignas(16) uint32_t cumulative[kMaxTileKv];  // running sums of the row weights
+  alignas(16) uint32_t counts[kMaxTileKv];      // draws per row
+  uint32_t drawn[kMaskWords];                   // rows with draws, as bits
+  uint16_t rows[kMaxTileKv];                    // the same in order
 };
 
-// Fills shared.cumulative and clears shared.counts; returns the sum of the weights.
+// Fills shared.cumulative and clears what draw_tile adds to; returns the sum of the weights.
 __device__ __forceinline__ uint32_t accumulate_weights(const uint32_t (&weights)[kKeysPerLane], int num_steps,
                                                        SelectShared& shared, int lane) {
+  uint32_t own[kKeysPerLane], scan[kSteps];  // the lane's running sums of each step, their scans over lanes
+#pragma unroll
+  for (int i = 0; i < kKeysPerLane; ++i) own[i] = i % 4 == 0 ? weights[i] : own[i - 1] + weights[i];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) scan[s] = own[4 * s + 3];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance <<= 1) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const uint32_t below = __shfl_up_sync(0xffffffffu, scan[s], distance);
+      if (lane >= distance) scan[s] += below;
+    }
+  }
   uint32_t sum = 0;
 #pragma unroll
-  for (int i = 0; i < kKeysPerLane; ++i) {
-    if (i >= num_steps) break;
-    const uint32_t inclusive = inclusive_scan(weights[i]);
-    shared.cumulative[i * 32 + lane] = sum + inclusive;
-    shared.counts[i * 32 + lane] = 0;
-    sum += __shfl_sync(0xffffffffu, inclusive, 31);
+  for (int s = 0; s < kSteps; ++s) {
+    if (s >= num_steps) break;
+    const uint32_t before = sum + scan[s] - own[4 * s + 3];
+    const int key = first_key_of(s, lane);
+    *reinterpret_cast<uint4*>(&shared.cumulative[key]) = {before + own[4 * s], before + own[4 * s + 1],
+                                                          before + own[4 * s + 2], before + own[4 * s + 3]};
+    *reinterpret_cast<uint4*>(&shared.counts[key]) = {0, 0, 0, 0};
+    sum += __shfl_sync(0xffffffffu, scan[s], 31);
   }
+  if (lane < kMaskWords) shared.drawn[lane] = 0;
   __syncwarp();
   return sum;
 }
@@ -40,26 +64,26 @@ __device__ __forceinline__ void draw_tile(const Draws& draws, uint32_t first, ui
   for (uint32_t m = first + lane; m < last; m += 32) {
     const Threshold threshold = draws.threshold(m);
     if (!positions.contains(threshold)) continue;
-    atomicAdd(&shared.counts[row_at(shared.cumulative, num_rows, positions.position(threshold, weight_sum))], 1u);
+    const int row = row_at(shared.cumulative, num_rows, positions.position(threshold, weight_sum));
+    atomicAdd(&shared.counts[row], 1u);
+    atomicOr(&shared.drawn[row >> 5], 1u << (row & 31));
   }
   __syncwarp();
 }
 
 // Lists the rows with draws in shared.rows and returns their number. `on_mask(word, bits)` sees the rows as bits.
 template <typename OnMask>
-__device__ __forceinline__ int list_rows(int num_steps, SelectShared& shared, int lane, const OnMask& on_mask) {
-  int listed = 0;
-#pragma unroll
-  for (int i = 0; i < kKeysPerLane; ++i) {
-    if (i >= num_steps) break;
-    const bool drawn = shared.counts[i * 32 + lane] > 0;
-    const uint32_t bits = __ballot_sync(0xffffffffu, drawn);
-    if (drawn) shared.rows[listed + __popc(bits & ((1u << lane) - 1u))] = static_cast<uint16_t>(i * 32 + lane);
-    if (lane == 0 && bits != 0) on_mask(i, bits);
-    listed += __popc(bits);
+__device__ __forceinline__ int list_rows(SelectShared& shared, int lane, const OnMask& on_mask) {
+  static_assert(kMaskWords <= 32, "a lane for each word");
+  uint32_t bits = lane < kMaskWords ? shared.drawn[lane] : 0;
+  if (bits != 0) on_mask(lane, bits);
+  const int end = inclusive_scan(__popc(bits));
+#pragma unroll 1
+  for (int i = end - __popc(bits); bits != 0; bits &= bits - 1) {
+    shared.rows[i++] = static_cast<uint16_t>(lane * 32 + __ffs(bits) - 1);
   }
   __syncwarp();
-  return listed;
+  return __shfl_sync(0xffffffffu, end, 31);
 }
 
 }  // namespace santa::cuda

@@ -65,8 +65,9 @@ template <typename V, int HEAD_DIM>
 void launch_proportional_gather(const DecodeParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(max_num_tiles(p.max_kv_len)) * p.num_kv_heads * p.num_streams();
   const dim3 grid(static_cast<unsigned>(ceil_div(items, kSelectWarps)), p.batch);
-  launch_after(proportional_gather_kernel<V, HEAD_DIM>, grid, kSelectThreads, 0, stream, "proportional_gather_kernel",
-               p);
+  auto* const kernel = p.sampler == Sampler::kGrouped ? proportional_gather_kernel<V, HEAD_DIM, true>
+                                                      : proportional_gather_kernel<V, HEAD_DIM, false>;
+  launch_after(kernel, grid, kSelectThreads, 0, stream, "proportional_gather_kernel", p);
 }
 
 }  // namespace santa::cuda

@@ -139,8 +139,9 @@ __device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork
       scores[2 * half] = valid ? work.logit(p, scores[2 * half], key, 2 * t) : -INFINITY;
       scores[2 * half + 1] = valid ? work.logit(p, scores[2 * half + 1], key, 2 * t + 1) : -INFINITY;
       float* out = scores_out + key * p.group_pitch + head;
-      if (valid && has_second) {
-        *reinterpret_cast<float2*>(out) = {scores[2 * half], scores[2 * half + 1]};
+      if (valid && has_second) {  // for the gather, which should still find them in the L2
+        const float both[2] = {scores[2 * half], scores[2 * half + 1]};
+        store_global(out, both, evict_last_policy());
       } else if (valid && has_first) {
         *out = scores[2 * half];
       }
