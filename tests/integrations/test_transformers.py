@@ -17,6 +17,7 @@ from helpers.models import (
     PADDING,
     PROMPT_LEN,
     VOCAB,
+    WINDOW,
     generate,
     generate_static_compiled,
     make_model,
@@ -75,12 +76,17 @@ def test_other_generation_modes_equal_sdpa(kwargs: dict[str, Any]) -> None:
     assert torch.equal(model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs), expected)
 
 
+# Few tokens, which santa decodes, and more, which are prefill; with chunks of a window, where a static cache counts its
+# tokens in another way.
+@pytest.mark.parametrize("chunks", [[7, 2, 3, 1, 5, 1], [9, 10], [WINDOW, 4, 3], [4, 9, 6]], ids=str)
+@pytest.mark.parametrize("padding", [0, PADDING])
 @pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_chunked_prefill_and_verification_equal_transformers(family: str, cache_type: type) -> None:
-    """Chunks of 7 to 1 tokens into a cache that already holds some: the logits of every position."""
-    prompt = make_prompt(padding=PADDING)
-    chunks = [7, 2, 3, 1, 5, 1]
+def test_chunked_prefill_and_verification_equal_transformers(
+    family: str, cache_type: type, padding: int, chunks: list[int]
+) -> None:
+    """Chunks of tokens into a cache that already holds some: the logits of every position."""
+    prompt = make_prompt(padding=padding)
     assert sum(chunks) == PROMPT_LEN
     model = make_model(family)
 
@@ -95,7 +101,7 @@ def test_chunked_prefill_and_verification_equal_transformers(family: str, cache_
             seen += chunk
             output = model(
                 input_ids=prompt["input_ids"][:, step],
-                attention_mask=prompt["attention_mask"][:, :seen],
+                attention_mask=prompt["attention_mask"][:, :seen] if padding else None,
                 position_ids=positions[:, step],
                 past_key_values=cache,
             )
@@ -106,6 +112,25 @@ def test_chunked_prefill_and_verification_equal_transformers(family: str, cache_
     integration.attach(model, santa.SantaConfig(num_samples=0))
     valid = prompt["attention_mask"].bool()
     torch.testing.assert_close(run()[valid], expected[valid], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunks", [[128, 128, 130], [256, 40, 90]], ids=str)
+@pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_chunks_that_sparse_prefill_would_take(family: str, cache_type: type, chunks: list[int]) -> None:
+    """Masks of such steps are built when a layer asks for them: a static cache has counted the step's tokens by then."""
+    tokens = torch.randint(2, VOCAB, (2, sum(chunks)), generator=torch.Generator().manual_seed(1))
+    model = make_model(family, max_position_embeddings=512)
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        config = model.config
+        cache = DynamicCache(config=config) if cache_type is DynamicCache else StaticCache(config, max_cache_len=400)
+        return torch.cat([model(chunk, past_key_values=cache).logits for chunk in tokens.split(chunks, 1)], dim=1)
+
+    expected = run()
+    integration.attach(model, santa.SantaConfig(num_samples=0))
+    torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_padding_on_the_right_takes_the_exact_path(decode_calls: list[dict[str, Any]]) -> None:

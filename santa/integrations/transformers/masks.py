@@ -82,8 +82,7 @@ def step_mask(
         return mask
     if _continues_causally(q_length, q_offset, kv_offset, mask_function, use_vmap):
         mask = _versioned(sdpa_mask(allow_is_causal_skip=False, **options).contiguous())
-        # A static cache counts its tokens in place, and will have counted these by the time that somebody asks.
-        offset = q_offset.clone() if isinstance(q_offset, torch.Tensor) else q_offset
+        offset = _as_it_is(q_offset)
         _set_notes(mask, {_SEVERAL: functools.partial(_ranges_of_last, mask.shape, offset, attention_mask)})
         return mask
     tokens = _tokens_of_causal_prefill(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
@@ -93,6 +92,7 @@ def step_mask(
         mask = sdpa_mask(allow_is_causal_skip=allow_is_causal_skip, **options)
         is_causal = mask is None
     if mask is None:
+        options |= dict(q_offset=_as_it_is(q_offset), kv_offset=_as_it_is(kv_offset))
         build = functools.partial(sdpa_mask, allow_is_causal_skip=False, **options)
         # In a graph the values cost nothing: the compiler drops what nobody uses.
         if torch.compiler.is_compiling():
@@ -102,6 +102,12 @@ def step_mask(
         setattr(mask, _IS_CAUSAL, is_causal)
         setattr(mask, _TOKENS, tokens)
     return mask
+
+
+def _as_it_is(offset: int | torch.Tensor) -> int | torch.Tensor:
+    """For what is computed when somebody asks: by then a static cache, which counts its tokens in place, will have
+    counted those of this step."""
+    return offset.clone() if isinstance(offset, torch.Tensor) else offset
 
 
 class LazyMask(torch.Tensor):
