@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ SIZES = {
 }
 
 
-def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All methods from one prefilled batch of texts: points, exact perplexity, layers."""
+def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All methods from one prefilled batch of texts: exact perplexity, layers, and, one after the other, points."""
     head_dim = head_dim_of(prefilled.model)
     context, batch = prefilled.context, len(prefilled.tokens)
     stride = max(1, (prefilled.tokens.shape[1] - context) // 4)
@@ -71,23 +71,24 @@ def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namesp
     exact, distributions = exact_steps(prefilled, probe)
     facts = probe.facts()
     runs = runs_of(arguments, [fact.layer for fact in sorted(facts, key=lambda fact: -fact.error) if counts(fact)])
-    points, rows_of_grouped = [], {}
-    for name, run in tqdm(runs, desc=f"{title}, {context:,} tokens", unit="run", leave=False):
-        run.num_rows = rows_of_grouped.get(run.num_samples, {})
-        steps = sampled_steps(prefilled, run, distributions)
-        if run.method == GROUPED and not run.exact_layers:
-            rows_of_grouped[run.num_samples] = run.rows_by_layer()
-        points.append(point_of(title, context, name, run, steps, exact, head_dim))
-    return {
+    result = {
         "model": title,
         "context": context,
         "texts": batch,
         "tokens": exact.nll.numel(),
         "exact_nll": float(exact.nll.mean()),
-        "points": points,
+        "points": [],
         "layers": facts,
         "heads": probe.heads(),
     }
+    rows_of_grouped = {}
+    for name, run in tqdm(runs, desc=f"{title}, {context:,} tokens", unit="run", leave=False):
+        run.num_rows = rows_of_grouped.get(run.num_samples, {})
+        steps = sampled_steps(prefilled, run, distributions)
+        if run.method == GROUPED and not run.exact_layers:
+            rows_of_grouped[run.num_samples] = run.rows_by_layer()
+        result["points"].append(point_of(title, context, name, run, steps, exact, head_dim))
+        yield result
 
 
 def counts(fact: Any) -> bool:
@@ -303,11 +304,11 @@ def main() -> None:
         model, tokenizer = load(folder, arguments.device, getattr(torch, arguments.dtype))
         for context in contexts if arguments.texts else ():
             tokens = texts(tokenizer, arguments.texts, context + arguments.steps + 1, arguments.seed)
-            results.append(
-                measure_context(title, prefill(model, tokens, context, f"{title}, {context:,} tokens"), arguments)
-            )
-            show_context(results[-1])
-            save(arguments, results, retrieval, copying, time.perf_counter() - start)
+            prefilled = prefill(model, tokens, context, f"{title}, {context:,} tokens")
+            for result in measure_context(title, prefilled, arguments):
+                save(arguments, [*results, result], retrieval, copying, time.perf_counter() - start)
+            results.append(result)
+            show_context(result)
         if arguments.prompts:
             records, copying[title] = measure_retrieval(title, model, tokenizer, arguments)
             show_retrieval(records, copying[title])

@@ -20,6 +20,9 @@ import santa
 from .methods import EXACT, GROUPED, Run
 from .texts import Prompts
 
+# Tokens of a context that are read at once where layers have windows.
+CHUNK = 2048
+
 
 @dataclass
 class Prefilled:
@@ -79,18 +82,22 @@ class CapturedStep:
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, tokens: Tensor, context: int, label: str) -> Prefilled:
-    """Read tokens [batch, context], of tokens, with dense attention."""
+    """Read tokens [batch, context], of tokens, with dense attention: at once, or in chunks where layers have windows,
+    which for a whole context are a mask that hides most of what is computed."""
     tokens = tokens.to(model.device)
     cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
     layers = model.get_decoder().layers
-    with tqdm(total=len(layers), desc=f"read {label}", unit="layer", leave=False) as bar:
+    has_window = any(layer.is_sliding for layer in cache.layers)
+    chunks = tokens[:, :context].split(CHUNK if has_window else context, dim=1)
+    with tqdm(total=len(layers) * len(chunks), desc=f"read {label}", unit="layer", leave=False) as bar:
 
         def advance(*_: Any) -> None:
             bar.update()
 
         hooks = [layer.register_forward_hook(advance) for layer in layers]
         with Run(EXACT).attached(model):
-            model(tokens[:, :context], past_key_values=cache, logits_to_keep=1)
+            for chunk in chunks:
+                model(chunk, past_key_values=cache, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
     if tokens.is_cuda:

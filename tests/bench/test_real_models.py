@@ -62,6 +62,13 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(name):
         checkpoints.check_tokenizer(name, Characters())
 
 
+def test_contexts_of_models_with_windows_are_read_in_chunks(tokens, monkeypatch):
+    expected = logits_of(prefilled(tokens, "mistral"), Run(EXACT))
+    for chunk in (7, 12, 20):
+        monkeypatch.setattr(decode, "CHUNK", chunk)
+        torch.testing.assert_close(logits_of(prefilled(tokens, "mistral"), Run(EXACT)), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_exact_steps_are_the_model_and_can_be_repeated(tokens, family):
     context = prefilled(tokens, family)
