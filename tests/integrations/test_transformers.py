@@ -118,7 +118,7 @@ def test_chunked_prefill_and_verification_equal_transformers(
 @pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_chunks_that_sparse_prefill_would_take(family: str, cache_type: type, chunks: list[int]) -> None:
-    """Masks of such steps are built when a layer asks for them: a static cache has counted the step's tokens by then."""
+    """Masks of such steps are built when a layer asks for them: by then a static cache has counted their tokens."""
     tokens = torch.randint(2, VOCAB, (2, sum(chunks)), generator=torch.Generator().manual_seed(1))
     model = make_model(family, max_position_embeddings=512)
 
