@@ -81,6 +81,7 @@ def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namesp
         "layers": facts,
         "heads": probe.heads(),
     }
+    yield result
     rows_of_grouped = {}
     for name, run in tqdm(runs, desc=f"{title}, {context:,} tokens", unit="run", leave=False):
         run.num_rows = rows_of_grouped.get(run.num_samples, {})

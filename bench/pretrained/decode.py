@@ -61,8 +61,11 @@ class Prefilled:
 
     def can_capture(self, run: Run) -> bool:
         """Whether all steps but the first do the same on the host. The cache of a window counts its tokens there."""
-        has_window = any(layer.is_sliding for layer in self.cache.layers)
-        return self.tokens.is_cuda and run.observe is None and not has_window
+        return self.tokens.is_cuda and run.observe is None and not has_windows(self.cache)
+
+
+def has_windows(cache: Cache) -> bool:
+    return any(layer.is_sliding for layer in cache.layers)
 
 
 class CapturedStep:
@@ -87,8 +90,7 @@ def prefill(model: PreTrainedModel, tokens: Tensor, context: int, label: str) ->
     tokens = tokens.to(model.device)
     cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
     layers = model.get_decoder().layers
-    has_window = any(layer.is_sliding for layer in cache.layers)
-    chunks = tokens[:, :context].split(CHUNK if has_window else context, dim=1)
+    chunks = tokens[:, :context].split(CHUNK if has_windows(cache) else context, dim=1)
     with tqdm(total=len(layers) * len(chunks), desc=f"read {label}", unit="layer", leave=False) as bar:
 
         def advance(*_: Any) -> None:

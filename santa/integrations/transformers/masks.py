@@ -92,8 +92,7 @@ def step_mask(
         mask = sdpa_mask(allow_is_causal_skip=allow_is_causal_skip, **options)
         is_causal = mask is None
     if mask is None:
-        options |= dict(q_offset=_as_it_is(q_offset), kv_offset=_as_it_is(kv_offset))
-        build = functools.partial(sdpa_mask, allow_is_causal_skip=False, **options)
+        build = functools.partial(sdpa_mask, allow_is_causal_skip=False, **options | {"q_offset": _as_it_is(q_offset)})
         # In a graph the values cost nothing: the compiler drops what nobody uses.
         if torch.compiler.is_compiling():
             mask = build()
