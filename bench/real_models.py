@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,22 +44,23 @@ NUM_EXACT_LAYERS = 2
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. contexts: the longest so many of a model's; retrieval: tokens of a prompt; prompts: of each
-    task, 0 for none."""
+    """How much is measured. contexts: the longest so many of a model's; seeds: runs of each method with each S;
+    retrieval: tokens of a prompt; prompts: of each task, 0 for none."""
 
     contexts: tuple[int, ...]
     texts: int
     steps: int
     samples: tuple[int, ...]
+    seeds: int
     retrieval: int
     prompts: int
     retrieval_samples: tuple[int, ...]
 
 
 SIZES = {
-    "small": Size((512,), 4, 8, (16, 64), 512, 2, (64,)),
-    "default": Size((4096,), 6, 64, (16, 64, 256), 1024, 6, (16, 64)),
-    "full": Size((4096, 8192, 16384), 8, 256, (16, 32, 64, 128, 256, 512), 4096, 24, (16, 64, 256)),
+    "small": Size((512,), 4, 8, (16, 64), 1, 512, 2, (64,)),
+    "default": Size((4096,), 6, 64, (16, 64, 256), 1, 1024, 6, (16, 64)),
+    "full": Size((4096, 8192, 16384), 32, 64, (16, 32, 64, 128, 256, 512), 4, 4096, 24, (16, 64, 256)),
 }
 
 
@@ -76,6 +78,7 @@ def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namesp
         "context": context,
         "texts": batch,
         "tokens": exact.nll.numel(),
+        "seeds": arguments.seeds,
         "exact_nll": float(exact.nll.mean()),
         "points": [],
         "layers": facts,
@@ -83,12 +86,15 @@ def measure_context(title: str, prefilled: Prefilled, arguments: argparse.Namesp
     }
     yield result
     rows_of_grouped = {}
-    for name, run in tqdm(runs, desc=f"{title}, {context:,} tokens", unit="run", leave=False):
-        run.num_rows = rows_of_grouped.get(run.num_samples, {})
-        steps = sampled_steps(prefilled, run, distributions)
-        if run.method == GROUPED and not run.exact_layers:
-            rows_of_grouped[run.num_samples] = run.rows_by_layer()
-        result["points"].append(point_of(title, context, name, run, steps, exact, head_dim))
+    for name, replicas in tqdm(runs, desc=f"{title}, {context:,} tokens", unit="point", leave=False):
+        steps = []
+        for run in replicas:
+            run.num_rows = rows_of_grouped.get(run.num_samples, {})
+            steps.append(sampled_steps(prefilled, run, distributions))
+        first = replicas[0]
+        if first.method == GROUPED and not first.exact_layers:
+            rows_of_grouped[first.num_samples] = first.rows_by_layer()
+        result["points"].append(point_of(title, context, name, replicas, steps, exact, head_dim))
         yield result
 
 
@@ -96,9 +102,10 @@ def counts(fact: Any) -> bool:
     return not fact.has_window
 
 
-def runs_of(arguments: argparse.Namespace, by_error: list[int]) -> list[tuple[str, Run]]:
+def runs_of(arguments: argparse.Namespace, by_error: list[int]) -> list[tuple[str, list[Run]]]:
     """Every method with every S, grouped first (top-k takes as many rows); then, with one S, grouped with layers that
-    are exact: the first ones, and those of the largest error. by_error: layers that sample, the worst first."""
+    are exact: the first ones, and those of the largest error. Of each a run for every seed; what does not draw has one.
+    by_error: layers that sample, the worst first."""
     made = []
     for method in arguments.chosen:
         for num_samples in arguments.samples:
@@ -111,34 +118,43 @@ def runs_of(arguments: argparse.Namespace, by_error: list[int]) -> list[tuple[st
     return [
         (
             name,
-            Run(
-                method,
-                num_samples,
-                seed=arguments.seed * SEED_STRIDE * SEED_STRIDE + number * SEED_STRIDE,
-                exact_layers=layers,
-                windows=arguments.windows,
-            ),
+            [
+                Run(
+                    method,
+                    num_samples,
+                    seed=(arguments.seed + replica) * SEED_STRIDE * SEED_STRIDE + number * SEED_STRIDE,
+                    exact_layers=layers,
+                    windows=arguments.windows,
+                )
+                for replica in range(1 if method.top_k else arguments.seeds)
+            ],
         )
         for number, (name, method, num_samples, layers) in enumerate(made)
     ]
 
 
-def point_of(title: str, context: int, name: str, run: Run, steps: Steps, exact: Steps, head_dim: int) -> Point:
-    change, change_half = mean_interval(steps.nll - exact.nll)
-    variation, variation_half = mean_interval(steps.total_variation)
+def point_of(
+    title: str, context: int, name: str, runs: list[Run], each: list[Steps], exact: Steps, head_dim: int
+) -> Point:
+    """runs: of one method with one S, which differ in their seeds; each: their steps."""
+    changes = [steps.nll - exact.nll for steps in each]
+    variations = torch.cat([steps.total_variation for steps in each], dim=1)
+    change, change_half = mean_interval(torch.cat(changes, dim=1))
+    variation, variation_half = mean_interval(variations)
     return Point(
         model=title,
         context=context,
         method=name,
-        num_samples=run.num_samples,
+        num_samples=runs[0].num_samples,
         nll_change=change,
         nll_half_width=change_half,
+        nll_change_by_seed=[float(x.mean()) for x in changes],
         variation=variation,
         variation_half_width=variation_half,
-        variation_99=float(steps.total_variation.flatten().quantile(0.99)),
-        agreement=float(steps.agrees.float().mean()),
-        rows_share=run.share(),
-        bytes_share=run.bytes_share(head_dim),
+        variation_99=float(variations.flatten().quantile(0.99)),
+        agreement=fmean(float(steps.agrees.float().mean()) for steps in each),
+        rows_share=fmean(run.share() for run in runs),
+        bytes_share=fmean(run.bytes_share(head_dim) for run in runs),
     )
 
 
@@ -185,7 +201,8 @@ def measure_retrieval(
 def show_context(result: dict[str, Any]) -> None:
     print(
         f"\n{result['model']}, {result['context']:,} tokens of context, {result['tokens']:,} tokens of "
-        f"{result['texts']} texts decoded; exact: {result['exact_nll']:.4f} nats a token, perplexity "
+        f"{result['texts']} texts decoded, with {result['seeds']} seeds; "
+        f"exact: {result['exact_nll']:.4f} nats a token, perplexity "
         f"{torch.tensor(result['exact_nll']).exp():.3f}\n"
     )
     print(output.point_table(result["points"]))
@@ -214,7 +231,7 @@ def save(
 ) -> None:
     """What there is so far: a run that is cut short keeps it."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = ("size", "samples", "texts", "steps", "retrieval", "prompts", "seed", "windows", "dtype")
+    names = ("size", "samples", "texts", "steps", "retrieval", "prompts", "seed", "seeds", "windows", "dtype")
     content = {
         "environment": environment(arguments.device) | {"transformers": transformers.__version__},
         "options": {name: getattr(arguments, name) for name in names},
@@ -250,6 +267,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, help="decoded in one batch; 0: none, retrieval alone")
     parser.add_argument("--steps", type=int, help="tokens decoded of each text")
     parser.add_argument("--samples", type=int, nargs="+", help="S")
+    parser.add_argument("--seeds", type=int, help="runs of each method with each S")
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS], metavar="NAME")
     parser.add_argument("--windows", action="store_true", help="layers with a sliding window sample too")
     parser.add_argument("--retrieval", type=int, help="tokens of a retrieval prompt")
@@ -257,7 +275,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--retrieval-samples", type=int, nargs="+", help="S of retrieval")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of texts and prompts; of draws the first of --seeds")
     parser.add_argument("--packages", type=Path, default=OUT / "packages", help="where pip put the models' packages")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 import santa
 
@@ -45,23 +46,56 @@ class Prefilled:
         run.copies = self.copies
         cache = copy.deepcopy(self.cache)
 
-        def step(fed: Tensor) -> Tensor:
-            return self.model(fed, past_key_values=cache).logits[:, -1].float()
+        def step(fed: Tensor, positions: Tensor) -> Tensor:
+            return self.model(fed, position_ids=positions, past_key_values=cache).logits[:, -1].float()
 
         captures = self.can_capture(run)
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
         with run.attached(self.model):
             for place in range(self.context, self.tokens.shape[1] - 1):
                 run.position = place + 1
-                fed = self.tokens[:, place : place + 1]
+                inputs = self.tokens[:, place : place + 1], places[:, place : place + 1]
                 if captures and place == self.context + 1:  # the first step allocates what later ones add to
-                    step = CapturedStep(step, fed)
-                logits = step(fed)
+                    step = CapturedStep(step, *inputs)
+                logits = step(*inputs)
                 run.advance()
                 yield place, logits
 
     def can_capture(self, run: Run) -> bool:
-        """Whether all steps but the first do the same on the host. The cache of a window counts its tokens there."""
-        return self.tokens.is_cuda and run.observe is None and not has_windows(self.cache)
+        return self.tokens.is_cuda and run.observe is None and self.steps_are_alike(run)
+
+    def steps_are_alike(self, run: Run) -> bool:
+        """Whether steps do the same on the host: a window's cache counts its tokens there, but takes every token alike
+        once it is full. What samples a window draws by that count."""
+        windows = [layer for layer in self.cache.layers if layer.is_sliding]
+        are_full = all(isinstance(layer, WindowLayer) and layer.is_full for layer in windows)
+        return are_full and not (windows and run.windows)
+
+
+class WindowLayer(StaticSlidingWindowLayer):
+    """A window's keys and values in a static cache; Transformers' own way to add a token to a full one copies from the
+    host, which no graph can."""
+
+    @property
+    def is_full(self) -> bool:
+        return self.cumulative_length_int >= self.max_cache_len
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_full or key_states.shape[2] != 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length_int += 1
+        for rows, new in ((self.keys, key_states), (self.values, value_states)):
+            rows.copy_(torch.cat([rows[:, :, 1:], new], dim=2))
+        return self.keys, self.values
+
+
+def static_cache(config: PreTrainedConfig, length: int) -> StaticCache:
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.layers = [
+        WindowLayer(length, layer.max_cache_len) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
 
 
 def has_windows(cache: Cache) -> bool:
@@ -71,14 +105,15 @@ def has_windows(cache: Cache) -> bool:
 class CapturedStep:
     """A decode step as a CUDA graph: launched one by one its kernels take several times as long as they run."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor], fed: Tensor) -> None:
-        self.fed = fed.clone()
+    def __init__(self, step: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = step(self.fed)
+            self.logits = step(*self.inputs)
 
-    def __call__(self, fed: Tensor) -> Tensor:
-        self.fed.copy_(fed)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine.copy_(x)
         self.graph.replay()
         return self.logits.clone()
 
@@ -88,7 +123,7 @@ def prefill(model: PreTrainedModel, tokens: Tensor, context: int, label: str) ->
     """Read tokens [batch, context], of tokens, with dense attention: at once, or in chunks where layers have windows,
     which for a whole context are a mask that hides most of what is computed."""
     tokens = tokens.to(model.device)
-    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
+    cache = static_cache(model.config, tokens.shape[1])
     layers = model.get_decoder().layers
     chunks = tokens[:, :context].split(CHUNK if has_windows(cache) else context, dim=1)
     with tqdm(total=len(layers) * len(chunks), desc=f"read {label}", unit="layer", leave=False) as bar:

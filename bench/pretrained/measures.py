@@ -28,7 +28,8 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
 
 def mean_interval(by_text: Tensor) -> tuple[float, float]:
     """Mean of a quantity [texts, steps], and half the width of its 95% interval: Student's t over the texts' means. The
-    steps of a text are not independent: what one gets wrong stays in the cache. Infinite for a single text."""
+    steps of a text are not independent: what one gets wrong stays in the cache. Those of several runs lie side by side.
+    Infinite for a single text."""
     means = by_text.double().mean(dim=1).tolist()
     if len(means) < 2:
         return means[0], math.inf
@@ -50,7 +51,8 @@ def wilson_interval(right: int, total: int, level: float = 0.95) -> tuple[float,
 class Point:
     """A method with one S in one model and context: a line of the table.
 
-    nll_change and its half width: mean paired difference of code length to exact attention, nats per token.
+    nll_change and its half width: mean paired difference of code length to exact attention, nats per token, over all
+        seeds; nll_change_by_seed: of each.
     variation and its half width, variation_99: total variation distance of next-token distributions, mean over tokens
         and 99th percentile.
     rows_share: V rows read; bytes_share: bytes of K and V, of dense attention's, in 16 bits.
@@ -62,6 +64,7 @@ class Point:
     num_samples: int
     nll_change: float
     nll_half_width: float
+    nll_change_by_seed: list[float]
     variation: float
     variation_half_width: float
     variation_99: float

@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import real_models
 from helpers.models import make_model
 from pretrained import checkpoints, decode, measures, methods, output, texts
 from pretrained.methods import EXACT, GROUPED, METHODS, Method, Run
@@ -28,6 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ROOT / "out" / "real-models" / "packages"
 BY_NAME = {method.name: method for method in METHODS}
 CONTEXT, STEPS, BATCH = 48, 5, 3
+WINDOW_AND_GLOBAL = {
+    "use_sliding_window": True,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 
 class Characters:
@@ -69,16 +75,19 @@ def test_contexts_of_models_with_windows_are_read_in_chunks(tokens, monkeypatch)
         torch.testing.assert_close(logits_of(prefilled(tokens, "mistral"), Run(EXACT)), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-def test_exact_steps_are_the_model_and_can_be_repeated(tokens, family):
-    context = prefilled(tokens, family)
-    model = make_model(family)
+@pytest.mark.parametrize("length", [8, CONTEXT])  # within the window, and past it
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("mistral", {}), ("qwen3", {}), ("qwen3", WINDOW_AND_GLOBAL)]
+)
+def test_exact_steps_are_the_model_and_can_be_repeated(tokens, family, changes, length):
+    model = make_model(family, **changes)
+    context = decode.prefill(model, tokens, length, "test")
     with torch.inference_mode():
-        expected = model(tokens[:, :-1], use_cache=False).logits[:, CONTEXT:]
+        expected = model(tokens[:, :-1], use_cache=False).logits[:, length:]
     for _ in range(2):
         torch.testing.assert_close(logits_of(context, Run(EXACT)), expected, rtol=1e-3, atol=1e-3)
     steps, _ = decode.exact_steps(context)
-    nll = torch.nn.functional.cross_entropy(expected.transpose(1, 2), tokens[:, CONTEXT + 1 :], reduction="none")
+    nll = torch.nn.functional.cross_entropy(expected.transpose(1, 2), tokens[:, length + 1 :], reduction="none")
     torch.testing.assert_close(steps.nll, nll, rtol=1e-3, atol=1e-3)
     assert steps.total_variation.max() == 0 and steps.agrees.all()
 
@@ -107,16 +116,42 @@ def test_rows_draw_numbers_of_their_own(tokens):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["exact", *BY_NAME])
-def test_captured_steps_are_those_that_are_launched(tokens, name, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, WINDOW_AND_GLOBAL], ids=["global", "window and global"])
+def test_captured_steps_are_those_that_are_launched(tokens, changes, name, monkeypatch):
     """Their logits, which tell what was drawn, and what they count."""
     method = BY_NAME.get(name, EXACT)
-    context = decode.prefill(make_model("llama").to("cuda", torch.bfloat16), tokens, CONTEXT, "test")
+    model = make_model("qwen3", **changes).to("cuda", torch.bfloat16)
+    context = decode.prefill(model, tokens, CONTEXT, "test")
     captured, launched = (Run(method, 0 if method == EXACT else 8, num_rows={0: 9, 1: 9}) for _ in range(2))
     assert context.can_capture(captured)
     expected = logits_of(context, captured)
     monkeypatch.setattr(context, "can_capture", lambda _: False)
     assert torch.equal(logits_of(context, launched), expected)
     assert captured.share() == launched.share() > 0 and captured.rows_by_layer() == launched.rows_by_layer()
+
+
+def test_steps_are_alike_from_where_windows_are_full_and_exact(tokens):
+    model = make_model("qwen3", **WINDOW_AND_GLOBAL)
+    full, filling = (decode.prefill(model, tokens, length, "test") for length in (CONTEXT, 11))
+    assert full.steps_are_alike(Run(GROUPED)) and not filling.steps_are_alike(Run(GROUPED))
+    assert not full.steps_are_alike(Run(GROUPED, windows=True))
+    assert prefilled(tokens).steps_are_alike(Run(GROUPED, windows=True))
+
+
+def test_every_seed_of_a_point_is_a_run_of_its_own(tmp_path, monkeypatch):
+    options = ["--methods", "grouped", "top-k", "--samples", "16", "64", "--device", "cpu"]
+    made = {}
+    for seed, seeds in ((5, 3), (7, 1)):
+        monkeypatch.setattr(sys, "argv", ["real_models.py", *options, "--seed", str(seed), "--seeds", str(seeds)])
+        made[seed] = real_models.runs_of(real_models.parse(), by_error=[2, 0, 1])
+    names = ["grouped"] * 2 + ["top-k"] * 2 + ["grouped, 2 first layers exact", "grouped, 2 worst layers exact"]
+    assert [name for name, _ in made[5]] == names
+    assert [len(runs) for _, runs in made[5]] == [3, 3, 1, 1, 3, 3]
+    seeds = [run.seed for _, runs in made[5] for run in runs]
+    assert len(set(seeds)) == len(seeds)
+    for (_, three), (_, one) in zip(made[5][:2], made[7][:2], strict=True):
+        assert three[2] == one[0]
+    assert made[5][-1][1][0].exact_layers == {2, 0}
 
 
 @pytest.mark.parametrize("name", [method.name for method in METHODS if not method.top_k and method.keys != "codes"])
@@ -258,7 +293,7 @@ def test_intervals():
 
 
 def point(num_samples: int, variation: float, nll: float, half: float, method: str = "grouped") -> measures.Point:
-    return measures.Point("m", 8, method, num_samples, nll, half, variation, 0.0, 0.1, 1.0, 0.1, 0.55)
+    return measures.Point("m", 8, method, num_samples, nll, half, [nll], variation, 0.0, 0.1, 1.0, 0.1, 0.55)
 
 
 def test_advice_is_the_least_s_that_holds_with_all_above():
