@@ -50,9 +50,9 @@ struct CallPlan {
   int longest_exact;  // bound of the length of exact rows
   bool equal_rows;    // all rows are `row`, but for their positions, if those are given
   RowShape row;
-  int max_parts;  // of a row in one pass
+  int max_parts;  // of a row in one pass; tiles of a proportional one
 
-  // CUDA, one pass; cuda/decode/heuristics.h.
+  // CUDA, sampled rows; cuda/decode/heuristics.h. Of a proportional row parts are tiles.
   int num_warps;     // that score, per CTA
   int num_slots;     // of a warp's ring
   int ctas_at_once;  // that live on the device
@@ -62,7 +62,7 @@ struct CallPlan {
   int run_parts;     // of these runs
   int run_multiple;  // of these, what runs are rounded up to; a power of two
   bool whole_parts;  // with proposal keys, whether a warp takes whole parts
-  int tile_ctas;     // CUDA, other rows: per line of the grid
+  int tile_ctas;     // CUDA, exact rows: per line of the grid
 };
 
 // Of a number from 1 to 1024: a query up to 1023 times it, shifted by kInverseBits, is their quotient.
@@ -418,7 +418,9 @@ inline CallPlan plan_call(const DecodeParams& p) {
     host.plan.equal_rows = false, host.positions = nullptr;
     plan.row = row_shape_of(host, 0);
   }
-  plan.max_parts = plan.one_pass ? max_num_parts(p.max_kv_len, p.num_units(), p.most_part_kv) : 0;
+  plan.max_parts = plan.one_pass       ? max_num_parts(p.max_kv_len, p.num_units(), p.most_part_kv)
+                   : plan.proportional ? max_num_tiles(p.max_kv_len)
+                                       : 0;
   return plan;
 }
 

@@ -29,9 +29,7 @@ class Workspace {
 // Fills the workspace fields of p, whose inputs and plan are set, and returns the bytes needed at `base`.
 inline int64_t place_workspace(DecodeParams& p, void* base) {
   const CallPlan& plan = p.plan;
-  p.max_tiles = 0;
-  if (plan.one_pass) p.max_tiles = plan.max_parts;
-  if (plan.proportional) p.max_tiles = std::max(p.max_tiles, max_num_tiles(p.max_kv_len));
+  p.max_tiles = plan.max_parts;
   if (plan.exact) p.max_tiles = std::max(p.max_tiles, max_exact_tiles(plan.longest_exact));
   p.group_pitch = p.group_size == 1 ? 1 : (p.group_size + 1) / 2 * 2;
   p.scores_per_row = (static_cast<int64_t>(p.max_kv_len) + kMaxTileKv) * p.group_pitch;

@@ -59,9 +59,9 @@ SANTA_HD float pilot_log2_weight(int i, int kv_len, float spaced) {
 
 // ---- shares and units
 
-SANTA_HD float streaming_share(float tile_lse, float level, int tile_keys, int kv_len) {
+SANTA_HD float streaming_share(SoftmaxState tile, float level, int tile_keys, int kv_len) {
   const float floor = approximate_quotient(0.25f * static_cast<float>(tile_keys), static_cast<float>(kv_len));
-  return fminf(1.0f, fmaxf(exp2f(tile_lse - level), floor));  // fmaxf passes over the NaN of two infinities
+  return fminf(1.0f, fmaxf(tile.sum * exp2f(tile.max - level), floor));  // fmaxf passes over the NaN of two infinities
 }
 
 SANTA_HD float uniform_share(int tile_keys, int kv_len) {

@@ -165,9 +165,8 @@ void ScoredTile::score(const DecodeParams& p, GroupIndex at, const RowShape& row
     const float* of_head = scores.data() + h * kCapacity;
     const float max = max_block(of_head, count);
     states[h] = {max, exp2_block(of_head, max, exponentials.data() + h * kCapacity, count)};
-    const float share = p.budget == Budget::kStreaming
-                            ? streaming_share(log2_sum(states[h]), levels[h], count, row.span_len)
-                            : uniform_share(count, row.span_len);
+    const float share = p.budget == Budget::kStreaming ? streaming_share(states[h], levels[h], count, row.span_len)
+                                                       : uniform_share(count, row.span_len);
     rates[h] = draw_rate(p.num_samples, share, states[h]);
     references[h] = tile_reference(p.budget, levels[h], max);
   }

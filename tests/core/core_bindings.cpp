@@ -161,8 +161,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pilot_log2_weight",
         py::vectorize([](int i, int kv_len) { return pilot_log2_weight(i, kv_len, spaced_log2_weight(kv_len)); }),
         py::arg("i"), py::arg("kv_len"));
-  m.def("streaming_share", py::vectorize(streaming_share), py::arg("tile_lse"), py::arg("level"), py::arg("tile_keys"),
-        py::arg("kv_len"));
+  const auto streaming_share_of = [](float tile_max, float tile_sum, float level, int tile_keys, int kv_len) {
+    return streaming_share({tile_max, tile_sum}, level, tile_keys, kv_len);
+  };
+  m.def("streaming_share", py::vectorize(streaming_share_of), py::arg("tile_max"), py::arg("tile_sum"),
+        py::arg("level"), py::arg("tile_keys"), py::arg("kv_len"));
   m.def("uniform_share", py::vectorize(uniform_share), py::arg("tile_keys"), py::arg("kv_len"));
   m.def("unit_bits_of", &unit_bits_of, py::arg("sampler"), py::arg("num_samples"));
   m.def("draw_units", py::vectorize(draw_units), py::arg("expected"), py::arg("most"), py::arg("unit_bits"));

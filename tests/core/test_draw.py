@@ -36,12 +36,16 @@ def test_pilot(kv_len, run):
 
 def test_shares():
     """The tile's part of the level's mass, between a quarter of its part of the keys and 1; never NaN."""
-    assert core.streaming_share(3.0, 5.0, 128, 4096) == 0.25
-    assert core.streaming_share(5.0, 3.0, 128, 4096) == 1.0
+    assert core.streaming_share(2.0, 2.0, 5.0, 128, 4096) == 0.25
+    assert core.streaming_share(1.0, 16.0, 3.0, 128, 4096) == 1.0
     floor = np.float32(0.25 * 128 / 4096)
-    for tile_lse, level in ((-math.inf, 5.0), (-40.0, 5.0), (-math.inf, -math.inf), (math.nan, 5.0), (3.0, math.inf)):
-        assert core.streaming_share(tile_lse, level, 128, 4096) == floor
-    assert core.streaming_share(3.0, -math.inf, 128, 4096) == 1.0
+    nothing = (-math.inf, 0.0)
+    for tile, level in ((nothing, 5.0), ((-43.0, 8.0), 5.0), (nothing, -math.inf), ((3.0, 1.0), math.inf)):
+        assert core.streaming_share(*tile, level, 128, 4096) == floor
+    for tile in ((3.0, math.nan), (-math.inf, math.nan), (math.inf, math.nan)):
+        assert core.streaming_share(*tile, 5.0, 128, 4096) == floor
+    for tile, level in (((3.0, 1.0), -math.inf), ((200.0, 1.0), -200.0)):
+        assert core.streaming_share(*tile, level, 128, 4096) == 1.0
     assert core.uniform_share(77, 4173) == np.float32(77) / np.float32(4173)
 
 

@@ -243,6 +243,12 @@ inline int __reduce_add_sync(unsigned, int value) {
   for (int lane = 0; lane < 32; ++lane) sum += emulator::value_of<int>(values[lane]);
   return sum;
 }
+inline int __reduce_max_sync(unsigned, int value) {
+  const uint64_t* const values = emulator::exchange(emulator::bits_of(value));
+  int max = value;
+  for (int lane = 0; lane < 32; ++lane) max = std::max(max, emulator::value_of<int>(values[lane]));
+  return max;
+}
 inline void __syncwarp(unsigned = 0xffffffffu) { emulator::exchange(0); }
 inline void __syncthreads() { emulator::block.all.wait(static_cast<int>(emulator::block.threads.size())); }
 

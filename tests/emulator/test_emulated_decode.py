@@ -148,9 +148,11 @@ def test_other_proportional_samplers(sampler: str) -> None:
     Case(sampler=sampler, budget="proportional").check()
 
 
-def test_exact_rows_beside_sampled_ones() -> None:
+@pytest.mark.parametrize("budget", ["streaming", "proportional"])
+def test_exact_rows_beside_sampled_ones(budget: str) -> None:
     """Of a batch of more rows than a warp has lanes."""
-    Case(lens=[(37 * i) % 1100 for i in range(70)], min_sampled_len=600, num_kv_heads=1, group=2).check()
+    lens = [(37 * i) % 1100 for i in range(70)]
+    Case(lens=lens, min_sampled_len=600, num_kv_heads=1, group=2, budget=budget).check()
 
 
 def test_more_draws_than_a_chunk_holds() -> None:

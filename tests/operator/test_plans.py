@@ -1,5 +1,5 @@
-"""How the one-pass CUDA kernel is set up (score warps, ring slots, parts that one CTA walks) changes no bit of a
-result."""
+"""How the CUDA kernels that score sampled rows are set up (warps, ring slots, parts or tiles of one CTA) changes no bit
+of a result."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def call_of(scores: str, group: int, lengths: list[int], head_dim: int = 128) ->
     elif scores != "bf16":
         k, v, scales = quantised(scores, k, v)
         options |= scales
-    return lambda **more: santa.decode(q, k, v, **options, **more)
+    return lambda **more: santa.decode(q, k, v, **options | more)
 
 
 def assert_one_result(force_plan: Force, call: Callable[..., tuple[Tensor, ...]], plans, **options) -> None:
@@ -97,11 +97,24 @@ def test_many_draws(force_plan, sampler):
     assert_one_result(force_plan, call, PLANS, sampler=sampler, num_samples=4096)
 
 
+@pytest.mark.parametrize("group", [1, 4, 12])
+@pytest.mark.parametrize("scores", ["bf16", "fp8"])
+@pytest.mark.parametrize("sampler", ["grouped", "stratified"])
+def test_proportional_rows(force_plan, sampler, scores, group):
+    """Rows of tiles of all three sizes, beside exact ones."""
+    call = call_of(scores, group, [40_000, 9000, 1500, 300, 7])
+    options = {"budget": "proportional", "sampler": sampler, "num_samples": 64}
+    assert_one_result(force_plan, call, PLANS, **options)
+    assert_one_result(force_plan, call, PLANS, **options | {"min_sampled_len": 1500})
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("scores", ["bf16", "fp8", "bernoulli"])
 def test_a_small_row(force_plan, scores):
     call = call_of(scores, 4, [700])
     assert_one_result(force_plan, call, [(1, 2, 10**6), (3, 2, 6)], num_samples=32)
+    if scores != "bernoulli":
+        assert_one_result(force_plan, call, [(1, 2, 10**6), (3, 2, 2)], num_samples=32, budget="proportional")
 
 
 @pytest.mark.parametrize("group", [4, 8])

@@ -6,8 +6,8 @@
 // small integers, in float32, in the order of the features and of a head's own features alone.
 //
 // For rows that are not sampled in one pass: exact and proportional ones. Of proportional ones also the softmax states
-// of the tiles. The scores lie as stage 1 of exact scores leaves them (decode/tile.cuh), and the value stages are the
-// same.
+// of the tiles. The scores lie as stage 1 of exact scores leaves them (decode/proportional_score.cuh), and the value
+// stages are the same.
 #pragma once
 
 #include "bernoulli_params.h"

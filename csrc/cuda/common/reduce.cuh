@@ -1,4 +1,4 @@
-// Sums over the threads of a warp or a CTA. Integers alone: their results do not depend on the order.
+// Sums and maxima over the threads of a warp or a CTA. Sums of integers alone: they do not depend on the order.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,14 @@ namespace santa::cuda {
 __device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
+}
+
+// The largest value, in each lane. There is an instruction for integers, in whose order those of floats are once the
+// negative ones are turned round. No NaN; of -0 and 0 it is 0.
+__device__ __forceinline__ float warp_max(float value) {
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  const int max = __reduce_max_sync(0xffffffffu, ordered(static_cast<int>(__float_as_uint(value))));
+  return __uint_as_float(static_cast<uint32_t>(ordered(max)));
 }
 
 // The sum over the lanes up to one's own.

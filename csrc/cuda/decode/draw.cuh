@@ -117,6 +117,11 @@ __device__ __forceinline__ float reduce_four(const float (&values)[4], int lane,
 }
 __device__ __forceinline__ int lane_of_four(int i) { return (i & 2) << 3 | (i & 1) << 3; }
 
+__device__ __forceinline__ float choose_of_four(const float (&values)[4], int i) {
+  const bool odd = (i & 1) != 0;
+  return (i & 2) != 0 ? (odd ? values[3] : values[2]) : (odd ? values[1] : values[0]);
+}
+
 // How often each of a lane's 4 keys, 4 lane + j, is drawn, by whole warps. `total`: units of all keys.
 __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t& total, const uint32_t (&units)[4],
                                                  uint32_t offset, int unit_bits, int lane) {
@@ -209,9 +214,8 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
 
   // What follows from it, for the lane's head.
   const bool there = own_head < num_heads, grouped = p.sampler == Sampler::kGrouped;
-  const float share = p.budget == Budget::kStreaming
-                          ? streaming_share(log2_sum(state), level, scores.num_keys, unit.row.span_len)
-                          : uniform_share(scores.num_keys, unit.row.span_len);
+  const float share = p.budget == Budget::kStreaming ? streaming_share(state, level, scores.num_keys, unit.row.span_len)
+                                                     : uniform_share(scores.num_keys, unit.row.span_len);
   const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
   const float reference = there ? tile_reference(p.budget, level, state.max) : -INFINITY;
 

@@ -145,19 +145,30 @@ inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs)
          p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
 
+// Proportional rows: warps of the kernel of scores at most, and what a CTA and each of its warps take of shared memory.
+constexpr int kProportionalWarps = 6;
+constexpr int kProportionalSharedBytes = 512;  // of what the CTA shares; proportional_score.cuh checks it
+
+SANTA_HD int proportional_warp_bytes(int slot_bytes, int num_slots, int pitch) {
+  return align_up(num_slots * slot_bytes + kDrawTileKv * pitch * 4);
+}
+
+inline int proportional_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
+  const int pitch = score_pitch_of(head_block_of(p, 0).count);
+  return kProportionalSharedBytes + p.plan.num_warps * proportional_warp_bytes(needs.slot, p.plan.num_slots, pitch);
+}
+
 inline int one_pass_threads(const DecodeParams& p) { return (p.plan.num_warps + kGatherWarps) * 32; }
 
 // CTAs of the tile kernel, per line of the grid: one for each tile of a row, where the host knows how many there are.
 // Where lengths are on the device, most tiles that there could be may not be there, and CTAs without one cost time too:
-// then there is one line of CTAs that look for tiles, twice as many as live at once, but beside rows in one pass, whose
+// then there is one line of CTAs that look for tiles, twice as many as live at once, but beside sampled rows, whose
 // CTAs must have gone before these can come, no more than do.
 inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   CallPlan& plan = p.plan;
-  const int row_tiles = plan.equal_rows ? plan.row.num_tiles
-                                        : std::max(max_exact_tiles(plan.longest_exact),
-                                                   plan.proportional ? max_num_tiles(p.max_kv_len) : 0);
+  const int row_tiles = plan.equal_rows ? plan.row.num_tiles : max_exact_tiles(plan.longest_exact);
   const int64_t row_items = static_cast<int64_t>(std::max(row_tiles, 1)) * p.num_units();
-  const int most = (plan.one_pass ? 2 : 4) * device.num_sms;
+  const int most = (plan.one_pass || plan.proportional ? 2 : 4) * device.num_sms;
   plan.tile_ctas = static_cast<int>(plan.equal_rows ? row_items : std::min<int64_t>(row_items * p.batch, most));
 }
 
@@ -167,14 +178,18 @@ inline int shared_room(const DeviceLimits& device, int ctas) {
   return std::min(device.sm_bytes / ctas - kReserved, device.cta_bytes);
 }
 
+// Keys of a part, or of a proportional row's tile, of the longest row.
+inline int longest_part_kv(const DecodeParams& p) {
+  return p.plan.proportional ? tile_kv_of(p.max_kv_len) : part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv);
+}
+
 // Into how many runs, of a multiple of `run_multiple` parts, for a device on which plan.ctas_at_once CTAs live.
 inline void cut_rows(DecodeParams& p, int run_multiple = 1) {
   CallPlan& plan = p.plan;
   plan.run_multiple = run_multiple;
   const ForcedPlan& forced = forced_plan();
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
-  const int part_kv = part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv);
-  const int parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
+  const int part_kv = longest_part_kv(p), parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
   const bool lengths_known = !plan.exact;
   plan.wanted_ctas = forced.wanted_ctas > 0 ? forced.wanted_ctas
                      : lengths_known        ? wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once)
@@ -185,29 +200,48 @@ inline void cut_rows(DecodeParams& p, int run_multiple = 1) {
 }
 
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
-// warps as fit with two slots each, then as many slots as they need.
-inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
-  if (!p.plan.one_pass) return;
+// warps as fit with two slots each, but no more than what the `tiles` of a run take as many turns with; then as many
+// slots as are wanted. bytes_of: of shared memory, that a CTA of the plan asks for.
+template <typename BytesOf, typename SlotsWanted>
+inline void plan_warps(DecodeParams& p, const DeviceLimits& device, int tiles, int most_warps, const BytesOf& bytes_of,
+                       const SlotsWanted& slots_wanted) {
   CallPlan& plan = p.plan;
   const ForcedPlan& forced = forced_plan();
-  plan.ctas_at_once = 2 * device.num_sms;
-  cut_rows(p);
   const bool alone = max_runs_of(p) * p.num_units() <= device.num_sms;
   const int room = shared_room(device, alone ? 1 : 2);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
-    return one_pass_shared_bytes(p, needs) <= room;
+    return bytes_of() <= room;
   };
-  int num_warps = needs.max_warps, num_slots = 2;
+  int num_warps = most_warps, num_slots = 2;
   while (num_warps > 1 && !fits(num_warps, num_slots)) --num_warps;
-  // No more than what the tiles of a run take as many turns with.
-  const int run_kv = plan.run_parts * part_kv_of(p.max_kv_len, p.num_units());
-  const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   num_warps = ceil_div_int(tiles, ceil_div_int(tiles, num_warps));
   if (forced.num_warps > 0) num_warps = std::min(forced.num_warps, num_warps);
-  const int wanted = forced.num_slots > 0 ? forced.num_slots : needs.num_slots;
-  while (num_slots < std::min(wanted, kMaxSlots) && fits(num_warps, num_slots + 1)) ++num_slots;
+  const int wanted = std::min(forced.num_slots > 0 ? forced.num_slots : slots_wanted(num_warps), kMaxSlots);
+  while (num_slots < wanted && fits(num_warps, num_slots + 1)) ++num_slots;
   plan.num_warps = num_warps, plan.num_slots = num_slots;
+}
+
+inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
+  if (!p.plan.one_pass) return;
+  p.plan.ctas_at_once = 2 * device.num_sms;
+  cut_rows(p);
+  const int run_kv = p.plan.run_parts * part_kv_of(p.max_kv_len, p.num_units());
+  const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
+  plan_warps(
+      p, device, tiles, needs.max_warps, [&] { return one_pass_shared_bytes(p, needs); },
+      [&](int) { return needs.num_slots; });
+}
+
+// The kernel of scores. In short runs, of fewer tiles than four warps take, those that there are have more on their
+// way.
+inline void plan_scores(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
+  if (!p.plan.proportional) return;
+  p.plan.ctas_at_once = 2 * device.num_sms;
+  cut_rows(p);
+  plan_warps(
+      p, device, p.plan.run_parts, kProportionalWarps, [&] { return proportional_shared_bytes(p, needs); },
+      [&](int num_warps) { return needs.num_slots * std::max(4 / num_warps, 1); });
 }
 
 }  // namespace santa::cuda

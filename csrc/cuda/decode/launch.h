@@ -14,6 +14,8 @@ template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream);
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass(const DecodeParams& p, cudaStream_t stream);
+template <typename T, typename K, int HEAD_DIM>
+void launch_scores(const DecodeParams& p, cudaStream_t stream);
 template <typename V, int HEAD_DIM>
 void launch_proportional_gather(const DecodeParams& p, cudaStream_t stream);
 

@@ -116,8 +116,43 @@ struct KeyScorer {
   }
 };
 
-// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on. Copies run ahead of what
-// is scored by the slots of the ring, on into the next tile.
+// Copies the tiles warp, warp + num_warps, ... of a run, which has num_keys keys from first_key on, slot by slot: ahead
+// of what is scored by the slots of a ring, on into the next tile.
+template <typename Scorer>
+struct RunLoader {
+  const DecodeParams& p;
+  Scorer& scorer;
+  int first_key, num_keys, tile_kv, lane;
+  int ahead, index = 0;  // first key of the tile, and the slot of it, that are copied next
+
+  __device__ __forceinline__ RunLoader(const DecodeParams& p, Scorer& scorer, int first_key, int num_keys, int warp,
+                                       int tile_kv, int lane)
+      : p(p),
+        scorer(scorer),
+        first_key(first_key),
+        num_keys(num_keys),
+        tile_kv(tile_kv),
+        lane(lane),
+        ahead(warp * tile_kv) {
+    look_up();
+  }
+  __device__ __forceinline__ void look_up() {
+    if (ahead < num_keys) scorer.look_up(first_key + ahead, min(tile_kv, num_keys - ahead), index, lane);
+  }
+  __device__ __forceinline__ void load(uint32_t slot) {
+    if (ahead < num_keys) {
+      const int tile_keys = min(tile_kv, num_keys - ahead);
+      // With several head blocks the keys are read again soon.
+      const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
+      scorer.load(slot, first_key + ahead, tile_keys, index, policy, lane);
+      if (++index == scorer.num_slots(tile_keys)) ahead += p.plan.num_warps * tile_kv, index = 0;
+      look_up();
+    }
+    cp_async_commit();  // every call is a group of copies, be it an empty one
+  }
+};
+
+// The tiles warp, warp + num_warps, ... of the run, which has num_keys keys from first_key on.
 template <typename Scorer>
 __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit& unit, const RowShape& row, int pitch,
                                             Scorer& scorer, unsigned char* area, int first_key, int num_keys,
@@ -127,23 +162,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   const uint32_t ring = shared_address(area), ring_end = ring + ring_slots * Scorer::kSlotBytes;
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
 
-  int ahead = warp * draw_kv, ahead_index = 0;  // tile and slot that are copied next
-  const auto look_up = [&] {
-    if (ahead < num_keys) scorer.look_up(first_key + ahead, min(draw_kv, num_keys - ahead), ahead_index, lane);
-  };
-  look_up();
-  const auto load = [&](uint32_t slot) {
-    if (ahead < num_keys) {
-      const int tile_keys = min(draw_kv, num_keys - ahead);
-      // With several head blocks the keys are read again soon.
-      const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
-      scorer.load(slot, first_key + ahead, tile_keys, ahead_index, policy, lane);
-      if (++ahead_index == scorer.num_slots(tile_keys)) ahead += stride, ahead_index = 0;
-      look_up();
-    }
-    cp_async_commit();  // every call is a group of copies, be it an empty one
-  };
-
+  RunLoader<Scorer> loader(p, scorer, first_key, num_keys, warp, draw_kv, lane);
   const bool grouped = p.sampler == Sampler::kGrouped;
   RandomStream stream{};  // of head lane % 8; grouped draws have one for all
   float level = 0.0f;     // of head lane % 8
@@ -168,7 +187,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
         ++index;
         __syncwarp();  // the other lanes are done with the slot: it is filled again
       }
-      load(slot);
+      loader.load(slot);
       slot = slot + Scorer::kSlotBytes == ring_end ? ring : slot + Scorer::kSlotBytes;
       if (filling > 0 && --filling == 0) {
         // The first copies are on their way.
@@ -197,7 +216,8 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   cp_async_wait<0>();
 }
 
-// What the CTA works on. KV heads and head blocks are fastest: concurrent CTAs read neighbouring memory.
+// What a CTA works on: parts of a row, or tiles of a proportional one. KV heads and head blocks are fastest: concurrent
+// CTAs read neighbouring memory.
 struct Work {
   RowUnit unit;
   int first_part, last_part;
@@ -209,7 +229,15 @@ struct Work {
     first_part = run.first_part;
     last_part = min(run.first_part + run.num_parts, unit.row.num_tiles);
   }
-  __device__ __forceinline__ bool exists() const { return unit.row.one_pass() && first_part < last_part; }
+  // `kind`: of the rows that the kernel is for.
+  __device__ __forceinline__ bool exists(RowKind kind = RowKind::kOnePass) const {
+    return unit.row.kind == kind && first_part < last_part;
+  }
+  __device__ __forceinline__ int first_key() const { return first_part * unit.row.tile_kv; }
+  __device__ __forceinline__ int num_keys() const {
+    const int64_t most = static_cast<int64_t>(last_part - first_part) * unit.row.tile_kv;
+    return static_cast<int>(min(most, static_cast<int64_t>(unit.row.kv_len - first_key())));
+  }
 };
 
 // T: of q, and of values that are not float8.
@@ -235,12 +263,9 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     mbarrier_init(&shared.empty[0][0] + threadIdx.x, kGatherWarps * 32);
   }
   if (warp < num_warps) {
-    const int first_key = first_part * work.unit.row.tile_kv;
-    const int64_t num_keys = min(static_cast<int64_t>(last_part - first_part) * work.unit.row.tile_kv,
-                                 static_cast<int64_t>(work.unit.row.kv_len - first_key));
     // Slots must not start from `warp`: slot_after says why.
     score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer,
-                areas + (threadIdx.x >> 5) * area_bytes, first_key, static_cast<int>(num_keys), shared.values,
+                areas + (threadIdx.x >> 5) * area_bytes, work.first_key(), work.num_keys(), shared.values,
                 queue_of(warp), warp, lane);
     return;
   }

@@ -39,7 +39,7 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
       int kv_len = 0, part_shift = __ffs(kMinPartKv) - 1;  // of row first + lane; 0 keys if it is not there
       if (first + lane < p.batch) {
         const RowShape shape = row_shape_of(p, first + lane);
-        if (shape.one_pass()) kv_len = shape.kv_len, part_shift = __ffs(shape.tile_kv) - 1;
+        if (shape.sampled()) kv_len = shape.kv_len, part_shift = __ffs(shape.tile_kv) - 1;
       }
       if (turn == 0) {
         keys += kv_len;

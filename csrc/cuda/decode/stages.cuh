@@ -6,18 +6,18 @@
 #include "cuda/decode/launch.h"
 #include "cuda/decode/one_pass.cuh"
 #include "cuda/decode/proportional_gather.cuh"
+#include "cuda/decode/proportional_score.cuh"
 #include "cuda/decode/tile.cuh"
 
 namespace santa::cuda {
 
-// Exact and proportional rows. Beside rows in one pass they need not wait for the one-pass kernel but to end
-// (tile.cuh).
+// Exact rows. Beside sampled ones they need not wait for the kernel before but to end (tile.cuh).
 template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   auto* const kernel = tile_kernel<T, K, HEAD_DIM>;
   constexpr int kTileBytes = sizeof(TileShared<HEAD_DIM>), kThreads = TileShared<HEAD_DIM>::kThreads;
   const dim3 grid(static_cast<unsigned>(p.plan.tile_ctas), p.plan.equal_rows ? p.batch : 1);
-  if (p.plan.one_pass) {
+  if (p.plan.one_pass || p.plan.proportional) {
     share_multiprocessor(kernel, kTileBytes);
     launch_after(kernel, grid, kThreads, kTileBytes, stream, "tile_kernel", p);
   } else {
@@ -59,6 +59,16 @@ void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
   const ScoreNeeds needs = key_score_needs(p);
   launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p,
                           pilot_shared_bytes(needs), one_pass_shared_bytes(p, needs), one_pass_threads(p), stream);
+}
+
+template <typename T, typename K, int HEAD_DIM>
+void launch_scores(const DecodeParams& p, cudaStream_t stream) {
+  auto* const kernel = proportional_score_kernel<T, K, HEAD_DIM>;
+  const int bytes = proportional_shared_bytes(p, key_score_needs(p));
+  share_multiprocessor(kernel, bytes);
+  const dim3 grid(static_cast<unsigned>(max_runs_of(p) * p.num_units()));
+  SANTA_LAUNCH(kernel, grid, p.plan.num_warps * 32, bytes, stream, p);
+  check_launch("proportional_score_kernel");
 }
 
 template <typename V, int HEAD_DIM>

@@ -1,13 +1,9 @@
-// Rows that are not sampled in one pass, by tiles: a CTA does a tile of keys for one KV head (and block of 8 query
-// heads, for larger groups) at a time.
-//
-// Exact rows: attention over the tile, its unnormalised output and softmax state; `combine` merges the tiles.
-// Proportional rows, stage 1: scores of the tile to the workspace, and the softmax state of every head. V is not
-// touched.
+// Exact rows, by tiles: a CTA does a tile of keys for one KV head (and block of 8 query heads, for larger groups) at a
+// time: attention over the tile, its unnormalised output and softmax state. `combine` merges the tiles.
 //
 // Every warp walks its own keys, 16 at a time, through a ring of shared-memory slots that it fills itself with cp.async
 // and synchronises with nobody. Keys are the M of m16n8k16 and the heads of the group its N: a KV head serves up to 8
-// query heads with one read. For exact rows V^T is the M of a second product and the transposed probabilities its N.
+// query heads with one read. V^T is the M of a second product and the transposed probabilities its N.
 //
 // Rows in float8 are copied as they are, to the end of their slot. The warp expands them to q's dtype in place before
 // it reads them, and all else is the same.
@@ -36,6 +32,7 @@ struct TileShared {
   Slot ring[kWarps][kRingSlots];
   float max[kWarps][kHeadBlock];
   float sum[kWarps][kHeadBlock];
+  float factor[kWarps][kHeadBlock];  // of sums, to those of the tile
 };
 
 // CTAs of a multiprocessor that registers have to have room for, as many as its shared memory holds: two with the 228
@@ -94,82 +91,7 @@ __device__ __forceinline__ void load_keys(uint32_t slot, const DecodeParams& p, 
   }
 }
 
-// Proportional rows. Lane state: the softmax of its own keys for its two heads.
-template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void score_tile(const DecodeParams& p, const TileWork<K>& work, int tile_kv,
-                                           const QueryFragments<T, HEAD_DIM>& query, TileShared<HEAD_DIM>& shared,
-                                           uint64_t policy) {
-  const int warp = warp_index(), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
-  const int num_slots = tile_kv / (kSlotRows * kWarps);
-  const auto key_of = [&](int i) { return (i * kWarps + warp) * kSlotRows; };  // within the tile
-  const uint32_t ring = shared_address(&shared.ring[threadIdx.x >> 5][0]);     // not from `warp`: slot_after says why
-  constexpr uint32_t kSlotBytes = sizeof(typename TileShared<HEAD_DIM>::Slot);
-
-  float* scores_out = p.scores + work.group * p.scores_per_row + work.first_key * p.group_pitch;
-  const int head = work.first_head + 2 * t;
-  const bool has_first = 2 * t < work.num_heads, has_second = 2 * t + 1 < work.num_heads;
-  SoftmaxState state[2] = {empty_softmax_state(), empty_softmax_state()};
-
-  uint32_t slot = ring, next_slot = ring;
-  int32_t page = work.look_up(key_of(0), lane);
-  // The first turns only fill the ring: code that is there twice has to be fetched twice.
-#pragma unroll 1
-  for (int i = 1 - kRingSlots; i < num_slots; ++i) {
-    if (i >= 0) {
-      cp_async_wait<kRingSlots - 2>();
-      __syncwarp();  // the other lanes' copies are visible, and they are done with the slot filled next
-    }
-    const int next = i + kRingSlots - 1;
-    if (next < num_slots) {
-      load_keys<T, K, HEAD_DIM>(next_slot, p, work, page, key_of(next), policy, lane);
-      page = work.look_up(key_of(next + 1), lane);
-    }
-    cp_async_commit();
-    next_slot = slot_after<kSlotBytes, kRingSlots>(next_slot, ring);
-    if (i < 0) continue;
-
-    if constexpr (std::is_same_v<K, Float8>) expand_codes<T, HEAD_DIM>(slot, lane);
-    float scores[4];
-    score_slot<T, HEAD_DIM>(scores, slot, query, lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = key_of(i) + g + half * 8;
-      const bool valid = key < work.num_keys;
-      scores[2 * half] = valid ? work.logit(p, scores[2 * half], key, 2 * t) : -INFINITY;
-      scores[2 * half + 1] = valid ? work.logit(p, scores[2 * half + 1], key, 2 * t + 1) : -INFINITY;
-      float* out = scores_out + key * p.group_pitch + head;
-      if (valid && has_second) {  // for the gather, which should still find them in the L2
-        const float both[2] = {scores[2 * half], scores[2 * half + 1]};
-        store_global(out, both, evict_last_policy());
-      } else if (valid && has_first) {
-        *out = scores[2 * half];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float max = fmaxf(state[j].max, fmaxf(scores[j], scores[2 + j]));
-      state[j].sum =
-          state[j].sum * exp2_below(state[j].max, max) + exp2_below(scores[j], max) + exp2_below(scores[2 + j], max);
-      state[j].max = max;
-    }
-    slot = slot_after<kSlotBytes, kRingSlots>(slot, ring);
-  }
-
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    for (int offset = 4; offset < 32; offset <<= 1) {
-      state[j] = merge(state[j], {__shfl_xor_sync(0xffffffffu, state[j].max, offset),
-                                  __shfl_xor_sync(0xffffffffu, state[j].sum, offset)});
-    }
-    if (g == 0) {
-      shared.max[warp][2 * t + j] = state[j].max;
-      shared.sum[warp][2 * t + j] = state[j].sum;
-    }
-  }
-}
-
-// Exact rows. Slots alternate between K and V of the same 16 keys. o[m] holds dimensions 16 m + g and + 8 of heads 2 t
+// Slots alternate between K and V of the same 16 keys. o[m] holds dimensions 16 m + g and + 8 of heads 2 t
 // and 2 t + 1, relative to the running maximum of each head, which all lanes agree on.
 template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWork<K>& work,
@@ -219,7 +141,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   uint32_t p_fragment[2] = {0, 0};  // probabilities as B operand: keys x heads
 
   uint32_t slot = ring, next_slot = ring;
-  // As in score_tile.
+  // The first turns only fill the ring: code that is there twice has to be fetched twice.
 #pragma unroll 1
   for (int i = 1 - kRingSlots; i < num_slots; ++i) {
     if (i >= 0) {
@@ -246,12 +168,12 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
         const int key = key_of(i) + g;
         low = key < work.num_keys ? work.logit(p, low, key, 2 * t + j) : -INFINITY;
         high = key + 8 < work.num_keys ? work.logit(p, high, key + 8, 2 * t + j) : -INFINITY;
-        const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high)));
-        factor[j] = exp2_below(max[j], new_max);
+        const float new_max = max_over_keys(fmaxf(max[j], fmaxf(low, high))), below = finite_max(new_max);
+        factor[j] = exp2_approx(max[j] - below);
         rescale |= factor[j] != 1.0f;
         max[j] = new_max;
-        weights[j] = exp2_below(low, new_max);
-        weights[2 + j] = exp2_below(high, new_max);
+        weights[j] = exp2_approx(low - below);
+        weights[2 + j] = exp2_approx(high - below);
         sum[j] = sum[j] * factor[j] + weights[j] + weights[2 + j];
       }
       if (__any_sync(0xffffffffu, rescale)) {
@@ -292,29 +214,36 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, const TileWor
   }
 }
 
-// An exact row of one tile, or of no key: nothing is left to combine.
-template <typename T, int HEAD_DIM, typename Work>
-__device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& work, const RowShape& row,
-                                           int batch_index, int kv_head, const TileShared<HEAD_DIM>& shared) {
-  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
-#pragma unroll 1
-  for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
-    const int head = item / HEAD_DIM, d = item % HEAD_DIM;
-    SoftmaxState state = empty_softmax_state();
-    for (int w = 0; w < kWarps; ++w) state = merge(state, {shared.max[w][head], shared.sum[w][head]});
-    float value = 0.0f;
-    for (int w = 0; w < kWarps; ++w) {
-      const auto* rows = reinterpret_cast<const float (*)[HEAD_DIM]>(&shared.ring[w][0]);
-      const float factor = exp2_below(shared.max[w][head], state.max);
-      if (factor != 0.0f) value += rows[head][d] * factor;
-    }
-    const Epilogue epilogue = epilogue_of(p, row, kv_head, work.first_head + head, log2_sum(state));
-    const int64_t index = p.output_index(batch_index, kv_head, work.first_head + head);
-    static_cast<T*>(p.out)[index * HEAD_DIM + d] = Float16Traits<T>::from_float(epilogue.output(value / state.sum));
-    if (d == 0) p.lse[index] = epilogue.lse;
+// The warps' sums to those of the tile, in warp order; by all threads. Hands (head of the block, dimension, sums of
+// this dimension and the next, state of the head) to take.
+template <int HEAD_DIM, typename Take>
+__device__ __forceinline__ void merge_warps(TileShared<HEAD_DIM>& shared, int num_heads, const Take& take) {
+  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps, kPairs = HEAD_DIM / 2;
+  __syncthreads();  // all warps have left what they have
+  if (threadIdx.x < kWarps * kHeadBlock) {
+    const int w = threadIdx.x / kHeadBlock, head = threadIdx.x % kHeadBlock;
+    float max = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) max = fmaxf(max, shared.max[i][head]);
+    shared.factor[w][head] = exp2_below(shared.max[w][head], max);
   }
-  if (p.rows_read != nullptr && work.first_head == 0 && threadIdx.x == 0) {
-    p.rows_read[work.group] = row.valid ? row.kv_len : -1;
+  __syncthreads();
+#pragma unroll 1
+  for (int item = threadIdx.x; item < num_heads * kPairs; item += TileShared<HEAD_DIM>::kThreads) {
+    const int head = item / kPairs, d = item % kPairs * 2;
+    SoftmaxState state = empty_softmax_state();
+    float2 values = {0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float factor = shared.factor[w][head];
+      const float2 own =
+          *reinterpret_cast<const float2*>(reinterpret_cast<const float*>(&shared.ring[w][0]) + head * HEAD_DIM + d);
+      state.max = fmaxf(state.max, shared.max[w][head]);
+      state.sum += shared.sum[w][head] * factor;  // NaN stays
+      if (factor == 0.0f) continue;
+      values.x += own.x * factor, values.y += own.y * factor;
+    }
+    take(head, d, values, state);
   }
 }
 
@@ -322,7 +251,6 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Work& wo
 template <typename T, typename K, int HEAD_DIM>
 __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& row, int batch_index, int tile,
                                         int kv_head, int head_block, TileShared<HEAD_DIM>& shared) {
-  constexpr int kWarps = TileShared<HEAD_DIM>::kWarps;
   TileWork<K> work;
   work.group = p.group_index(batch_index, kv_head);
   work.first_head = head_block * kHeadBlock;
@@ -342,38 +270,26 @@ __device__ __forceinline__ void do_tile(const DecodeParams& p, const RowShape& r
   QueryFragments<T, HEAD_DIM> query;
   query.load(p, batch_index, kv_head, work.first_head, work.num_heads, threadIdx.x & 31);
 
-  if (row.sampled()) {
-    score_tile<T, K, HEAD_DIM>(p, work, row.tile_kv, query, shared, policy);
-  } else {
-    attend_tile<T, K, HEAD_DIM>(p, work, query, shared, policy);
-  }
-  __syncthreads();
+  attend_tile<T, K, HEAD_DIM>(p, work, query, shared, policy);
 
-  if (!row.sampled() && row.num_tiles <= 1) {
-    finish_row<T, HEAD_DIM>(p, work, row, batch_index, kv_head, shared);
+  if (row.num_tiles <= 1) {  // of one tile, or of no key: nothing is left to combine
+    merge_warps(shared, work.num_heads, [&](int head, int d, float2 values, SoftmaxState state) {
+      const Epilogue epilogue = epilogue_of(p, row, kv_head, work.first_head + head, log2_sum(state));
+      const int64_t index = p.output_index(batch_index, kv_head, work.first_head + head);
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + index * HEAD_DIM + d) =
+          Float16Traits<T>::pack(epilogue.output(values.x / state.sum), epilogue.output(values.y / state.sum));
+      if (d == 0) p.lse[index] = epilogue.lse;
+    });
+    if (p.rows_read != nullptr && work.first_head == 0 && threadIdx.x == 0) {
+      p.rows_read[work.group] = row.valid ? row.kv_len : -1;
+    }
     return;
   }
-
-  // Merge the warps, in warp order.
   const int64_t stats = p.stats_offset(work.group) + static_cast<int64_t>(tile) * p.group_size + work.first_head;
-  if (threadIdx.x < work.num_heads) {
-    SoftmaxState state = empty_softmax_state();
-    for (int w = 0; w < kWarps; ++w) state = merge(state, {shared.max[w][threadIdx.x], shared.sum[w][threadIdx.x]});
-    p.tile_max[stats + threadIdx.x] = state.max;
-    p.tile_sum[stats + threadIdx.x] = state.sum;
-  }
-  if (row.sampled()) return;
-  for (int item = threadIdx.x; item < work.num_heads * HEAD_DIM; item += TileShared<HEAD_DIM>::kThreads) {
-    const int head = item / HEAD_DIM, d = item % HEAD_DIM;
-    float max = -INFINITY, value = 0.0f;
-    for (int w = 0; w < kWarps; ++w) max = fmaxf(max, shared.max[w][head]);
-    for (int w = 0; w < kWarps; ++w) {
-      const auto* rows = reinterpret_cast<const float (*)[HEAD_DIM]>(&shared.ring[w][0]);
-      const float factor = exp2_below(shared.max[w][head], max);
-      if (factor != 0.0f) value += rows[head][d] * factor;
-    }
-    p.o_accum[(stats + head) * HEAD_DIM + d] = value;
-  }
+  merge_warps(shared, work.num_heads, [&](int head, int d, float2 values, SoftmaxState state) {
+    *reinterpret_cast<float2*>(p.o_accum + (stats + head) * HEAD_DIM + d) = values;
+    if (d == 0) p.tile_max[stats + head] = state.max, p.tile_sum[stats + head] = state.sum;
+  });
 }
 
 // A tile of a row, for a KV head and head block.
@@ -383,7 +299,7 @@ struct TileItem {
   int tile, kv_head, head_block;
 
   SANTA_HD static int count_of(const DecodeParams& p, const RowShape& row) {
-    return row.one_pass() ? 0 : (row.num_tiles > 1 ? row.num_tiles : 1) * p.num_units();
+    return row.sampled() ? 0 : (row.num_tiles > 1 ? row.num_tiles : 1) * p.num_units();
   }
 
   // Number `index` of the call, or of row blockIdx.y if there is a line of the grid for every row. By whole warps.
@@ -416,9 +332,9 @@ struct TileItem {
   }
 };
 
-// All tiles of all rows that are not in one pass: a CTA for each if rows are known to be equal, else each CTA in steps
-// of the grid. Beside rows in one pass it starts before their kernel has ended, and ends after it: who waits for this
-// kernel has waited for both.
+// All tiles of all exact rows: a CTA for each if rows are known to be equal, else each CTA in steps of the grid. Beside
+// sampled rows it starts before their kernel has ended, and ends after it: who waits for this kernel has waited for
+// both.
 template <typename T, typename K, int HEAD_DIM>
 __global__ void __launch_bounds__(TileShared<HEAD_DIM>::kThreads, min_tile_ctas(HEAD_DIM))
     tile_kernel(const __grid_constant__ DecodeParams p) {

@@ -218,7 +218,7 @@ struct ProposalWarp {
     // What follows for the lane's head: its draws, and all keys' part of Z.
     const bool there = own_head < num_heads;
     const int span_len = unit.row.span_len;
-    const float share = streaming_share(log2_sum(state), level, num_keys, span_len);
+    const float share = streaming_share(state, level, num_keys, span_len);
     const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
     reference = there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY;
     z = there ? state.sum * exp2_below(state.max, reference) : 0.0f;

@@ -24,14 +24,15 @@ const Gpu kGpus[] = {
     {"sm_120", {170, 100 * kKb, 99 * kKb}},
 };
 
-DecodeParams params_of(int batch, int64_t kv_len, int group, int head_dim, Dtype k_dtype, bool lengths_known) {
+DecodeParams params_of(int batch, int64_t kv_len, int group, int head_dim, Dtype k_dtype, bool lengths_known,
+                       Budget budget = Budget::kStreaming) {
   DecodeParams p{};
   static const int32_t some_lens[1] = {};
   p.batch = batch, p.max_kv_len = kv_len, p.num_kv_heads = 8, p.num_qo_heads = 8 * group, p.group_size = group;
   p.head_dim = head_dim, p.dtype = Dtype::kBFloat16, p.k_dtype = p.v_dtype = k_dtype;
   p.q_len = 1, p.head_group = group, p.head_group_inverse = inverse_of(group), p.window_left = -1,
   p.cache_kv_len = p.max_kv_len;
-  p.num_samples = 128, p.min_sampled_len = 0, p.sampler = Sampler::kGrouped, p.budget = Budget::kStreaming;
+  p.num_samples = 128, p.min_sampled_len = 0, p.sampler = Sampler::kGrouped, p.budget = budget;
   p.kv_lens = lengths_known ? nullptr : some_lens;
   p.plan = plan_call(p);
   return p;
@@ -52,6 +53,22 @@ void check_plan(const Gpu& gpu, DecodeParams& p, const ScoreNeeds& needs, const 
   if (p.plan.num_warps < 1 || p.plan.num_warps > needs.max_warps) where("too few or too many score warps");
 }
 
+void check_scores(const Gpu& gpu, DecodeParams& p, const char* kind) {
+  const ScoreNeeds needs = key_score_needs(p);
+  plan_scores(p, gpu.limits, needs);
+  const int bytes = proportional_shared_bytes(p, needs);
+  const auto where = [&](const char* what) {
+    check(false, gpu.name, ", ", kind, ", group ", p.group_size, ", head_dim ", p.head_dim, ", batch ", p.batch, ": ",
+          what, " (", bytes, " bytes)");
+  };
+  if (bytes > gpu.limits.cta_bytes) where("the kernel of scores asks for more than a CTA can have");
+  const bool many = max_runs_of(p) * p.num_units() > gpu.limits.num_sms;
+  if (many && 2 * (bytes + kReserved) > gpu.limits.sm_bytes) where("two CTAs do not fit a multiprocessor");
+  if (p.plan.num_slots < 2 || p.plan.num_slots > kMaxSlots) where("a ring of too few or too many slots");
+  if (p.plan.num_warps < 1 || p.plan.num_warps > kProportionalWarps) where("too few or too many warps");
+  if (proportional_warp_bytes(needs.slot, p.plan.num_slots, 4) % 512 != 0) where("slots do not start at 512 bytes");
+}
+
 void test_shared_memory() {
   for (const Gpu& gpu : kGpus) {
     for (const int head_dim : {64, 96, 128, 192, 256}) {
@@ -60,7 +77,10 @@ void test_shared_memory() {
           for (const bool known : {true, false}) {
             for (const Dtype k_dtype : {Dtype::kBFloat16, Dtype::kFloat8E4M3}) {
               DecodeParams p = params_of(batch, 32768, group, head_dim, k_dtype, known);
-              check_plan(gpu, p, key_score_needs(p), k_dtype == Dtype::kBFloat16 ? "bfloat16" : "float8");
+              const char* const kind = k_dtype == Dtype::kBFloat16 ? "bfloat16" : "float8";
+              check_plan(gpu, p, key_score_needs(p), kind);
+              p = params_of(batch, 32768, group, head_dim, k_dtype, known, Budget::kProportional);
+              check_scores(gpu, p, kind);
             }
             DecodeParams p = params_of(batch, 32768, group, head_dim, Dtype::kBFloat16, known);
             p.by_features = true;
@@ -72,8 +92,17 @@ void test_shared_memory() {
   }
 }
 
-// Equal rows: every part in one run, no more CTAs than asked for but one a row, and no second wave that is nearly
-// empty.
+void check_runs(const DecodeParams& p, int64_t parts, int at_once) {
+  check(static_cast<int64_t>(p.plan.row_runs) * p.plan.run_parts >= parts, "a part belongs to no run");
+  check(static_cast<int64_t>(p.plan.row_runs - 1) * p.plan.run_parts < parts, "a run has no part");
+  const int64_t ctas = max_runs_of(p) * p.num_units(), rounds = ceil_div(ctas, at_once);
+  const double mean = static_cast<double>(p.batch) * p.num_units() * parts / at_once;
+  check(rounds * p.plan.run_parts <= 1.35 * mean + 1, p.batch, " x ", p.max_kv_len, ": ", rounds, " rounds of ",
+        p.plan.run_parts, " parts where ", mean, " are the least");
+}
+
+// Equal rows: every part, or tile, in one run, no more CTAs than asked for but one a row, and no second wave that is
+// nearly empty.
 void test_equal_rows() {
   const DeviceLimits h100 = kGpus[3].limits;
   const int at_once = 2 * h100.num_sms;
@@ -81,13 +110,10 @@ void test_equal_rows() {
     for (const int64_t kv_len : {8192, 32768, 131072}) {
       DecodeParams p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, true);
       plan_one_pass(p, h100, key_score_needs(p));
-      const int64_t parts = ceil_div(kv_len, part_kv_of(kv_len, p.num_units()));
-      check(static_cast<int64_t>(p.plan.row_runs) * p.plan.run_parts >= parts, "a part belongs to no run");
-      check(static_cast<int64_t>(p.plan.row_runs - 1) * p.plan.run_parts < parts, "a run has no part");
-      const int64_t ctas = max_runs_of(p) * p.num_units(), rounds = ceil_div(ctas, at_once);
-      const double mean = static_cast<double>(batch) * p.num_units() * parts / at_once;
-      check(rounds * p.plan.run_parts <= 1.35 * mean + 1, batch, " x ", kv_len, ": ", rounds, " rounds of ",
-            p.plan.run_parts, " parts where ", mean, " are the least");
+      check_runs(p, ceil_div(kv_len, part_kv_of(kv_len, p.num_units())), at_once);
+      p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, true, Budget::kProportional);
+      plan_scores(p, h100, key_score_needs(p));
+      check_runs(p, num_tiles_of(kv_len), at_once);
     }
   }
 }
