@@ -286,6 +286,8 @@ def parse() -> argparse.Namespace:
     for name, value in size.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, list(value) if isinstance(value, tuple) else value)
+    if arguments.seeds < 1:
+        parser.error(f"--seeds is {arguments.seeds}; it has to be 1 or more")
     arguments.dtype = arguments.dtype or ("bfloat16" if on_cuda else "float32")
     arguments.chosen = choose(arguments.methods, arguments.device)
     return arguments

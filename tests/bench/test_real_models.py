@@ -138,7 +138,7 @@ def test_steps_are_alike_from_where_windows_are_full_and_exact(tokens):
     assert prefilled(tokens).steps_are_alike(Run(GROUPED, windows=True))
 
 
-def test_every_seed_of_a_point_is_a_run_of_its_own(tmp_path, monkeypatch):
+def test_every_seed_of_a_point_is_a_run_of_its_own(monkeypatch):
     options = ["--methods", "grouped", "top-k", "--samples", "16", "64", "--device", "cpu"]
     made = {}
     for seed, seeds in ((5, 3), (7, 1)):
@@ -152,6 +152,13 @@ def test_every_seed_of_a_point_is_a_run_of_its_own(tmp_path, monkeypatch):
     for (_, three), (_, one) in zip(made[5][:2], made[7][:2], strict=True):
         assert three[2] == one[0]
     assert made[5][-1][1][0].exact_layers == {2, 0}
+
+
+def test_no_seed_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["real_models.py", "--device", "cpu", "--seeds", "0"])
+    with pytest.raises(SystemExit):
+        real_models.parse()
+    assert "--seeds is 0; it has to be 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [method.name for method in METHODS if not method.top_k and method.keys != "codes"])
