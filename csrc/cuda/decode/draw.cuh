@@ -117,11 +117,6 @@ __device__ __forceinline__ float reduce_four(const float (&values)[4], int lane,
 }
 __device__ __forceinline__ int lane_of_four(int i) { return (i & 2) << 3 | (i & 1) << 3; }
 
-__device__ __forceinline__ float choose_of_four(const float (&values)[4], int i) {
-  const bool odd = (i & 1) != 0;
-  return (i & 2) != 0 ? (odd ? values[3] : values[2]) : (odd ? values[1] : values[0]);
-}
-
 // How often each of a lane's 4 keys, 4 lane + j, is drawn, by whole warps. `total`: units of all keys.
 __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t& total, const uint32_t (&units)[4],
                                                  uint32_t offset, int unit_bits, int lane) {

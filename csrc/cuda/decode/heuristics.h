@@ -226,7 +226,7 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
   if (!p.plan.one_pass) return;
   p.plan.ctas_at_once = 2 * device.num_sms;
   cut_rows(p);
-  const int run_kv = p.plan.run_parts * part_kv_of(p.max_kv_len, p.num_units());
+  const int run_kv = p.plan.run_parts * longest_part_kv(p);
   const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   plan_warps(
       p, device, tiles, needs.max_warps, [&] { return one_pass_shared_bytes(p, needs); },

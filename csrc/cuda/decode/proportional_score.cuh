@@ -65,6 +65,11 @@ __device__ __forceinline__ void take_scores(const DecodeParams& p, const RowUnit
   }
 }
 
+__device__ __forceinline__ float choose_of_four(const float (&values)[4], int i) {
+  const bool odd = (i & 1) != 0;
+  return (i & 2) != 0 ? (odd ? values[3] : values[2]) : (odd ? values[1] : values[0]);
+}
+
 // The lanes' states to that of their tile.
 __device__ __forceinline__ void write_tile(const DecodeParams& p, const RowUnit& unit, int tile,
                                            const LaneSoftmax& state, int lane) {
