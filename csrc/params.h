@@ -42,6 +42,20 @@ struct RowShape {
   SANTA_HD bool sampled() const { return kind != RowKind::kExact; }
 };
 
+// How rows of one kind are dealt out to CTAs, in runs of neighbouring parts, or tiles, of a row; CUDA:
+// cuda/decode/heuristics.h.
+struct RunCut {
+  int ctas_at_once;  // that live on the device
+  int wanted_ctas;   // that rows are cut for,
+  int other_quarters;  // or so many quarters of them, if decode/runs.cuh finds that better; 0: there is no choice
+  int start_kv;      // keys that take as long as the start of a CTA
+  bool chooses;      // whether the device may choose
+  int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
+  int run_parts;     // of these runs
+  int run_multiple;  // of these, what runs are rounded up to; a power of two
+  int64_t max_runs;  // bound of the runs of all rows, per KV head and head block
+};
+
 // Which kinds of row a call has to expect, and how its kernels are set up. Lengths are on the device: all that the host
 // knows is their bound and, if neither lengths nor starts are given, that every row has max_kv_len. Decided once, by
 // plan_call; nothing here changes a bit of the result.
@@ -52,17 +66,11 @@ struct CallPlan {
   RowShape row;
   int max_parts;  // of a row in one pass; tiles of a proportional one
 
-  // CUDA, sampled rows; cuda/decode/heuristics.h. Of a proportional row parts are tiles.
+  // CUDA; cuda/decode/heuristics.h.
   int num_warps;     // that score, per CTA
   int num_slots;     // of a warp's ring
-  int ctas_at_once;  // that live on the device
-  int wanted_ctas;   // that rows are cut for,
-  int most_waves;    // or this many times as many, if decode/runs.cuh finds that better
-  int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
-  int run_parts;     // of these runs
-  int run_multiple;  // of these, what runs are rounded up to; a power of two
   bool whole_parts;  // with proposal keys, whether a warp takes whole parts
-  int tile_ctas;     // CUDA, exact rows: per line of the grid
+  RunCut sampled_cut, exact_cut;
 };
 
 // Of a number from 1 to 1024: a query up to 1023 times it, shifted by kInverseBits, is their quotient.

@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(bound_threads(kFeatureScoreWarps, HEAD_DIM), 2
   SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = FeatureScorer<T, HEAD_DIM>;
   launch_dependents();
-  const Work work(p.decode);
-  if (!work.exists()) return;
+  const Work<> work(p.decode);
+  if (!work.exists(RowKind::kOnePass)) return;
   Scorer::fetch_list(p, work.unit, one_pass_bytes + kSharedBytes);
   __syncthreads();
   Scorer scorer(p, work.unit, one_pass_bytes + kSharedBytes);

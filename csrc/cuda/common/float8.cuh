@@ -25,6 +25,16 @@ __device__ __forceinline__ uint32_t nan_codes(uint32_t codes) {
   return kConvertsFloat8 ? 0 : ((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
 }
 
+// halves_of_codes, with NaN where a code is NaN.
+__device__ __forceinline__ uint2 halves_and_nans_of_codes(uint32_t codes) {
+  uint2 halves = halves_of_codes(codes);
+  if (const uint32_t nans = nan_codes(codes); nans != 0) {
+    halves.x |= (nans >> 7 & 1) * 0x7fffu | (nans >> 15 & 1) * 0x7fff0000u;
+    halves.y |= (nans >> 23 & 1) * 0x7fffu | (nans >> 31) * 0x7fff0000u;
+  }
+  return halves;
+}
+
 // Four codes to the numbers they are.
 __device__ __forceinline__ float4 floats_of_codes(uint32_t codes) {
   const uint2 halves = halves_of_codes(codes);
@@ -38,14 +48,6 @@ __device__ __forceinline__ float4 floats_of_codes(uint32_t codes) {
     }
   }
   return {values[0], values[1], values[2], values[3]};
-}
-
-// Eight codes to eight elements of T, which has every number of float8.
-template <typename T>
-__device__ __forceinline__ uint4 elements_of_codes(uint2 codes) {
-  const float4 low = floats_of_codes(codes.x), high = floats_of_codes(codes.y);
-  return {Float16Traits<T>::pack(low.x, low.y), Float16Traits<T>::pack(low.z, low.w),
-          Float16Traits<T>::pack(high.x, high.y), Float16Traits<T>::pack(high.z, high.w)};
 }
 
 }  // namespace santa::cuda

@@ -1,11 +1,12 @@
 // The last stage: one CTA per query vector adds up the row's tiles, or its parts, in a fixed order and writes the
-// output.
+// output. Or, where a CTA of the tile kernel had all tiles of an exact row, one of its warps, in the same order.
 #pragma once
 
 #include "core/mixture.h"
 #include "core/proposal.h"
 #include "core/softmax_state.h"
 #include "cuda/common/ptx.cuh"
+#include "cuda/decode/draw.cuh"
 #include "params.h"
 
 namespace santa::cuda {
@@ -13,6 +14,83 @@ namespace santa::cuda {
 constexpr int kCombineThreads = 256;
 
 constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
+
+// The softmax state of a query vector's tiles, by a warp: lanes take tiles in turn, then merge as a tree. `first_stats`:
+// of its first tile. own_max becomes the maximum of tile threadIdx.x % 32.
+__device__ __forceinline__ SoftmaxState merge_tiles(const DecodeParams& p, int64_t first_stats, int num_tiles,
+                                                    float& own_max) {
+  SoftmaxState state = empty_softmax_state();
+  // Loops: code that runs once has to be fetched first.
+#pragma unroll 1
+  for (int tile = threadIdx.x & 31; tile < num_tiles; tile += 32) {
+    const int64_t index = first_stats + static_cast<int64_t>(tile) * p.group_size;
+    const float max = p.tile_max[index];
+    state = merge(state, {max, p.tile_sum[index]});
+    if (tile < 32) own_max = max;
+  }
+#pragma unroll 1
+  for (int offset = 16; offset > 0; offset >>= 1) {
+    state = merge(state,
+                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+  }
+  return state;
+}
+
+__device__ __forceinline__ void add_weighted(float4& sum, float weight, float4 value) {
+  if (weight == 0.0f) return;
+  sum.x += weight * value.x, sum.y += weight * value.y, sum.z += weight * value.z, sum.w += weight * value.w;
+}
+__device__ __forceinline__ void add(float4& sum, float4 value) {
+  sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
+}
+
+// The output of dimensions 4 lane to 4 lane + 3 of a query vector; the first lane writes its lse.
+template <typename T>
+__device__ __forceinline__ void write_output(const DecodeParams& p, const RowShape& row, int64_t head_index,
+                                             int kv_head, int h, float lse, float4 sum, int lane) {
+  const Epilogue epilogue = epilogue_of(p, row, kv_head, h, lse);
+  const uint2 packed = {Float16Traits<T>::pack(epilogue.output(sum.x), epilogue.output(sum.y)),
+                        Float16Traits<T>::pack(epilogue.output(sum.z), epilogue.output(sum.w))};
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + lane * 4) = packed;
+  if (lane == 0) p.lse[head_index] = epilogue.lse;
+}
+
+// An exact row's query vector h, by a warp. Not inline: its registers are not those of what comes before.
+template <typename T, int HEAD_DIM>
+__device__ __noinline__ void combine_exact_head(const DecodeParams* params, const RowUnit* row_unit, int h) {
+  const DecodeParams& p = *params;
+  const RowUnit& unit = *row_unit;
+  constexpr int kLanes = HEAD_DIM / 4, kSlots = kCombineThreads / kLanes;  // those of combine_row
+  const int64_t stats = p.stats_offset(unit.group) + h;
+  const int num_tiles = unit.row.num_tiles;
+  float own_max = -INFINITY;
+  const float lse = log2_sum(merge_tiles(p, stats, num_tiles, own_max));
+#pragma unroll 1
+  for (int lane = threadIdx.x & 31; lane < round_up(kLanes, 32); lane += 32) {
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int slot = 0; slot < kSlots; ++slot) {
+      float4 own = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (int tile = slot; tile < num_tiles; tile += kSlots) {
+        const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
+        float max = __shfl_sync(0xffffffffu, own_max, tile & 31);
+        if (tile >= 32) max = p.tile_max[index];
+        if (lane >= kLanes) continue;
+        const float4 value = *reinterpret_cast<const float4*>(p.o_accum + index * HEAD_DIM + lane * 4);
+        add_weighted(own, exp2_below(max, lse), value);
+      }
+      if (slot == 0) {
+        sum = own;
+      } else {
+        add(sum, own);
+      }
+    }
+    if (lane < kLanes) {
+      write_output<T>(p, unit.row, p.output_index(unit.batch_index, unit.kv_head, h), unit.kv_head, h, lse, sum, lane);
+    }
+  }
+}
 
 // Threads along head_dim take 4 dimensions each; the rest, `slots` of them, take the tiles in turn. The order of every
 // sum depends on the number of tiles alone. PROPOSES: rows in one pass are those of proposal keys, whose parts have a
@@ -71,28 +149,12 @@ __device__ __forceinline__ void combine_row(const DecodeParams& p, const float* 
     }
     lse = log2_guarded(state);
   } else {
-    SoftmaxState state = empty_softmax_state();
-    // Loops: code that runs once has to be fetched first.
-#pragma unroll 1
-    for (int tile = threadIdx.x & 31; tile < row.num_tiles; tile += 32) {
-      const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
-      const float max = p.tile_max[index];
-      state = merge(state, {max, p.tile_sum[index]});
-      if (tile < 32) own_max = max;
-    }
-#pragma unroll 1
-    for (int offset = 16; offset > 0; offset >>= 1) {
-      state = merge(state,
-                    {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-    }
-    lse = log2_sum(state);
+    lse = log2_sum(merge_tiles(p, stats, row.num_tiles, own_max));
   }
 
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
-  const auto add = [&](float tile_max, float4 value) {
-    const float weight = row.proportional() ? 1.0f : exp2_below(tile_max, lse);
-    if (weight == 0.0f) return;
-    acc.x += weight * value.x, acc.y += weight * value.y, acc.z += weight * value.z, acc.w += weight * value.w;
+  const auto add_tile = [&](float tile_max, float4 value) {
+    add_weighted(acc, row.proportional() ? 1.0f : exp2_below(tile_max, lse), value);
   };
 #pragma unroll
   for (int i = 0; i < kCombineAhead; ++i) {
@@ -100,11 +162,11 @@ __device__ __forceinline__ void combine_row(const DecodeParams& p, const float* 
     float tile_max = __shfl_sync(0xffffffffu, own_max, tile & 31);
     if (!is_ahead[i]) continue;
     if (tile >= 32) tile_max = max_of(tile);
-    add(tile_max, ahead[i]);
+    add_tile(tile_max, ahead[i]);
   }
 #pragma unroll 4
   for (int tile = first + kCombineAhead * slots; tile < row.num_tiles; tile += slots) {
-    if (has_value(tile)) add(max_of(tile), value_of(tile));
+    if (has_value(tile)) add_tile(max_of(tile), value_of(tile));
   }
   partial[threadIdx.x] = acc;
 
@@ -127,15 +189,8 @@ __device__ __forceinline__ void combine_row(const DecodeParams& p, const float* 
   __syncthreads();
 
   if (threadIdx.x < lanes) {
-    for (int s = 1; s < slots; ++s) {
-      const float4 value = partial[s * lanes + threadIdx.x];
-      acc.x += value.x, acc.y += value.y, acc.z += value.z, acc.w += value.w;
-    }
-    const Epilogue epilogue = epilogue_of(p, row, kv_head, h, lse);
-    const uint2 packed = {Float16Traits<T>::pack(epilogue.output(acc.x), epilogue.output(acc.y)),
-                          Float16Traits<T>::pack(epilogue.output(acc.z), epilogue.output(acc.w))};
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + head_index * p.head_dim + threadIdx.x * 4) = packed;
-    if (threadIdx.x == 0) p.lse[head_index] = epilogue.lse;
+    for (int s = 1; s < slots; ++s) add(acc, partial[s * lanes + threadIdx.x]);
+    write_output<T>(p, row, head_index, kv_head, h, lse, acc, threadIdx.x);
   }
   if (counts_rows && threadIdx.x == 0) {
     int rows = 0;

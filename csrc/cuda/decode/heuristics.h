@@ -91,9 +91,8 @@ inline ForcedPlan& forced_plan() {
 // CTAs live at once a second one would be nearly empty: what counts is the time of all waves, each of them as long as a
 // run and a start, which takes as long as some keys. The host decides for rows that it knows to be equally long, the
 // device (runs.cuh) for others.
-constexpr int kStartKv = 1024;
-constexpr int kMostWaves = 8;
-constexpr int kMostUnknownWaves = 2;  // that the device chooses from: CTAs that turn out to have no run cost time too
+constexpr int kStartKv = 1024, kExactStartKv = 512;  // exact rows have V to read too
+constexpr int kMostWaves = 8;  // that the host chooses from
 
 // Parts of 1 << part_shift keys in a run.
 SANTA_HD int run_parts_of(int64_t run_kv, int part_shift) {
@@ -108,26 +107,39 @@ inline int equal_run_parts(int64_t units, int parts, int64_t wanted_ctas) {
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(ceil_div(units * parts, wanted_ctas), 1), parts));
 }
 
-inline int wanted_ctas_of(int64_t units, int parts, int part_kv, int ctas_at_once) {
-  int best = ctas_at_once;
+inline int wanted_ctas_of(int64_t units, int parts, int part_kv, const RunCut& cut) {
+  int best = cut.ctas_at_once;
   int64_t best_cost = INT64_MAX;
   for (int waves = 1; waves <= kMostWaves; ++waves) {
-    const int run_parts = equal_run_parts(units, parts, static_cast<int64_t>(waves) * ctas_at_once);
-    const int64_t rounds = ceil_div(units * ceil_div(parts, run_parts), ctas_at_once);
-    const int64_t cost = rounds * (static_cast<int64_t>(run_parts) * part_kv + kStartKv);
-    if (cost < best_cost) best = waves * ctas_at_once, best_cost = cost;
+    const int run_parts = equal_run_parts(units, parts, static_cast<int64_t>(waves) * cut.ctas_at_once);
+    const int64_t rounds = ceil_div(units * ceil_div(parts, run_parts), cut.ctas_at_once);
+    const int64_t cost = rounds * (static_cast<int64_t>(run_parts) * part_kv + cut.start_kv);
+    if (cost < best_cost) best = waves * cut.ctas_at_once, best_cost = cost;
   }
   return best;
 }
 
-// Bound of the runs of all rows, per KV head and head block: without known lengths, as many as are wanted in
-// most_waves, and one more for each row.
-inline int64_t max_runs_of(const DecodeParams& p) {
-  const CallPlan& plan = p.plan;
-  if (plan.row_runs > 0) return static_cast<int64_t>(p.batch) * plan.row_runs;
-  return std::min<int64_t>(static_cast<int64_t>(plan.wanted_ctas) * plan.most_waves / p.num_units() + 1,
-                           static_cast<int64_t>(p.batch) * plan.max_parts) +
-         p.batch;
+// Where rows of `kv_len` keys at most, in parts of `part_kv`, are cut; `most_parts` is a bound for any length. The cut
+// has ctas_at_once, start_kv and chooses.
+inline void cut_rows(const DecodeParams& p, RunCut& cut, int kv_len, int part_kv, int most_parts, bool lengths_known,
+                     int run_multiple = 1) {
+  const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
+  const int parts = std::max(ceil_div_int(kv_len, part_kv), 1), forced_ctas = forced_plan().wanted_ctas;
+  cut.run_multiple = run_multiple;
+  cut.wanted_ctas = forced_ctas > 0 ? forced_ctas
+                    : lengths_known ? wanted_ctas_of(units, parts, part_kv, cut)
+                                    : cut.ctas_at_once * (cut.chooses || units <= cut.ctas_at_once ? 1 : 2);
+  // CTAs that turn out to have no run cost time too: with few units it is one wave, full or not.
+  const bool few = 2 * units <= cut.ctas_at_once;
+  cut.other_quarters = !cut.chooses || forced_ctas > 0 || lengths_known || p.batch == 1 ? 0 : few ? 3 : 8;
+  cut.run_parts = round_up(equal_run_parts(units, parts, cut.wanted_ctas), run_multiple);
+  cut.row_runs = lengths_known ? ceil_div_int(parts, cut.run_parts) : 0;
+  // Without known lengths as many as are wanted, and less than one more for each row.
+  cut.max_runs = lengths_known ? static_cast<int64_t>(p.batch) * cut.row_runs
+                               : std::min<int64_t>(ceil_div(static_cast<int64_t>(cut.wanted_ctas) * std::max(cut.other_quarters, 4),
+                                                            4 * p.num_units()) +
+                                                       p.batch - 1,
+                                                   static_cast<int64_t>(p.batch) * std::max(most_parts, 1));
 }
 
 constexpr int kPilotWarpKeys = 32;
@@ -145,6 +157,16 @@ inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs)
          p.plan.num_warps * warp_bytes_of(needs.slot, p.plan.num_slots, pitch);
 }
 
+// Exact rows: warps of a CTA, slots of a warp's ring, of 16 rows of q's dtype or 32 in float8, and shared memory: what
+// fits on every architecture.
+constexpr int kTileSlots = 3;
+constexpr int kTileSlotRows = 16;
+constexpr int kTileHeadBytes = 1024;  // TileShared; tile.cuh checks it
+constexpr int tile_warps(int head_dim) { return head_dim <= 128 ? 8 : 4; }
+constexpr int tile_shared_bytes(int head_dim) {
+  return kTileHeadBytes + tile_warps(head_dim) * kTileSlots * kTileSlotRows * slot_row_pitch(head_dim) * 2;
+}
+
 // Proportional rows: warps of the kernel of scores at most, and what a CTA and each of its warps take of shared memory.
 constexpr int kProportionalWarps = 6;
 constexpr int kProportionalSharedBytes = 512;  // of what the CTA shares; proportional_score.cuh checks it
@@ -160,18 +182,6 @@ inline int proportional_shared_bytes(const DecodeParams& p, const ScoreNeeds& ne
 
 inline int one_pass_threads(const DecodeParams& p) { return (p.plan.num_warps + kGatherWarps) * 32; }
 
-// CTAs of the tile kernel, per line of the grid: one for each tile of a row, where the host knows how many there are.
-// Where lengths are on the device, most tiles that there could be may not be there, and CTAs without one cost time too:
-// then there is one line of CTAs that look for tiles, twice as many as live at once, but beside sampled rows, whose
-// CTAs must have gone before these can come, no more than do.
-inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
-  CallPlan& plan = p.plan;
-  const int row_tiles = plan.equal_rows ? plan.row.num_tiles : max_exact_tiles(plan.longest_exact);
-  const int64_t row_items = static_cast<int64_t>(std::max(row_tiles, 1)) * p.num_units();
-  const int most = (plan.one_pass || plan.proportional ? 2 : 4) * device.num_sms;
-  plan.tile_ctas = static_cast<int>(plan.equal_rows ? row_items : std::min<int64_t>(row_items * p.batch, most));
-}
-
 // What a CTA can have of a multiprocessor that others share with it.
 inline int shared_room(const DeviceLimits& device, int ctas) {
   constexpr int kReserved = 1024;  // by the system, per CTA
@@ -183,20 +193,11 @@ inline int longest_part_kv(const DecodeParams& p) {
   return p.plan.proportional ? tile_kv_of(p.max_kv_len) : part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv);
 }
 
-// Into how many runs, of a multiple of `run_multiple` parts, for a device on which plan.ctas_at_once CTAs live.
-inline void cut_rows(DecodeParams& p, int run_multiple = 1) {
+// Into how many runs, of a multiple of `run_multiple` parts, for a device on which `ctas_at_once` CTAs live.
+inline void cut_sampled_rows(DecodeParams& p, int ctas_at_once, int run_multiple = 1) {
   CallPlan& plan = p.plan;
-  plan.run_multiple = run_multiple;
-  const ForcedPlan& forced = forced_plan();
-  const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
-  const int part_kv = longest_part_kv(p), parts = static_cast<int>(ceil_div(p.max_kv_len, part_kv));
-  const bool lengths_known = !plan.exact;
-  plan.wanted_ctas = forced.wanted_ctas > 0 ? forced.wanted_ctas
-                     : lengths_known        ? wanted_ctas_of(units, parts, part_kv, plan.ctas_at_once)
-                                            : plan.ctas_at_once;
-  plan.most_waves = forced.wanted_ctas > 0 || lengths_known || p.batch == 1 ? 1 : kMostUnknownWaves;
-  plan.run_parts = round_up(equal_run_parts(units, parts, plan.wanted_ctas), run_multiple);
-  plan.row_runs = lengths_known ? ceil_div_int(parts, plan.run_parts) : 0;
+  plan.sampled_cut = {.ctas_at_once = ctas_at_once, .start_kv = kStartKv, .chooses = true};
+  cut_rows(p, plan.sampled_cut, p.max_kv_len, longest_part_kv(p), plan.max_parts, !plan.exact, run_multiple);
 }
 
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
@@ -207,7 +208,7 @@ inline void plan_warps(DecodeParams& p, const DeviceLimits& device, int tiles, i
                        const SlotsWanted& slots_wanted) {
   CallPlan& plan = p.plan;
   const ForcedPlan& forced = forced_plan();
-  const bool alone = max_runs_of(p) * p.num_units() <= device.num_sms;
+  const bool alone = p.plan.sampled_cut.max_runs * p.num_units() <= device.num_sms;
   const int room = shared_room(device, alone ? 1 : 2);
   const auto fits = [&](int num_warps, int num_slots) {
     plan.num_warps = num_warps, plan.num_slots = num_slots;
@@ -224,23 +225,31 @@ inline void plan_warps(DecodeParams& p, const DeviceLimits& device, int tiles, i
 
 inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
   if (!p.plan.one_pass) return;
-  p.plan.ctas_at_once = 2 * device.num_sms;
-  cut_rows(p);
-  const int run_kv = p.plan.run_parts * longest_part_kv(p);
+  cut_sampled_rows(p, 2 * device.num_sms);
+  const int run_kv = p.plan.sampled_cut.run_parts * longest_part_kv(p);
   const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   plan_warps(
       p, device, tiles, needs.max_warps, [&] { return one_pass_shared_bytes(p, needs); },
       [&](int) { return needs.num_slots; });
 }
 
+// Exact rows are shorter: where only the device knows lengths, to choose takes more time than it saves.
+inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
+  CallPlan& plan = p.plan;
+  if (!plan.exact) return;
+  const int ctas = tile_shared_bytes(p.head_dim) <= shared_room(device, 2) ? 2 : 1;
+  plan.exact_cut = {.ctas_at_once = ctas * device.num_sms, .start_kv = kExactStartKv};
+  const int longest = plan.equal_rows ? plan.row.kv_len : plan.longest_exact;
+  cut_rows(p, plan.exact_cut, longest, exact_tile_kv_of(longest), max_exact_tiles(longest), plan.equal_rows);
+}
+
 // The kernel of scores. In short runs, of fewer tiles than four warps take, those that there are have more on their
 // way.
 inline void plan_scores(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
   if (!p.plan.proportional) return;
-  p.plan.ctas_at_once = 2 * device.num_sms;
-  cut_rows(p);
+  cut_sampled_rows(p, 2 * device.num_sms);
   plan_warps(
-      p, device, p.plan.run_parts, kProportionalWarps, [&] { return proportional_shared_bytes(p, needs); },
+      p, device, p.plan.sampled_cut.run_parts, kProportionalWarps, [&] { return proportional_shared_bytes(p, needs); },
       [&](int num_warps) { return needs.num_slots * std::max(4 / num_warps, 1); });
 }
 

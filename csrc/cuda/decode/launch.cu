@@ -47,7 +47,8 @@ void launch_value_stages(const DecodeParams& p, cudaStream_t stream) {
 }
 
 void launch_combine(const DecodeParams& p, cudaStream_t stream) {
-  if (p.max_tiles == 1 && !p.plan.one_pass && !p.plan.proportional) return;  // the tile kernel wrote the output
+  // The tile kernel wrote the output.
+  if (!p.plan.one_pass && !p.plan.proportional && (p.max_tiles == 1 || p.plan.exact_cut.row_runs == 1)) return;
   const auto launch = [&](auto* kernel) {
     share_multiprocessor(kernel, 0);
     launch_after(kernel, dim3(p.num_kv_heads * p.group_size, p.batch), kCombineThreads, 0, stream, "combine_kernel", p);

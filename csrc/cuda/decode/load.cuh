@@ -11,7 +11,7 @@
 
 namespace santa::cuda {
 
-constexpr int kSlotRows = 16;  // rows per slot: the M of the matrix instruction
+constexpr int kSlotRows = kTileSlotRows;  // the M of the matrix instruction
 
 constexpr int slot_bytes(int head_dim) { return kSlotRows * slot_row_pitch(head_dim) * 2; }
 
@@ -25,76 +25,26 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(row * slot_row_pitch(HEAD_DIM) * 2) + (chunk * 16 ^ chunk_permutation(row));
 }
 
-// Where the codes of float8 rows lie in a slot, one row behind the other: in its second half, or a little less.
-template <int HEAD_DIM>
-struct CodedSlot {
-  static constexpr uint32_t kFirst = slot_bytes(HEAD_DIM) - kSlotRows * HEAD_DIM;
-};
-
-// load_slot for rows in float8.
-template <int HEAD_DIM>
-__device__ __forceinline__ void load_codes(uint32_t slot, const KvRows<Float8>& rows, const Float8* own, int64_t first,
-                                           int num_rows, bool aligned, uint64_t policy, int lane) {
-  constexpr int kChunks = HEAD_DIM / 16;
-  if (!aligned) {
-#pragma unroll 1
-    for (int item = lane; item < kSlotRows * HEAD_DIM; item += 32) {
-      const int row = item / HEAD_DIM, column = item % HEAD_DIM;
-      store_shared_1(slot + CodedSlot<HEAD_DIM>::kFirst + item,
-                     row < num_rows ? rows.row(first + row)[column].code : 0);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSlotRows * kChunks / 32; ++i) {
-    const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const bool valid = row < num_rows;
-    const Float8* source =
-        unlikely(rows.paged()) ? shuffle(own, row) : rows.base + (valid ? first + row : 0) * rows.stride_token;
-    cp_async_16(slot + CodedSlot<HEAD_DIM>::kFirst + item * 16, source + chunk * 16, valid, policy);
-  }
-}
-
-// From what load_codes leaves to what load_slot leaves. The elements of the first 8 rows do not reach the codes, those
-// of the other 8 take their place.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void expand_codes(uint32_t slot, int lane) {
-  constexpr int kChunks = HEAD_DIM / 8, kItems = kSlotRows / 2 * kChunks / 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint2 codes[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      codes[i] = load_shared_8(slot + CodedSlot<HEAD_DIM>::kFirst + ((half * kItems + i) * 32 + lane) * 8);
-    }
-    if (half == 1) __syncwarp();  // all lanes have theirs
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int item = (half * kItems + i) * 32 + lane;
-      store_shared_16(slot + chunk_offset<HEAD_DIM>(item / kChunks, item % kChunks), elements_of_codes<T>(codes[i]));
-    }
-  }
-  __syncwarp();
-}
-
 // Byte offset of a 16-byte chunk of codes in a slot, rows without gaps. Two chunks, 32 bytes, stay together: lanes
 // (g, t) of a half-warp read 8 bytes each, 32 of 4 adjacent rows, and the permutation spreads the 4 over all banks.
-// Rows of 96 bytes need none.
-template <int HEAD_DIM>
+// Rows of 96 bytes need none. MATRICES: ldmatrix, which reads one chunk of 8 rows, is free of conflicts too. Then every
+// other 4 rows have the two chunks the other way round.
+template <int HEAD_DIM, bool MATRICES>
 SANTA_HD constexpr uint32_t code_permutation(int row) {
-  return (HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0) * 32;
+  return (HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0) * 32 +
+         (MATRICES ? (row >> 2) & 1 : 0) * 16;
 }
 
-template <int HEAD_DIM>
+template <int HEAD_DIM, bool MATRICES>
 __device__ __forceinline__ uint32_t code_offset(int row, int chunk) {
-  return static_cast<uint32_t>(row * HEAD_DIM) + (chunk * 16 ^ code_permutation<HEAD_DIM>(row));
+  return static_cast<uint32_t>(row * HEAD_DIM) + (chunk * 16 ^ code_permutation<HEAD_DIM, MATRICES>(row));
 }
 
 // Byte offset of a 16-byte chunk of a row in a slot, for both kinds of keys.
-template <typename K, int HEAD_DIM>
+template <typename K, int HEAD_DIM, bool MATRICES>
 __device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk) {
   if constexpr (std::is_same_v<K, Float8>) {
-    return code_offset<HEAD_DIM>(row, chunk);
+    return code_offset<HEAD_DIM, MATRICES>(row, chunk);
   } else {
     return chunk_offset<HEAD_DIM>(row, chunk);
   }
@@ -102,7 +52,7 @@ __device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk) {
 
 // Starts the copy of the rows row_of(0) to row_of(num_rows - 1) to a slot of ROWS; zeros for the others, which are not
 // read. Rows that are not aligned to 16 bytes are copied element by element. All lanes call row_of at once.
-template <typename K, int HEAD_DIM, int ROWS, typename RowOf>
+template <typename K, int HEAD_DIM, int ROWS, bool MATRICES = false, typename RowOf>
 __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_of, int num_rows, bool aligned,
                                                uint64_t policy, int lane) {
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements;
@@ -111,7 +61,7 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
     for (int i = 0; i < ROWS * kChunks / 32; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
       const bool valid = row < num_rows;
-      cp_async_16(slot + place_of_chunk<K, HEAD_DIM>(row, chunk), row_of(valid ? row : 0) + chunk * kChunkElements,
+      cp_async_16(slot + place_of_chunk<K, HEAD_DIM, MATRICES>(row, chunk), row_of(valid ? row : 0) + chunk * kChunkElements,
                   valid, policy);
     }
     return;
@@ -120,7 +70,7 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
 #pragma unroll 1
   for (int item = lane; item < ROWS * HEAD_DIM; item += 32) {
     const int row = item / HEAD_DIM, column = item % HEAD_DIM;
-    const uint32_t place = slot + place_of_chunk<K, HEAD_DIM>(row, column / kChunkElements) +
+    const uint32_t place = slot + place_of_chunk<K, HEAD_DIM, MATRICES>(row, column / kChunkElements) +
                            column % kChunkElements * static_cast<int>(sizeof(K));
     if constexpr (std::is_same_v<K, Float8>) {
       store_shared_1(place, row < num_rows ? row_of(row)[column].code : 0);
@@ -132,7 +82,7 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
 
 // The same for the rows `first` and on, fast if they are all there. `own`: where rows are paged, the
 // address of row `lane`.
-template <typename K, int HEAD_DIM, int ROWS>
+template <typename K, int HEAD_DIM, int ROWS, bool MATRICES = false>
 __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, const K* own, int64_t first,
                                           int num_rows, bool aligned, uint64_t policy, int lane) {
   constexpr int kChunkElements = 16 / sizeof(K), kChunks = HEAD_DIM / kChunkElements, kCopies = ROWS * kChunks / 32;
@@ -140,10 +90,10 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
   if (unlikely(!aligned || num_rows < ROWS)) {
     if (rows.paged()) {
       const auto row_of = [&](int row) { return aligned ? shuffle(own, row) : rows.row(first + row); };
-      load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
+      load_some_rows<K, HEAD_DIM, ROWS, MATRICES>(slot, row_of, num_rows, aligned, policy, lane);
     } else {
       const auto row_of = [&](int row) { return rows.base + (first + row) * stride; };
-      load_some_rows<K, HEAD_DIM, ROWS>(slot, row_of, num_rows, aligned, policy, lane);
+      load_some_rows<K, HEAD_DIM, ROWS, MATRICES>(slot, row_of, num_rows, aligned, policy, lane);
     }
     return;
   }
@@ -155,18 +105,18 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
   constexpr int kRowBytes = kFloat8 ? HEAD_DIM : slot_row_pitch(HEAD_DIM) * 2;
   static_assert((kPeriodRows & (kPeriodRows - 1)) == 0);
   // Copies whose rows differ by whole periods of the permutation have a place in common, apart from an offset.
-  constexpr int kCount = kCopies / kPeriod, kPermutationRows = kFloat8 ? 4 : 8;
+  constexpr int kCount = kCopies / kPeriod, kPermutationRows = kFloat8 && !MATRICES ? 4 : 8;
   constexpr int kApart = kPeriodRows >= kPermutationRows ? 1 : kPermutationRows / kPeriodRows;
   constexpr int kPlaces = kCount < kApart ? kCount : kApart;
 #pragma unroll
   for (int u = 0; u < kPeriod; ++u) {
     const int item = u * 32 + lane, row = item / kChunks, chunk = item % kChunks;
-    const uint32_t place = slot + place_of_chunk<K, HEAD_DIM>(row, chunk);  // slots start at multiples of 128
+    const uint32_t place = slot + place_of_chunk<K, HEAD_DIM, MATRICES>(row, chunk);  // slots start at multiples of 128
     uint32_t places[kPlaces];
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
       const int further = i * kPeriodRows;
-      places[i] = opaque(place ^ (kFloat8 ? code_permutation<HEAD_DIM>(further) : chunk_permutation(further)));
+      places[i] = opaque(place ^ (kFloat8 ? code_permutation<HEAD_DIM, MATRICES>(further) : chunk_permutation(further)));
     }
     const auto copy = [&](int i, const K* source) {
       cp_async_whole_16(places[i % kPlaces] + i * kPeriodRows * kRowBytes, source, policy);

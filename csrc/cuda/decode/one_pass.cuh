@@ -216,34 +216,10 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   cp_async_wait<0>();
 }
 
-// What a CTA works on: parts of a row, or tiles of a proportional one. KV heads and head blocks are fastest: concurrent
-// CTAs read neighbouring memory.
-struct Work {
-  RowUnit unit;
-  int first_part, last_part;
-
-  __device__ __forceinline__ explicit Work(const DecodeParams& p) {
-    const int num_units = p.num_units(), index = blockIdx.x / num_units;
-    const Run run = find_run(p, index);
-    unit = RowUnit::make(p, run.batch_index, blockIdx.x - index * num_units);
-    first_part = run.first_part;
-    last_part = min(run.first_part + run.num_parts, unit.row.num_tiles);
-  }
-  // `kind`: of the rows that the kernel is for.
-  __device__ __forceinline__ bool exists(RowKind kind = RowKind::kOnePass) const {
-    return unit.row.kind == kind && first_part < last_part;
-  }
-  __device__ __forceinline__ int first_key() const { return first_part * unit.row.tile_kv; }
-  __device__ __forceinline__ int num_keys() const {
-    const int64_t most = static_cast<int64_t>(last_part - first_part) * unit.row.tile_kv;
-    return static_cast<int>(min(most, static_cast<int64_t>(unit.row.kv_len - first_key())));
-  }
-};
-
 // T: of q, and of values that are not float8.
 template <typename Scorer, typename T, int HEAD_DIM>
 __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* shared_bytes, Scorer& scorer,
-                                         const Work& work) {
+                                         const Work<>& work) {
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
   const int warp = warp_index(), lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
@@ -297,8 +273,8 @@ __global__ void __launch_bounds__(bound_threads(max_key_warps(std::is_same_v<K, 
   SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
-  const Work work(p);
-  if (!work.exists()) return;
+  const Work<> work(p);
+  if (!work.exists(RowKind::kOnePass)) return;
   Scorer scorer(p, work.unit, nullptr);
   one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, work);
 }

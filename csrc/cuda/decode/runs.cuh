@@ -5,6 +5,7 @@
 
 #include "core/tiling.h"
 #include "cuda/common/reduce.cuh"
+#include "cuda/decode/draw.cuh"
 #include "cuda/decode/heuristics.h"
 #include "params.h"
 
@@ -14,38 +15,49 @@ struct Run {
   int batch_index, first_part, num_parts;  // num_parts may go beyond the row's end; 0: there is no such run
 };
 
-// Run `index` of a KV head (and head block). Called by whole warps.
+// Run `index` of a KV head (and head block), of sampled or of exact rows; of these, one without keys has a run too, whose
+// output is written. Called by whole warps.
+template <bool SAMPLED>
 __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
-  const CallPlan& plan = p.plan;
-  if (plan.row_runs > 0) {
-    const int row = index / plan.row_runs;
-    return {row, (index - row * plan.row_runs) * plan.run_parts, plan.run_parts};
+  const RunCut& cut = SAMPLED ? p.plan.sampled_cut : p.plan.exact_cut;
+  if (cut.row_runs > 0) {
+    const int row = index / cut.row_runs;
+    return {row, (index - row * cut.row_runs) * cut.run_parts, cut.run_parts};
   }
-  const int lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31, units = p.num_units();
   int64_t keys = 0, run_kv = 1, best_cost = INT64_MAX, wave_kv = 1;
-  // Turns over all rows: the first adds up their keys. Then one for each number of waves to choose from, if there is a
-  // choice: one wave of CTAs if they all live at once, two of half the length if that takes less time (heuristics.h).
-  // The last finds the run.
-  const int choices = plan.most_waves > 1 ? plan.most_waves : 0;
+  int kv_len = 0, part_shift = 0;  // of row first + lane; 0 keys if it is not there
+  // Turns over all rows: the first adds up their keys. Then one for each number of CTAs to choose from, if there is a
+  // choice, for the time it takes (heuristics.h). The last finds the run.
+  const int choices = cut.other_quarters > 0 ? 2 : 0;
+#pragma unroll 1
   for (int turn = 0; turn <= choices + 1; ++turn) {
     const bool finds = turn > choices;
-    if (turn > 0 && !(finds && choices > 0)) {
-      wave_kv = max(ceil_div(keys * p.num_units(), static_cast<int64_t>(plan.wanted_ctas) * max(min(turn, choices), 1)),
-                    int64_t{1});
+    if (finds && choices > 0) {
+      wave_kv = run_kv;
+    } else if (turn > 0) {
+      const int64_t quarters = 4 * keys * units, ctas = cut.wanted_ctas * int64_t{turn == 2 ? cut.other_quarters : 4};
+      wave_kv = quarters + ctas < INT64_C(1) << 32
+                    ? ceil_div_int(static_cast<int>(quarters), static_cast<int>(ctas))  // the other takes longer
+                    : ceil_div(quarters, ctas);
     }
-    if (finds && choices > 0) wave_kv = run_kv;
     int runs_before = 0, longest = 0;  // runs of the rows before `first`
+#pragma unroll 1
     for (int first = 0; first < p.batch; first += 32) {
-      int kv_len = 0, part_shift = __ffs(kMinPartKv) - 1;  // of row first + lane; 0 keys if it is not there
-      if (first + lane < p.batch) {
-        const RowShape shape = row_shape_of(p, first + lane);
-        if (shape.sampled()) kv_len = shape.kv_len, part_shift = __ffs(shape.tile_kv) - 1;
+      if (turn == 0 || p.batch > 32) {
+        kv_len = 0, part_shift = __ffs(kMinPartKv) - 1;
+        if (first + lane < p.batch) {
+          const RowShape shape = row_shape_of(p, first + lane);
+          if (shape.sampled() == SAMPLED) {
+            kv_len = SAMPLED ? shape.kv_len : max(shape.kv_len, 1), part_shift = __ffs(shape.tile_kv) - 1;
+          }
+        }
       }
       if (turn == 0) {
         keys += kv_len;
         continue;
       }
-      const int parts = round_up(run_parts_of(wave_kv, part_shift), plan.run_multiple);
+      const int parts = round_up(run_parts_of(wave_kv, part_shift), cut.run_multiple);
       const int runs = ceil_div_int(num_parts_of(kv_len, 1 << part_shift), parts);
       longest =
           max(longest, static_cast<int>(min(static_cast<int64_t>(parts) << part_shift, static_cast<int64_t>(kv_len))));
@@ -61,19 +73,46 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
     }
     if (turn == 0) {
       for (int offset = 16; offset > 0; offset >>= 1) keys += __shfl_xor_sync(0xffffffffu, keys, offset);
-      // No row is in one pass: other kernels wait for this one to be gone. By a vote, so that the compiler sees that
+      // There are no such rows: other kernels wait for this one to be gone. By a vote, so that the compiler sees that
       // all lanes agree.
       if (__ballot_sync(0xffffffffu, keys > 0) == 0) break;
     } else if (!finds) {
       for (int offset = 16; offset > 0; offset >>= 1) {
         longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, offset));
       }
-      const int64_t rounds = ceil_div_int(runs_before * p.num_units(), plan.ctas_at_once);
-      const int64_t cost = rounds * (longest + kStartKv);
+      const int64_t rounds = ceil_div_int(runs_before * units, cut.ctas_at_once);
+      const int64_t cost = rounds * (longest + cut.start_kv);
       if (cost < best_cost) run_kv = wave_kv, best_cost = cost;
     }
   }
   return {0, 0, 0};
 }
+
+// What a CTA works on: parts of a row in one pass, or tiles of another. KV heads and head blocks are fastest: concurrent
+// CTAs read neighbouring memory.
+template <bool SAMPLED = true>
+struct Work {
+  RowUnit unit;
+  int first_part, last_part;
+
+  __device__ __forceinline__ explicit Work(const DecodeParams& p, int item = blockIdx.x) {
+    const int num_units = p.num_units(), index = item / num_units;
+    const Run run = find_run<SAMPLED>(p, index);
+    if (!SAMPLED && run.num_parts == 0) {  // the next kernel waits for this one to be gone
+      unit.row.kind = RowKind::kOnePass;
+      return;
+    }
+    unit = RowUnit::make(p, run.batch_index, item - index * num_units);
+    first_part = run.first_part;
+    last_part = min(run.first_part + run.num_parts, SAMPLED ? unit.row.num_tiles : max(unit.row.num_tiles, 1));
+  }
+  // `kind`: of the rows that the kernel is for.
+  __device__ __forceinline__ bool exists(RowKind kind) const { return unit.row.kind == kind && first_part < last_part; }
+  __device__ __forceinline__ int first_key() const { return first_part * unit.row.tile_kv; }
+  __device__ __forceinline__ int num_keys() const {
+    const int64_t most = static_cast<int64_t>(last_part - first_part) * unit.row.tile_kv;
+    return static_cast<int>(min(most, static_cast<int64_t>(unit.row.kv_len - first_key())));
+  }
+};
 
 }  // namespace santa::cuda

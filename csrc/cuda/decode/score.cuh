@@ -100,17 +100,21 @@ __device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_D
 }
 
 // Raw scores of 16 keys x 8 heads, in the order of score_slot, times kHalvesScale and what to_float16 multiplied with.
-// `rows` is the address of the first key, a multiple of 16 of them from the start of the slot.
-template <typename T, int HEAD_DIM>
+// `rows` is the address of the first key, a multiple of 16 of them from the start of the slot. MATRICES: how they lie
+// in it (load.cuh).
+template <typename T, int HEAD_DIM, bool MATRICES = false>
 __device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows,
                                             const QueryFragments<T, HEAD_DIM, true>& query, int lane) {
   const int g = lane >> 2, t = lane & 3;
+  const auto pair_offset = [&](int row, int j) {  // of the lane's 8 bytes of chunks 2 j and the next
+    return row * HEAD_DIM + (t & 1) * 8 + ((t >> 1) * 16 ^ code_permutation<HEAD_DIM, MATRICES>(row) ^ 32 * j);
+  };
   uint32_t low_nans = 0, high_nans = 0;
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 32; ++j) {
-    const uint2 low = load_shared_8(rows + code_offset<HEAD_DIM>(g, 2 * j) + t * 8);
-    const uint2 high = load_shared_8(rows + code_offset<HEAD_DIM>(g + 8, 2 * j) + t * 8);
+    const uint2 low = load_shared_8(rows + pair_offset(g, j));
+    const uint2 high = load_shared_8(rows + pair_offset(g + 8, j));
     uint2 low_halves = halves_of_codes(low.x), high_halves = halves_of_codes(high.x);
     Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.chunk[j].x,
                                query.chunk[j].y);

@@ -15,14 +15,15 @@ namespace santa::cuda {
 template <typename T, typename K, int HEAD_DIM>
 void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
   auto* const kernel = tile_kernel<T, K, HEAD_DIM>;
-  constexpr int kTileBytes = sizeof(TileShared<HEAD_DIM>), kThreads = TileShared<HEAD_DIM>::kThreads;
-  const dim3 grid(static_cast<unsigned>(p.plan.tile_ctas), p.plan.equal_rows ? p.batch : 1);
+  constexpr int kThreads = tile_warps(HEAD_DIM) * 32;
+  constexpr int kBytes = tile_shared_bytes(HEAD_DIM);
+  const dim3 grid(static_cast<unsigned>(p.plan.exact_cut.max_runs * p.num_units()));
   if (p.plan.one_pass || p.plan.proportional) {
-    share_multiprocessor(kernel, kTileBytes);
-    launch_after(kernel, grid, kThreads, kTileBytes, stream, "tile_kernel", p);
+    share_multiprocessor(kernel, kBytes);
+    launch_after(kernel, grid, kThreads, kBytes, stream, "tile_kernel", p);
   } else {
-    allow_shared_memory(kernel, kTileBytes);
-    SANTA_LAUNCH(kernel, grid, kThreads, kTileBytes, stream, p);
+    allow_shared_memory(kernel, kBytes);
+    SANTA_LAUNCH(kernel, grid, kThreads, kBytes, stream, p);
     check_launch("tile_kernel");
   }
 }
@@ -45,7 +46,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
     }
   }
   share_multiprocessor(one_pass, shared_bytes);
-  const dim3 grid(static_cast<unsigned>(max_runs_of(p) * p.num_units()));
+  const dim3 grid(static_cast<unsigned>(p.plan.sampled_cut.max_runs * p.num_units()));
   if (needs_pilot) {
     launch_after(one_pass, grid, threads, shared_bytes, stream, "one_pass_kernel", argument);
   } else {
@@ -66,7 +67,7 @@ void launch_scores(const DecodeParams& p, cudaStream_t stream) {
   auto* const kernel = proportional_score_kernel<T, K, HEAD_DIM>;
   const int bytes = proportional_shared_bytes(p, key_score_needs(p));
   share_multiprocessor(kernel, bytes);
-  const dim3 grid(static_cast<unsigned>(max_runs_of(p) * p.num_units()));
+  const dim3 grid(static_cast<unsigned>(p.plan.sampled_cut.max_runs * p.num_units()));
   SANTA_LAUNCH(kernel, grid, p.plan.num_warps * 32, bytes, stream, p);
   check_launch("proportional_score_kernel");
 }

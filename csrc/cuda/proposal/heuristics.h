@@ -53,14 +53,13 @@ inline void plan_one_pass_proposal(DecodeParams& p, const DeviceLimits& device) 
   const int most = forced_plan().num_slots > 0 ? std::min(forced_plan().num_slots, kMostCodeSlots) : kMostCodeSlots;
   plan.num_slots = 2;
   while (plan.num_slots < most && fits(ctas, plan.num_slots + 1)) ++plan.num_slots;
-  plan.ctas_at_once = ctas * device.num_sms;
   // Whole parts for each warp, if that keeps nearly all of them busy.
   const int64_t parts = ceil_div(p.max_kv_len, part_kv_of(p.max_kv_len, p.num_units(), p.most_part_kv));
   const int64_t items = static_cast<int64_t>(p.batch) * p.num_units() * parts;
-  const int64_t warps = static_cast<int64_t>(plan.ctas_at_once) * kProposalWarps;
+  const int64_t warps = static_cast<int64_t>(ctas) * device.num_sms * kProposalWarps;
   plan.whole_parts =
       forced_plan().num_warps > 0 ? forced_plan().num_warps == 1 : 10 * items >= 9 * ceil_div(items, warps) * warps;
-  cut_rows(p, plan.whole_parts ? kProposalWarps : 1);
+  cut_sampled_rows(p, ctas * device.num_sms, plan.whole_parts ? kProposalWarps : 1);
 }
 
 }  // namespace santa::cuda

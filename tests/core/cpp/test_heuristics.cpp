@@ -47,7 +47,7 @@ void check_plan(const Gpu& gpu, DecodeParams& p, const ScoreNeeds& needs, const 
   };
   if (bytes > gpu.limits.cta_bytes) where("the one-pass kernel asks for more than a CTA can have");
   if (pilot > gpu.limits.cta_bytes) where("the pilot asks for more than a CTA can have");
-  const bool many = max_runs_of(p) * p.num_units() > gpu.limits.num_sms;
+  const bool many = p.plan.sampled_cut.max_runs * p.num_units() > gpu.limits.num_sms;
   if (many && 2 * (bytes + kReserved) > gpu.limits.sm_bytes) where("two CTAs do not fit a multiprocessor");
   if (p.plan.num_slots < 2 || p.plan.num_slots > kMaxSlots) where("a ring of too few or too many slots");
   if (p.plan.num_warps < 1 || p.plan.num_warps > needs.max_warps) where("too few or too many score warps");
@@ -62,7 +62,7 @@ void check_scores(const Gpu& gpu, DecodeParams& p, const char* kind) {
           what, " (", bytes, " bytes)");
   };
   if (bytes > gpu.limits.cta_bytes) where("the kernel of scores asks for more than a CTA can have");
-  const bool many = max_runs_of(p) * p.num_units() > gpu.limits.num_sms;
+  const bool many = p.plan.sampled_cut.max_runs * p.num_units() > gpu.limits.num_sms;
   if (many && 2 * (bytes + kReserved) > gpu.limits.sm_bytes) where("two CTAs do not fit a multiprocessor");
   if (p.plan.num_slots < 2 || p.plan.num_slots > kMaxSlots) where("a ring of too few or too many slots");
   if (p.plan.num_warps < 1 || p.plan.num_warps > kProportionalWarps) where("too few or too many warps");
@@ -72,6 +72,8 @@ void check_scores(const Gpu& gpu, DecodeParams& p, const char* kind) {
 void test_shared_memory() {
   for (const Gpu& gpu : kGpus) {
     for (const int head_dim : {64, 96, 128, 192, 256}) {
+      check(tile_shared_bytes(head_dim) <= gpu.limits.cta_bytes, gpu.name, ": the tile kernel asks for ",
+            tile_shared_bytes(head_dim), " bytes at head_dim ", head_dim);
       for (const int group : {1, 4, 5, 8, 9, 16}) {
         for (const int batch : {1, 16, 300}) {
           for (const bool known : {true, false}) {
@@ -92,28 +94,32 @@ void test_shared_memory() {
   }
 }
 
-void check_runs(const DecodeParams& p, int64_t parts, int at_once) {
-  check(static_cast<int64_t>(p.plan.row_runs) * p.plan.run_parts >= parts, "a part belongs to no run");
-  check(static_cast<int64_t>(p.plan.row_runs - 1) * p.plan.run_parts < parts, "a run has no part");
-  const int64_t ctas = max_runs_of(p) * p.num_units(), rounds = ceil_div(ctas, at_once);
+void check_runs(const DecodeParams& p, const RunCut& cut, int64_t parts) {
+  const int at_once = cut.ctas_at_once;
+  check(static_cast<int64_t>(cut.row_runs) * cut.run_parts >= parts, "a part belongs to no run");
+  check(static_cast<int64_t>(cut.row_runs - 1) * cut.run_parts < parts, "a run has no part");
+  const int64_t ctas = cut.max_runs * p.num_units(), rounds = ceil_div(ctas, at_once);
   const double mean = static_cast<double>(p.batch) * p.num_units() * parts / at_once;
-  check(rounds * p.plan.run_parts <= 1.35 * mean + 1, p.batch, " x ", p.max_kv_len, ": ", rounds, " rounds of ",
-        p.plan.run_parts, " parts where ", mean, " are the least");
+  check(rounds * cut.run_parts <= 1.35 * mean + 1, p.batch, " x ", p.max_kv_len, ": ", rounds, " rounds of ",
+        cut.run_parts, " parts where ", mean, " are the least");
 }
 
 // Equal rows: every part, or tile, in one run, no more CTAs than asked for but one a row, and no second wave that is
 // nearly empty.
 void test_equal_rows() {
   const DeviceLimits h100 = kGpus[3].limits;
-  const int at_once = 2 * h100.num_sms;
   for (const int batch : {1, 2, 4, 16, 33, 37, 64, 100}) {
     for (const int64_t kv_len : {8192, 32768, 131072}) {
       DecodeParams p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, true);
       plan_one_pass(p, h100, key_score_needs(p));
-      check_runs(p, ceil_div(kv_len, part_kv_of(kv_len, p.num_units())), at_once);
+      check_runs(p, p.plan.sampled_cut, ceil_div(kv_len, part_kv_of(kv_len, p.num_units())));
       p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, true, Budget::kProportional);
       plan_scores(p, h100, key_score_needs(p));
-      check_runs(p, num_tiles_of(kv_len), at_once);
+      check_runs(p, p.plan.sampled_cut, num_tiles_of(kv_len));
+      p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, true);
+      p.num_samples = 0, p.plan = plan_call(p);
+      plan_tiles(p, h100);
+      check_runs(p, p.plan.exact_cut, ceil_div(kv_len, exact_tile_kv_of(kv_len)));
     }
   }
 }
