@@ -45,15 +45,15 @@ struct RowShape {
 // How rows of one kind are dealt out to CTAs, in runs of neighbouring parts, or tiles, of a row; CUDA:
 // cuda/decode/heuristics.h.
 struct RunCut {
-  int ctas_at_once;  // that live on the device
-  int wanted_ctas;   // that rows are cut for,
+  int ctas_at_once;    // that live on the device
+  int wanted_ctas;     // that rows are cut for,
   int other_quarters;  // or so many quarters of them, if decode/runs.cuh finds that better; 0: there is no choice
-  int start_kv;      // keys that take as long as the start of a CTA
-  bool chooses;      // whether the device may choose
-  int row_runs;      // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
-  int run_parts;     // of these runs
-  int run_multiple;  // of these, what runs are rounded up to; a power of two
-  int64_t max_runs;  // bound of the runs of all rows, per KV head and head block
+  int start_kv;        // keys that take as long as the start of a CTA
+  bool chooses;        // whether the device may choose
+  int row_runs;        // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
+  int run_parts;       // of these runs
+  int run_multiple;    // of these, what runs are rounded up to; a power of two
+  int64_t max_runs;    // bound of the runs of all rows, per KV head and head block
 };
 
 // Which kinds of row a call has to expect, and how its kernels are set up. Lengths are on the device: all that the host

@@ -15,8 +15,8 @@ constexpr int kCombineThreads = 256;
 
 constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
 
-// The softmax state of a query vector's tiles, by a warp: lanes take tiles in turn, then merge as a tree. `first_stats`:
-// of its first tile. own_max becomes the maximum of tile threadIdx.x % 32.
+// The softmax state of a query vector's tiles, by a warp: lanes take tiles in turn, then merge as a tree.
+// `first_stats`: of its first tile. own_max becomes the maximum of tile threadIdx.x % 32.
 __device__ __forceinline__ SoftmaxState merge_tiles(const DecodeParams& p, int64_t first_stats, int num_tiles,
                                                     float& own_max) {
   SoftmaxState state = empty_softmax_state();

@@ -92,7 +92,7 @@ inline ForcedPlan& forced_plan() {
 // run and a start, which takes as long as some keys. The host decides for rows that it knows to be equally long, the
 // device (runs.cuh) for others.
 constexpr int kStartKv = 1024, kExactStartKv = 512;  // exact rows have V to read too
-constexpr int kMostWaves = 8;  // that the host chooses from
+constexpr int kMostWaves = 8;                        // that the host chooses from
 
 // Parts of 1 << part_shift keys in a run.
 SANTA_HD int run_parts_of(int64_t run_kv, int part_shift) {
@@ -135,11 +135,13 @@ inline void cut_rows(const DecodeParams& p, RunCut& cut, int kv_len, int part_kv
   cut.run_parts = round_up(equal_run_parts(units, parts, cut.wanted_ctas), run_multiple);
   cut.row_runs = lengths_known ? ceil_div_int(parts, cut.run_parts) : 0;
   // Without known lengths as many as are wanted, and less than one more for each row.
-  cut.max_runs = lengths_known ? static_cast<int64_t>(p.batch) * cut.row_runs
-                               : std::min<int64_t>(ceil_div(static_cast<int64_t>(cut.wanted_ctas) * std::max(cut.other_quarters, 4),
-                                                            4 * p.num_units()) +
-                                                       p.batch - 1,
-                                                   static_cast<int64_t>(p.batch) * std::max(most_parts, 1));
+  cut.max_runs =
+      lengths_known
+          ? static_cast<int64_t>(p.batch) * cut.row_runs
+          : std::min<int64_t>(
+                ceil_div(static_cast<int64_t>(cut.wanted_ctas) * std::max(cut.other_quarters, 4), 4 * p.num_units()) +
+                    p.batch - 1,
+                static_cast<int64_t>(p.batch) * std::max(most_parts, 1));
 }
 
 constexpr int kPilotWarpKeys = 32;

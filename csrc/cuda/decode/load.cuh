@@ -31,7 +31,10 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
 // other 4 rows have the two chunks the other way round.
 template <int HEAD_DIM, bool MATRICES>
 SANTA_HD constexpr uint32_t code_permutation(int row) {
-  return (HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0) * 32 +
+  return (HEAD_DIM % 128 == 0  ? row & 3
+          : HEAD_DIM % 64 == 0 ? (row >> 1) & 1
+                               : 0) *
+             32 +
          (MATRICES ? (row >> 2) & 1 : 0) * 16;
 }
 
@@ -61,8 +64,8 @@ __device__ __forceinline__ void load_some_rows(uint32_t slot, const RowOf& row_o
     for (int i = 0; i < ROWS * kChunks / 32; ++i) {
       const int item = i * 32 + lane, row = item / kChunks, chunk = item % kChunks;
       const bool valid = row < num_rows;
-      cp_async_16(slot + place_of_chunk<K, HEAD_DIM, MATRICES>(row, chunk), row_of(valid ? row : 0) + chunk * kChunkElements,
-                  valid, policy);
+      cp_async_16(slot + place_of_chunk<K, HEAD_DIM, MATRICES>(row, chunk),
+                  row_of(valid ? row : 0) + chunk * kChunkElements, valid, policy);
     }
     return;
   }
@@ -116,7 +119,8 @@ __device__ __forceinline__ void load_rows(uint32_t slot, const KvRows<K>& rows, 
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
       const int further = i * kPeriodRows;
-      places[i] = opaque(place ^ (kFloat8 ? code_permutation<HEAD_DIM, MATRICES>(further) : chunk_permutation(further)));
+      places[i] =
+          opaque(place ^ (kFloat8 ? code_permutation<HEAD_DIM, MATRICES>(further) : chunk_permutation(further)));
     }
     const auto copy = [&](int i, const K* source) {
       cp_async_whole_16(places[i % kPlaces] + i * kPeriodRows * kRowBytes, source, policy);

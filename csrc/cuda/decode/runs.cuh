@@ -15,15 +15,11 @@ struct Run {
   int batch_index, first_part, num_parts;  // num_parts may go beyond the row's end; 0: there is no such run
 };
 
-// Run `index` of a KV head (and head block), of sampled or of exact rows; of these, one without keys has a run too, whose
-// output is written. Called by whole warps.
+// Run `index` of a KV head (and head block), of sampled or of exact rows whose lengths are on the device; of exact
+// ones, one without keys has a run too. Called by whole warps.
 template <bool SAMPLED>
 __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
   const RunCut& cut = SAMPLED ? p.plan.sampled_cut : p.plan.exact_cut;
-  if (cut.row_runs > 0) {
-    const int row = index / cut.row_runs;
-    return {row, (index - row * cut.row_runs) * cut.run_parts, cut.run_parts};
-  }
   const int lane = threadIdx.x & 31, units = p.num_units();
   int64_t keys = 0, run_kv = 1, best_cost = INT64_MAX, wave_kv = 1;
   int kv_len = 0, part_shift = 0;  // of row first + lane; 0 keys if it is not there
@@ -88,23 +84,38 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
   return {0, 0, 0};
 }
 
-// What a CTA works on: parts of a row in one pass, or tiles of another. KV heads and head blocks are fastest: concurrent
-// CTAs read neighbouring memory.
+// What a CTA works on: parts of a row in one pass, or tiles of another. KV heads and head blocks are fastest:
+// concurrent CTAs read neighbouring memory.
 template <bool SAMPLED = true>
 struct Work {
   RowUnit unit;
   int first_part, last_part;
 
-  __device__ __forceinline__ explicit Work(const DecodeParams& p, int item = blockIdx.x) {
-    const int num_units = p.num_units(), index = item / num_units;
-    const Run run = find_run<SAMPLED>(p, index);
-    if (!SAMPLED && run.num_parts == 0) {  // the next kernel waits for this one to be gone
-      unit.row.kind = RowKind::kOnePass;
-      return;
+  // Where the cut is known, or follows from the length of the only row, as little code as can be: of what a model runs
+  // between two calls, none of it stays in the caches for instructions.
+  __device__ __forceinline__ explicit Work(const DecodeParams& p) {
+    const RunCut& cut = SAMPLED ? p.plan.sampled_cut : p.plan.exact_cut;
+    const int num_units = p.num_units(), index = blockIdx.x / num_units;
+    Run run = {0, index * cut.run_parts, cut.run_parts};
+    if (cut.row_runs > 0) {
+      run.batch_index = index / cut.row_runs;
+      run.first_part = (index - run.batch_index * cut.row_runs) * cut.run_parts;
+    } else if (p.batch > 1) {
+      run = find_run<SAMPLED>(p, index);
+      if (!SAMPLED && run.num_parts == 0) {  // the next kernel waits for this one to be gone
+        unit.row.kind = RowKind::kOnePass;
+        return;
+      }
     }
-    unit = RowUnit::make(p, run.batch_index, item - index * num_units);
+    unit = RowUnit::make(p, run.batch_index, blockIdx.x - index * num_units);
+    // A row without keys has a tile too, whose output is written.
+    const int num_parts = SAMPLED ? unit.row.num_tiles : max(unit.row.num_tiles, 1);
+    if (cut.row_runs == 0 && p.batch == 1) {
+      run.num_parts = round_up(max(ceil_div_int(num_parts * num_units, cut.wanted_ctas), 1), cut.run_multiple);
+      run.first_part = index * run.num_parts;
+    }
     first_part = run.first_part;
-    last_part = min(run.first_part + run.num_parts, SAMPLED ? unit.row.num_tiles : max(unit.row.num_tiles, 1));
+    last_part = min(run.first_part + run.num_parts, num_parts);
   }
   // `kind`: of the rows that the kernel is for.
   __device__ __forceinline__ bool exists(RowKind kind) const { return unit.row.kind == kind && first_part < last_part; }

@@ -1,10 +1,10 @@
 // Exact rows, by tiles: attention over the keys of a tile for one KV head (and head block), its unnormalised output and
 // softmax state. A CTA walks a run of tiles of a row; `combine` merges the tiles of the row, unless it had them all.
 //
-// Every warp walks its own keys, step by step, through a ring of shared-memory slots that it fills itself with cp.async,
-// on into the next tile, and synchronises with nobody until its tile ends. Keys are the M of m16n8k16 and the heads of
-// the block its N: a KV head serves up to 8 query heads with one read. V^T is the M of a second product and the
-// transposed probabilities its N.
+// Every warp walks its own keys, step by step, through a ring of shared-memory slots that it fills itself with
+// cp.async, on into the next tile, and synchronises with nobody until its tile ends. Keys are the M of m16n8k16 and the
+// heads of the block its N: a KV head serves up to 8 query heads with one read. V^T is the M of a second product and
+// the transposed probabilities its N.
 //
 // Rows in float8 stay codes in shared memory and become float16 on their way into the products.
 #pragma once
@@ -28,7 +28,7 @@ struct TileShared {
   float max[kWarps][kHeadBlock];
   float sum[kWarps][kHeadBlock];
   float factor[kWarps][kHeadBlock];  // of sums, to those of the tile
-  RowUnit unit;                      // here rather than in the registers of every warp
+  RowUnit unit;                      // for functions and, beside float8 keys, where registers are few
 
   __device__ __forceinline__ unsigned char* ring(int warp) {
     return reinterpret_cast<unsigned char*>(this) + kTileHeadBytes + warp * kTileSlots * slot_bytes(HEAD_DIM);
@@ -52,11 +52,11 @@ struct TileLoader {
 
   const DecodeParams& p;
   KvRows<K> keys;
-  const void* values;          // `base` of those
+  const void* values;  // `base` of those
   int first_key, num_keys, lane;
-  int ahead;                   // keys of the run that are copied next
-  int slot_index = 0;          // of the step
-  int32_t page = 0, next_page; // of key `lane` of the step, where rows are paged; looked up long before it is needed
+  int ahead;                    // keys of the run that are copied next
+  int slot_index = 0;           // of the step
+  int32_t page = 0, next_page;  // of key `lane` of the step, where rows are paged; looked up long before it is needed
 
   __device__ __forceinline__ TileLoader(const DecodeParams& p, const Work<false>& work, int warp, int lane)
       : p(p),
@@ -92,7 +92,8 @@ struct TileLoader {
     const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
     const E* const own = unlikely(rows.paged()) ? rows.row_in(own_page, own_key(first)) : rows.base;
     const int there = num_keys - first;
-    load_rows<E, HEAD_DIM, ROWS, true>(slot, rows, own, there > 0 ? first_key + first : 0, there, p.aligned, policy, lane);
+    load_rows<E, HEAD_DIM, ROWS, true>(slot, rows, own, there > 0 ? first_key + first : 0, there, p.aligned, policy,
+                                       lane);
   }
 
   // The next slot; every call is a group of copies, be it an empty one.
@@ -107,8 +108,12 @@ struct TileLoader {
         }
         load<kStepKeys>(slot, rows, page, ahead);
       } else {
-        const KvRows<T> rows = {static_cast<const T*>(values), p.stride_v_token, keys.pages, p.stride_v_batch,
-                                keys.page_shift,               keys.first_position};
+        const KvRows<T> rows = {static_cast<const T*>(values),
+                                p.stride_v_token,
+                                keys.pages,
+                                p.stride_v_batch,
+                                keys.page_shift,
+                                keys.first_position};
         const int row = (slot_index - 1) * kSlotRows;
         load<kSlotRows>(slot, rows, __shfl_sync(0xffffffffu, page, (lane + row) & 31), ahead + row);
       }
@@ -129,10 +134,10 @@ struct TileProducts {
   static constexpr int kGroups = kFloat8 ? 2 : 1;  // of 16 keys
 
   QueryFragments<T, HEAD_DIM, kFloat8> query;
-  float scale[2];                         // of scores of the lane's heads
-  float max[2], sum[2];                   // of the tile; all lanes of a head agree on the maximum
-  float o[HEAD_DIM / 16][4];              // dimensions 16 m + g (0, 1), + 8 (2, 3), of codes 16 m + 2 g and the next
-  uint32_t probabilities[kGroups][2];     // B operand: keys x heads
+  float scale[2];                      // of scores of the lane's heads
+  float max[2], sum[2];                // of the tile; all lanes of a head agree on the maximum
+  float o[HEAD_DIM / 16][4];           // dimensions 16 m + g (0, 1), + 8 (2, 3), of codes 16 m + 2 g and the next
+  uint32_t probabilities[kGroups][2];  // B operand: keys x heads
 
   __device__ __forceinline__ void begin() {
     max[0] = max[1] = -INFINITY, sum[0] = sum[1] = 0.0f;
@@ -297,10 +302,9 @@ __device__ __forceinline__ void merge_warps(TileShared<HEAD_DIM>& shared, uint32
 
 // What is left of the tile whose keys end at `end`, or before if the row does. By all threads of the CTA.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void write_exact_tile(const DecodeParams& p, int end, TileShared<HEAD_DIM>& shared,
-                                                 uint32_t slot) {
-  __syncthreads();  // all warps have left what they have
-  const RowUnit& unit = shared.unit;
+__device__ __forceinline__ void write_exact_tile(const DecodeParams& p, const RowUnit& unit, int end,
+                                                 TileShared<HEAD_DIM>& shared, uint32_t slot) {
+  __syncthreads();                // all warps have left what they have
   if (unit.row.num_tiles <= 1) {  // of one tile, or of no key: nothing is left to combine
     merge_warps(shared, slot, unit.heads.count, [&](int head, int d, float2 values, SoftmaxState state) {
       const Epilogue epilogue = epilogue_of(p, unit.row, unit.kv_head, unit.heads.first + head, log2_sum(state));
@@ -328,7 +332,8 @@ __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<fal
   using Loader = TileLoader<T, K, HEAD_DIM>;
   constexpr uint32_t kSlotBytes = slot_bytes(HEAD_DIM);
   const int warp = warp_index(), lane = threadIdx.x & 31;
-  if (threadIdx.x == 0) shared.unit = work.unit;
+  if (Loader::kFloat8 && threadIdx.x == 0) shared.unit = work.unit;
+  const RowUnit& unit = Loader::kFloat8 ? shared.unit : work.unit;
   TileProducts<T, K, HEAD_DIM> products;
   products.load_query(p, work.unit, lane);
   Loader loader(p, work, warp, lane);
@@ -352,14 +357,14 @@ __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<fal
     if (filling > 0) {
       if (--filling == 0) {
         products.take_query(p, work.unit.kv_head, lane);
-        if (changes_logits(p)) __syncthreads();  // the unit is there
+        if (Loader::kFloat8 && changes_logits(p)) __syncthreads();  // the unit is there
       }
       continue;
     }
     const uint32_t address = slot;
     slot = slot_after<kSlotBytes, kTileSlots>(slot, ring);
     if (slot_index == 0) {
-      products.take_keys(p, shared.unit, loader.first_key, loader.num_keys, address, first, codes, lane);
+      products.take_keys(p, unit, loader.first_key, loader.num_keys, address, first, codes, lane);
       ++slot_index;
       continue;
     }
@@ -376,18 +381,18 @@ __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<fal
     if (first < tile_end && !is_last) continue;
     __syncwarp();  // all lanes have read the slot
     products.put(shared, own + (address - ring), codes, warp, lane);
-    write_exact_tile<T>(p, loader.first_key + tile_end, shared, address - ring);
+    write_exact_tile<T>(p, unit, loader.first_key + tile_end, shared, address - ring);
     if (!is_last) __syncthreads();  // all have read what the tile left in the slots, which are filled again
     products.begin();
-    tile_end += shared.unit.row.tile_kv;
+    tile_end += unit.row.tile_kv;
   }
-  if (p.plan.exact_cut.row_runs != 1 || shared.unit.row.num_tiles <= 1) return;
+  if (p.plan.exact_cut.row_runs != 1 || unit.row.num_tiles <= 1) return;
   // All tiles of the row were this CTA's.
+  if (!Loader::kFloat8 && threadIdx.x == 0) shared.unit = unit;
   __syncthreads();
-  const RowUnit& unit = shared.unit;
 #pragma unroll 1
   for (int head = warp; head < unit.heads.count; head += tile_warps(HEAD_DIM)) {
-    combine_exact_head<T, HEAD_DIM>(&p, &unit, unit.heads.first + head);
+    combine_exact_head<T, HEAD_DIM>(&p, &shared.unit, unit.heads.first + head);
   }
   if (p.rows_read != nullptr && unit.heads.first == 0 && threadIdx.x == 0) p.rows_read[unit.group] = unit.row.kv_len;
 }
