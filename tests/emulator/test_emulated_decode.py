@@ -169,6 +169,19 @@ def test_bits_depend_on_neither_threads_nor_the_device(how: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("how", ["exact", "grouped", "proposal keys"])
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_ragged_batches_are_cut_whole(how: str, count: int) -> None:
+    """Lengths on the device, rows of one part and of several, fewer and more rows than CTAs: nothing of a row is lost,
+    on whatever device."""
+    lens = [(733 * i + 290) % 1500 for i in range(count)]
+    case = Case(lens=lens, num_kv_heads=1, group=2, **HOW[how] | {"min_sampled_len": 300})
+    expected = case.emulated(num_sms=132)
+    assert relative_rms(expected[0], case.on_cpu()[0].double()) < TOLERANCE[torch.bfloat16]
+    for num_sms in (1, 3, 11):
+        assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=num_sms), expected, strict=True))
+
+
 def test_parts_that_warps_share() -> None:
     """With proposal keys, on a device with too few parts for all warps; on a small one each warp takes whole ones."""
     case = Case(lens=[1000], group=1, num_kv_heads=70, proposes=True, num_samples=20)
