@@ -91,8 +91,8 @@ struct Work {
   RowUnit unit;
   int first_part, last_part;
 
-  // Where the cut is known, or follows from the length of the only row, as little code as can be: of what a model runs
-  // between two calls, none of it stays in the caches for instructions.
+  // Where the cut is known, or follows from the length of the only row, as little code as can be: what runs once has to
+  // be fetched first.
   __device__ __forceinline__ explicit Work(const DecodeParams& p) {
     const RunCut& cut = SAMPLED ? p.plan.sampled_cut : p.plan.exact_cut;
     const int num_units = p.num_units(), index = blockIdx.x / num_units;
