@@ -106,8 +106,9 @@ template <typename T, int HEAD_DIM, bool MATRICES = false>
 __device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows,
                                             const QueryFragments<T, HEAD_DIM, true>& query, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const auto pair_offset = [&](int row, int j) {  // of the lane's 8 bytes of chunks 2 j and the next
-    return row * HEAD_DIM + (t & 1) * 8 + ((t >> 1) * 16 ^ code_permutation<HEAD_DIM, MATRICES>(row) ^ 32 * j);
+  const auto pair_offset = [&](int row, int j) -> uint32_t {  // of the lane's 8 bytes of chunks 2 j and the next
+    if constexpr (!MATRICES) return code_offset<HEAD_DIM, false>(row, 2 * j) + t * 8;
+    return row * HEAD_DIM + (t & 1) * 8 + ((t >> 1) * 16 ^ code_permutation<HEAD_DIM, true>(row) ^ 32 * j);
   };
   uint32_t low_nans = 0, high_nans = 0;
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
