@@ -178,7 +178,7 @@ def test_ragged_batches_are_cut_whole(how: str, count: int) -> None:
     case = Case(lens=lens, num_kv_heads=1, group=2, **HOW[how] | {"min_sampled_len": 300})
     expected = case.emulated(num_sms=132)
     assert relative_rms(expected[0], case.on_cpu()[0].double()) < TOLERANCE[torch.bfloat16]
-    for num_sms in (1, 3, 11):
+    for num_sms in (1, 3, 11) if count < 40 else (3,):
         assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=num_sms), expected, strict=True))
 
 
