@@ -49,7 +49,6 @@ struct RunCut {
   int wanted_ctas;     // that rows are cut for,
   int other_quarters;  // or so many quarters of them, if decode/runs.cuh finds that better; 0: there is no choice
   int start_kv;        // keys that take as long as the start of a CTA
-  bool chooses;        // whether the device may choose
   int row_runs;        // runs of a row, if all rows are known to be equal, else 0: decode/runs.cuh works it out
   int run_parts;       // of these runs
   int run_multiple;    // of these, what runs are rounded up to; a power of two

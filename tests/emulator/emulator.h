@@ -272,6 +272,7 @@ T atomicOr(T* address, T value) {
   *address |= value;
   return old;
 }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float __uint_as_float(uint32_t bits) { return emulator::value_of<float>(bits); }

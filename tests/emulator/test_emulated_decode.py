@@ -182,6 +182,15 @@ def test_ragged_batches_are_cut_whole(how: str, count: int) -> None:
         assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=num_sms), expected, strict=True))
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_rows_that_one_cta_has_are_combined_alike(head_dim: int) -> None:
+    """Exact rows of known length, of several tiles: on a small device each is one CTA's, which combines it itself."""
+    case = Case(lens=[1700, 1700], known=True, head_dim=head_dim, group=3, num_samples=0)
+    expected = case.emulated(num_sms=132)
+    assert relative_rms(expected[0], case.on_cpu()[0].double()) < TOLERANCE[torch.bfloat16]
+    assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=1), expected, strict=True))
+
+
 def test_parts_that_warps_share() -> None:
     """With proposal keys, on a device with too few parts for all warps; on a small one each warp takes whole ones."""
     case = Case(lens=[1000], group=1, num_kv_heads=70, proposes=True, num_samples=20)

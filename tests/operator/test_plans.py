@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.bernoulli import feature_major
 from helpers.float8 import quantised
-from helpers.inputs import make_qkv
+from helpers.inputs import HEAD_DIMS, make_qkv
 from helpers.one_pass import BUDGETS, KV_LEN, LONG_KV_LEN, SAMPLERS
 from torch import Tensor
 
@@ -69,6 +69,16 @@ def assert_one_result(force_plan: Force, call: Callable[..., tuple[Tensor, ...]]
         for name, ours, theirs in zip(names, call(**options), expected, strict=True):
             assert torch.equal(ours, theirs), (name, plan)
     force_plan(0, 0, 0)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("scores", ["bf16", "fp8-k", "fp8"])
+def test_exact_rows(force_plan, scores, known, head_dim):
+    """A CTA for each tile, for some of them, and for whole rows, which it combines itself where lengths are known."""
+    call = call_of(scores, 5, [2300, 2300, 2300] if known else [2300, 40, 4700], head_dim)
+    options = {"num_samples": 0} | ({"kv_lens": None} if known else {})
+    assert_one_result(force_plan, call, [(0, 0, ctas) for ctas in (1, 9, 10**6)], **options)
 
 
 @pytest.mark.parametrize("group", [4, 8, 12])

@@ -15,25 +15,33 @@ constexpr int kCombineThreads = 256;
 
 constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
 
-// The softmax state of a query vector's tiles, by a warp: lanes take tiles in turn, then merge as a tree.
-// `first_stats`: of its first tile. own_max becomes the maximum of tile threadIdx.x % 32.
-__device__ __forceinline__ SoftmaxState merge_tiles(const DecodeParams& p, int64_t first_stats, int num_tiles,
-                                                    float& own_max) {
+// merge, rounded alike whichever of the two comes first: all lanes of a tree agree, and all kernels.
+__device__ __forceinline__ SoftmaxState merge_evenly(SoftmaxState a, SoftmaxState b) {
+  const float max = fmaxf(a.max, b.max);
+  return {max, __fadd_rn(a.sum * exp2_below(a.max, max), b.sum * exp2_below(b.max, max))};
+}
+
+// Log-sum-exp of a query vector's tiles, base 2, by a warp: lanes take tiles in turn, then merge as a tree. The order
+// depends on the number of tiles alone. `first_stats`: of its first tile. own_max becomes the maximum of tile
+// threadIdx.x % 32.
+__device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t first_stats, int num_tiles,
+                                              float& own_max) {
   SoftmaxState state = empty_softmax_state();
+  own_max = -INFINITY;
   // Loops: code that runs once has to be fetched first.
 #pragma unroll 1
   for (int tile = threadIdx.x & 31; tile < num_tiles; tile += 32) {
     const int64_t index = first_stats + static_cast<int64_t>(tile) * p.group_size;
     const float max = p.tile_max[index];
-    state = merge(state, {max, p.tile_sum[index]});
+    state = merge_evenly(state, {max, p.tile_sum[index]});
     if (tile < 32) own_max = max;
   }
 #pragma unroll 1
   for (int offset = 16; offset > 0; offset >>= 1) {
-    state = merge(state,
-                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
+    state = merge_evenly(
+        state, {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
   }
-  return state;
+  return log2_sum(state);
 }
 
 __device__ __forceinline__ void add_weighted(float4& sum, float weight, float4 value) {
@@ -63,8 +71,8 @@ __device__ __noinline__ void combine_exact_head(const DecodeParams* params, cons
   constexpr int kLanes = HEAD_DIM / 4, kSlots = kCombineThreads / kLanes;  // those of combine_row
   const int64_t stats = p.stats_offset(unit.group) + h;
   const int num_tiles = unit.row.num_tiles;
-  float own_max = -INFINITY;
-  const float lse = log2_sum(merge_tiles(p, stats, num_tiles, own_max));
+  float own_max;
+  const float lse = lse_of_tiles(p, stats, num_tiles, own_max);
 #pragma unroll 1
   for (int lane = threadIdx.x & 31; lane < round_up(kLanes, 32); lane += 32) {
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -149,7 +157,7 @@ __device__ __forceinline__ void combine_row(const DecodeParams& p, const float* 
     }
     lse = log2_guarded(state);
   } else {
-    lse = log2_sum(merge_tiles(p, stats, row.num_tiles, own_max));
+    lse = lse_of_tiles(p, stats, row.num_tiles, own_max);
   }
 
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};

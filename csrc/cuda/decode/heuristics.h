@@ -120,18 +120,18 @@ inline int wanted_ctas_of(int64_t units, int parts, int part_kv, const RunCut& c
 }
 
 // Where rows of `kv_len` keys at most, in parts of `part_kv`, are cut; `most_parts` is a bound for any length. The cut
-// has ctas_at_once, start_kv and chooses.
+// has ctas_at_once and start_kv. `chooses`: whether the device may choose between two cuts.
 inline void cut_rows(const DecodeParams& p, RunCut& cut, int kv_len, int part_kv, int most_parts, bool lengths_known,
-                     int run_multiple = 1) {
+                     bool chooses, int run_multiple = 1) {
   const int64_t units = static_cast<int64_t>(p.batch) * p.num_units();
   const int parts = std::max(ceil_div_int(kv_len, part_kv), 1), forced_ctas = forced_plan().wanted_ctas;
   cut.run_multiple = run_multiple;
   cut.wanted_ctas = forced_ctas > 0 ? forced_ctas
                     : lengths_known ? wanted_ctas_of(units, parts, part_kv, cut)
-                                    : cut.ctas_at_once * (cut.chooses || units <= cut.ctas_at_once ? 1 : 2);
+                                    : cut.ctas_at_once * (chooses || units <= cut.ctas_at_once ? 1 : 2);
   // CTAs that turn out to have no run cost time too: with few units it is one wave, full or not.
   const bool few = 2 * units <= cut.ctas_at_once;
-  cut.other_quarters = !cut.chooses || forced_ctas > 0 || lengths_known || p.batch == 1 ? 0 : few ? 3 : 8;
+  cut.other_quarters = !chooses || forced_ctas > 0 || lengths_known || p.batch == 1 ? 0 : few ? 3 : 8;
   cut.run_parts = round_up(equal_run_parts(units, parts, cut.wanted_ctas), run_multiple);
   cut.row_runs = lengths_known ? ceil_div_int(parts, cut.run_parts) : 0;
   // Without known lengths as many as are wanted, and less than one more for each row.
@@ -198,8 +198,8 @@ inline int longest_part_kv(const DecodeParams& p) {
 // Into how many runs, of a multiple of `run_multiple` parts, for a device on which `ctas_at_once` CTAs live.
 inline void cut_sampled_rows(DecodeParams& p, int ctas_at_once, int run_multiple = 1) {
   CallPlan& plan = p.plan;
-  plan.sampled_cut = {.ctas_at_once = ctas_at_once, .start_kv = kStartKv, .chooses = true};
-  cut_rows(p, plan.sampled_cut, p.max_kv_len, longest_part_kv(p), plan.max_parts, !plan.exact, run_multiple);
+  plan.sampled_cut = {.ctas_at_once = ctas_at_once, .start_kv = kStartKv};
+  cut_rows(p, plan.sampled_cut, p.max_kv_len, longest_part_kv(p), plan.max_parts, !plan.exact, true, run_multiple);
 }
 
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
@@ -242,7 +242,7 @@ inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   const int ctas = tile_shared_bytes(p.head_dim) <= shared_room(device, 2) ? 2 : 1;
   plan.exact_cut = {.ctas_at_once = ctas * device.num_sms, .start_kv = kExactStartKv};
   const int longest = plan.equal_rows ? plan.row.kv_len : plan.longest_exact;
-  cut_rows(p, plan.exact_cut, longest, exact_tile_kv_of(longest), max_exact_tiles(longest), plan.equal_rows);
+  cut_rows(p, plan.exact_cut, longest, exact_tile_kv_of(longest), max_exact_tiles(longest), plan.equal_rows, false);
 }
 
 // The kernel of scores. In short runs, of fewer tiles than four warps take, those that there are have more on their

@@ -31,11 +31,8 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
 // other 4 rows have the two chunks the other way round.
 template <int HEAD_DIM, bool MATRICES>
 SANTA_HD constexpr uint32_t code_permutation(int row) {
-  return (HEAD_DIM % 128 == 0  ? row & 3
-          : HEAD_DIM % 64 == 0 ? (row >> 1) & 1
-                               : 0) *
-             32 +
-         (MATRICES ? (row >> 2) & 1 : 0) * 16;
+  const int pair = HEAD_DIM % 128 == 0 ? row & 3 : HEAD_DIM % 64 == 0 ? (row >> 1) & 1 : 0;
+  return pair * 32 + (MATRICES ? (row >> 2) & 1 : 0) * 16;
 }
 
 template <int HEAD_DIM, bool MATRICES>

@@ -6,27 +6,13 @@
 #include "core/softmax_state.h"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/decode/combine.cuh"
 #include "params.h"
 
 namespace santa::cuda {
 
 constexpr int kPlanThreads = 256;
 constexpr int kPlanWarps = kPlanThreads / 32;
-
-// Log-sum-exp of the tiles for one head, base 2, by one warp: lanes take tiles in turn, then merge as a tree.
-// The order depends on the number of tiles alone.
-__device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t group, int head, int num_tiles) {
-  SoftmaxState state = empty_softmax_state();
-  for (int tile = threadIdx.x & 31; tile < num_tiles; tile += 32) {
-    const int64_t stats = p.stats_offset(group) + static_cast<int64_t>(tile) * p.group_size + head;
-    state = merge(state, {p.tile_max[stats], p.tile_sum[stats]});
-  }
-  for (int offset = 16; offset > 0; offset >>= 1) {
-    state = merge(state,
-                  {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-  }
-  return log2_sum(state);
-}
 
 // The tile's share of the row, for a stream.
 __device__ __forceinline__ float tile_share(const DecodeParams& p, int64_t group, int stream, int tile,
@@ -52,7 +38,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   float* row_lse = p.row_lse + group * group_size;
 
   for (int h = warp; h < group_size; h += kPlanWarps) {
-    const float lse = lse_of_tiles(p, group, h, row.num_tiles);
+    float own_max;
+    const float lse = lse_of_tiles(p, p.stats_offset(group) + h, row.num_tiles, own_max);
     if (lane == 0) row_lse[h] = lse;
   }
   if (p.read_mask != nullptr) {

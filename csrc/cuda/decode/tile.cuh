@@ -267,8 +267,7 @@ struct TileProducts {
 };
 
 // The warps' sums to those of the tile, in warp order; by all threads. Hands (head of the block, dimension, sums of
-// this dimension and the next, state of the head) to take. `slot`: where the warps' outputs
-// are in their rings.
+// this dimension and the next, state of the head) to take. `slot`: where the warps' outputs are in their rings.
 template <int HEAD_DIM, typename Take>
 __device__ __forceinline__ void merge_warps(TileShared<HEAD_DIM>& shared, uint32_t slot, int num_heads,
                                             const Take& take) {
