@@ -28,7 +28,8 @@ __device__ __forceinline__ float tile_share(const DecodeParams& p, int64_t group
   return share / static_cast<float>(last - first);
 }
 
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ DecodeParams p) {
+// Four CTAs on a multiprocessor: told of none, ptxas takes fewer registers than it needs, and spills.
+__global__ void __launch_bounds__(kPlanThreads, 4) plan_kernel(const __grid_constant__ DecodeParams p) {
   const int kv_head = blockIdx.x, batch_index = blockIdx.y;
   const RowShape row = row_shape_of(p, batch_index);
   wait_for_previous();  // all do: the next kernel waits for this one alone
