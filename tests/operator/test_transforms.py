@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ PROPOSAL = santa.make_proposal_keys(decode_inputs()[1])
 
 
 def proposal(q, k, v):
-    return santa.decode(q, k, v, proposal=PROPOSAL, num_samples=8, min_sampled_len=0)
+    keys = dataclasses.replace(PROPOSAL, **{name: x.to(q.device) for name, x in PROPOSAL.tensors().items()})
+    return santa.decode(q, k, v, proposal=keys, num_samples=8, min_sampled_len=0)
 
 
 def prefill_inputs(dtype=torch.float32, device="cpu"):
