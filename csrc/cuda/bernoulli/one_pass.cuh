@@ -88,7 +88,8 @@ struct FeatureScorer {
 
   // A lane copies 8 keys of half of the slot's features. Chunk c of row r lies at c ^ (r % 8), so that ldmatrix, which
   // reads one chunk of 8 rows, is free of conflicts.
-  __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
+  template <typename Policy>
+  __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, const Policy& policy,
                                        int lane) const {
     constexpr int kOwn = kSlotFeatures / 2;
     const int own_first = index * kSlotFeatures + lane / 16 * kOwn, own = list.num_features - own_first;
@@ -99,10 +100,10 @@ struct FeatureScorer {
     const auto keys_of = [&](int u) { return source + list.features[own_first + u] * p.stride_k_feature; };
     if (aligned && there == kThreadKeys && own >= kOwn) {
 #pragma unroll
-      for (int u = 0; u < kOwn; ++u) cp_async_whole_16(place_of(u), keys_of(u), policy);
+      for (int u = 0; u < kOwn; ++u) cp_async_whole_16(place_of(u), keys_of(u), policy());
     } else {
 #pragma unroll 1
-      for (int u = 0; u < min(own, kOwn); ++u) load_some_keys(place_of(u), keys_of(u), there, aligned, policy);
+      for (int u = 0; u < min(own, kOwn); ++u) load_some_keys(place_of(u), keys_of(u), there, aligned, policy());
 #pragma unroll 1
       for (int u = max(own, 0); u < kOwn; ++u) store_shared_16(place_of(u), {0, 0, 0, 0});
     }

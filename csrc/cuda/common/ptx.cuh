@@ -102,6 +102,11 @@ __device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
   return slot + SLOT_BYTES == ring + NUM_SLOTS * SLOT_BYTES ? ring : slot + SLOT_BYTES;
 }
 
+template <int SLOT_BYTES, int NUM_SLOTS>
+__device__ __forceinline__ uint32_t slot_before(uint32_t slot, uint32_t ring) {
+  return (slot == ring ? ring + NUM_SLOTS * SLOT_BYTES : slot) - SLOT_BYTES;
+}
+
 __device__ __forceinline__ void store_shared_pair(uint32_t address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
 }

@@ -33,7 +33,8 @@ struct KeyScorer {
   static constexpr int kSlotBytes = key_slot_bytes(kFloat8, HEAD_DIM), kPilotBytes = kSlotBytes, kOnceBytes = 0;
 
   const DecodeParams& p;
-  const void* origin;  // the first key of the row or, where keys are paged, its pages: registers are few
+  // The lane's share of the first key of the row or, where keys are paged, the row's pages: registers are few.
+  const void* origin;
   int kv_head, kv_start;
   int32_t page = 0;  // where keys are paged: of key `lane` of the slot that is copied next
   float scale[2];    // of the lane's heads, 2 t and the next
@@ -42,10 +43,14 @@ struct KeyScorer {
   __device__ __forceinline__ KeyScorer(const DecodeParams& p, const RowUnit& unit, unsigned char*)
       : p(p), kv_head(unit.kv_head), kv_start(unit.row.kv_start) {
     const KvRows<K> all = key_rows<K>(p, unit.batch_index, kv_head, kv_start);
-    origin = p.paged ? static_cast<const void*>(all.pages) : all.base;
+    origin = p.paged ? static_cast<const void*>(all.pages) : all.base + share_offset(threadIdx.x & 31);
   }
-  __device__ __forceinline__ KvRows<K> rows() const {
-    if (!p.paged) return {static_cast<const K*>(origin), p.stride_k_token, nullptr, 0, 0, 0};
+  __device__ __forceinline__ int64_t share_offset(int lane) const {
+    return LaneShare<K, HEAD_DIM, false>::offset(p.stride_k_token, lane);
+  }
+  __device__ __forceinline__ const K* share() const { return static_cast<const K*>(origin); }
+  // Where they are paged.
+  __device__ __forceinline__ KvRows<K> pages() const {
     return paged_rows<K>(p, p.k, static_cast<const int32_t*>(origin), kv_head, kv_start, p.stride_k_batch,
                          p.stride_k_token, p.stride_k_head);
   }
@@ -64,15 +69,21 @@ struct KeyScorer {
 
   // Of slot `index` of the tile whose first key is `first`: finds its pages, long before they are needed.
   __device__ __forceinline__ void look_up(int first, int num_keys, int index, int lane) {
-    if (p.paged) page = rows().page_of(first + min(index * kSlotKeys + lane, num_keys - 1));
+    if (p.paged) page = pages().page_of(first + min(index * kSlotKeys + lane, num_keys - 1));
   }
 
   // Starts the copy of that slot.
-  __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, uint64_t policy,
+  template <typename Policy>
+  __device__ __forceinline__ void load(uint32_t slot, int first, int num_keys, int index, const Policy& policy,
                                        int lane) const {
     const int begin = first + index * kSlotKeys, there = num_keys - index * kSlotKeys;
-    const K* const own = p.paged ? rows().row_in(page, begin + lane) : nullptr;
-    load_rows<K, HEAD_DIM, kSlotKeys>(slot, rows(), own, begin, there, p.aligned, policy, lane);
+    if (unlikely(p.paged)) {
+      const KvRows<K> rows = pages();
+      load_paged_rows<K, HEAD_DIM, kSlotKeys>(slot, rows, rows.row_in(page, begin + lane), begin, there, p.aligned,
+                                              policy, lane);
+    } else {
+      load_rows<K, HEAD_DIM, kSlotKeys>(slot, share(), p.stride_k_token, begin, there, p.aligned, policy, lane);
+    }
   }
 
   __device__ __forceinline__ void begin(int, int) {}
@@ -84,9 +95,9 @@ struct KeyScorer {
     for (int first = 0; first < kSlotKeys; first += 16) {
       float products[4];
       if constexpr (kFloat8) {
-        score_codes<T, HEAD_DIM>(products, slot + first * HEAD_DIM, query, lane);
+        score_codes<T, HEAD_DIM>(products, slot + first * HEAD_DIM + code_key_place<HEAD_DIM, false>(lane), query);
       } else {
-        score_slot<T, HEAD_DIM>(products, slot + first / 16 * slot_bytes(HEAD_DIM), query, lane);
+        score_slot<T, HEAD_DIM>(products, slot + first / 16 * slot_bytes(HEAD_DIM) + key_place<HEAD_DIM>(lane), query);
       }
       put(first, {logit_of(products[0], scale[0]), logit_of(products[1], scale[1]), logit_of(products[2], scale[0]),
                   logit_of(products[3], scale[1])});
@@ -100,7 +111,9 @@ struct KeyScorer {
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
-    const K* const own_row = rows().row(pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1));
+    const int64_t position = pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1);
+    const K* const own_row =
+        p.paged ? pages().row(position) : share() - share_offset(lane) + position * p.stride_k_token;
 #pragma unroll 1
     for (int turn = 0; turn < kPilotWarpKeys / kSlotKeys; ++turn) {
       const int first = part * kPilotWarpKeys + turn * kSlotKeys;
@@ -143,7 +156,7 @@ struct RunLoader {
     if (ahead < num_keys) {
       const int tile_keys = min(tile_kv, num_keys - ahead);
       // With several head blocks the keys are read again soon.
-      const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
+      const auto policy = [&] { return p.group_size <= kHeadBlock ? evict_first_policy() : evict_normal_policy(); };
       scorer.load(slot, first_key + ahead, tile_keys, index, policy, lane);
       if (++index == scorer.num_slots(tile_keys)) ahead += p.plan.num_warps * tile_kv, index = 0;
       look_up();

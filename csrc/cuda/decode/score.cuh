@@ -34,22 +34,23 @@ struct QueryFragments {
   }
 };
 
-// Raw scores of 16 keys x 8 heads. Lane (g, t) gets keys g (0, 1) and g + 8 (2, 3), heads 2 t and 2 t + 1.
+// Where in a slot is what a lane names first in products with keys. What follows are the chunks of the same rows, two
+// of them further on each time.
+template <int HEAD_DIM>
+__device__ __forceinline__ uint32_t key_place(int lane) {
+  return chunk_offset<HEAD_DIM>(lane & 15, lane >> 4);
+}
+
+// Raw scores of 16 keys x 8 heads, the first of which is at `place` (key_place). Lane (g, t) gets keys g (0, 1) and
+// g + 8 (2, 3), heads 2 t and 2 t + 1.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t slot, const QueryFragments<T, HEAD_DIM>& query,
-                                           int lane) {
-  // The row and, in the first product, the chunk that a lane names to ldmatrix.
-  const int row = lane & 15;
-  const uint32_t rows = slot + row * slot_row_pitch(HEAD_DIM) * 2, first = (lane >> 4) * 16 ^ chunk_permutation(row);
-  constexpr bool kPowerOfTwo = (slot_row_pitch(HEAD_DIM) & (slot_row_pitch(HEAD_DIM) - 1)) == 0;
-  const auto chunk = [&](int number) {  // slots start at multiples of 512
-    return kPowerOfTwo ? (rows + first) ^ (32 * number) : rows + (first ^ (32 * number));
-  };
+__device__ __forceinline__ void score_slot(float (&scores)[4], uint32_t place,
+                                           const QueryFragments<T, HEAD_DIM>& query) {
   float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two sums: a product need not wait for the one before
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 32; ++j) {
-    const uint4 a = ldmatrix_x4(chunk(2 * j)), b = ldmatrix_x4(chunk(2 * j + 1));
+    const uint4 a = ldmatrix_x4(chunk_at<128>(place, 4 * j)), b = ldmatrix_x4(chunk_at<128>(place, 4 * j + 2));
     Float16Traits<T>::mma(scores, {a.x, a.y, a.z, a.w}, query.chunk[j].x, query.chunk[j].y);
     Float16Traits<T>::mma(odd, {b.x, b.y, b.z, b.w}, query.chunk[j].z, query.chunk[j].w);
   }
@@ -99,23 +100,24 @@ __device__ __forceinline__ float to_float16(QueryFragments<__nv_bfloat16, HEAD_D
   return __uint_as_float((exponent - 14u) << 23);
 }
 
-// Raw scores of 16 keys x 8 heads, in the order of score_slot, times kHalvesScale and what to_float16 multiplied with.
-// `rows` is the address of the first key, a multiple of 16 of them from the start of the slot. MATRICES: how they lie
-// in it (load.cuh).
-template <typename T, int HEAD_DIM, bool MATRICES = false>
-__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t rows,
-                                            const QueryFragments<T, HEAD_DIM, true>& query, int lane) {
+// key_place of codes, of which a lane reads 8 bytes itself. MATRICES: how they lie in the slot (load.cuh).
+template <int HEAD_DIM, bool MATRICES>
+__device__ __forceinline__ uint32_t code_key_place(int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const auto pair_offset = [&](int row, int j) -> uint32_t {  // of the lane's 8 bytes of chunks 2 j and the next
-    if constexpr (!MATRICES) return code_offset<HEAD_DIM, false>(row, 2 * j) + t * 8;
-    return row * HEAD_DIM + (t & 1) * 8 + ((t >> 1) * 16 ^ code_permutation<HEAD_DIM, true>(row) ^ 32 * j);
-  };
+  return code_offset<HEAD_DIM, MATRICES>(g, t >> 1) + (t & 1) * 8;
+}
+
+// Raw scores of 16 keys x 8 heads, in the order of score_slot, times kHalvesScale and what to_float16 multiplied with.
+// `place`: code_key_place from a multiple of 16 rows on.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void score_codes(float (&scores)[4], uint32_t place,
+                                            const QueryFragments<T, HEAD_DIM, true>& query) {
   uint32_t low_nans = 0, high_nans = 0;
   scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 32; ++j) {
-    const uint2 low = load_shared_8(rows + pair_offset(g, j));
-    const uint2 high = load_shared_8(rows + pair_offset(g + 8, j));
+    const uint32_t pair = chunk_at<code_span(HEAD_DIM)>(place, 2 * j);
+    const uint2 low = load_shared_8(pair), high = load_shared_8(pair + 8 * HEAD_DIM);
     uint2 low_halves = halves_of_codes(low.x), high_halves = halves_of_codes(high.x);
     Float16Traits<__half>::mma(scores, {low_halves.x, high_halves.x, low_halves.y, high_halves.y}, query.chunk[j].x,
                                query.chunk[j].y);

@@ -43,94 +43,126 @@ constexpr int min_tile_ctas(int head_dim) { return head_dim <= 64 ? 2 : 1; }
 constexpr int min_tile_ctas(int) { return 2; }
 #endif
 
-// The keys and values of a run, on their way to the ring of a warp: of each step some keys, and then their values.
-template <typename T, typename K, int HEAD_DIM>
+// The keys and values of a run, on their way to the ring of a warp. A step has one slot of keys, and one of values or,
+// where those have 16 bits beside codes, two.
+template <typename T, typename K, typename V, int HEAD_DIM>
 struct TileLoader {
-  static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  static constexpr bool kFloat8 = std::is_same_v<K, Float8>, kAlike = std::is_same_v<K, V>;
   static constexpr int kStepKeys = kFloat8 ? 2 * kSlotRows : kSlotRows;  // of a warp
   static constexpr int kCtaKeys = tile_warps(HEAD_DIM) * kStepKeys;
+  static constexpr int kStepSlots = kAlike ? 2 : 3;
+  using Share = LaneShare<K, HEAD_DIM, true>;
 
   const DecodeParams& p;
-  KvRows<K> keys;
-  const void* values;  // `base` of those
-  int first_key, num_keys, lane;
-  int ahead;                    // keys of the run that are copied next
-  int slot_index = 0;           // of the step
-  int32_t page = 0, next_page;  // of key `lane` of the step, where rows are paged; looked up long before it is needed
+  const int32_t* pages;     // null: rows are not paged
+  const K* keys;            // the lane's share of the first row of the step that is copied next; paged: of page 0
+  const V* values;          // likewise
+  int position;             // paged: of the first key of the run
+  int num_keys;             // of the run
+  int num_fast;             // of those whose steps are copied in whole groups of 16 rows: all or none
+  int32_t page, next_page;  // paged: of key `lane` of the step; looked up long before it is needed
+  uint32_t place;           // of the lane's share in a slot of keys
 
   __device__ __forceinline__ TileLoader(const DecodeParams& p, const Work<false>& work, int warp, int lane)
-      : p(p),
-        keys(key_rows<K>(p, work.unit.batch_index, work.unit.kv_head, work.unit.row.kv_start)),
-        first_key(work.first_key()),
-        num_keys(work.num_keys()),
-        lane(lane),
-        ahead(warp * kStepKeys) {
+      : p(p), num_keys(work.num_keys()), place(opaque(Share::place(lane))) {
     const int batch_index = work.unit.batch_index, kv_head = work.unit.kv_head, start = work.unit.row.kv_start;
-    if (codes()) {
-      values = value_rows<Float8>(p, batch_index, kv_head, start).base;
-    } else {
-      values = value_rows<T>(p, batch_index, kv_head, start).base;
-    }
-    next_page = look_up();
+    const KvRows<K> key = key_rows<K>(p, batch_index, kv_head, start);
+    const KvRows<V> value = value_rows<V>(p, batch_index, kv_head, start);
+    const int64_t first = key.paged() ? 0 : work.first_key() + warp * kStepKeys;
+    pages = key.pages;
+    position = key.first_position + work.first_key();
+    keys = key.base + first * key.stride_token + Share::offset(key.stride_token, lane);
+    values = value.base + first * value.stride_token + LaneShare<V, HEAD_DIM, true>::offset(value.stride_token, lane);
+    num_fast = p.aligned && (!key.paged() || has_whole_pages(key)) ? num_keys : 0;
+    next_page = look_up(warp * kStepKeys, lane);
   }
 
   // Whether there is a step in which the warp takes the keys `first` and on, if they are there. All warps take as many
   // steps, of a row without keys one.
   __device__ __forceinline__ bool has_step(int first) const { return (first & -kCtaKeys) < max(num_keys, 1); }
-  // Of a step: keys, and values; beside float8 keys values of 16 bits take two.
-  __device__ __forceinline__ int step_slots() const { return kFloat8 && !codes() ? 3 : 2; }
-  // Whether values are in float8.
-  __device__ __forceinline__ bool codes() const { return kFloat8 && p.v_dtype == Dtype::kFloat8E4M3; }
 
-  __device__ __forceinline__ int64_t own_key(int first) const { return first_key + min(first + lane, num_keys - 1); }
-  __device__ __forceinline__ int32_t look_up() const {
-    return unlikely(keys.paged()) && ahead < num_keys ? keys.page_of(own_key(ahead)) : 0;
-  }
-  template <int ROWS, typename E>
-  __device__ __forceinline__ void load(uint32_t slot, const KvRows<E>& rows, int32_t own_page, int first) const {
-    // With several head blocks the same keys are read again by the next CTA.
-    const uint64_t policy = p.num_head_blocks() == 1 ? evict_first_policy() : evict_normal_policy();
-    const E* const own = unlikely(rows.paged()) ? rows.row_in(own_page, own_key(first)) : rows.base;
-    const int there = num_keys - first;
-    load_rows<E, HEAD_DIM, ROWS, true>(slot, rows, own, there > 0 ? first_key + first : 0, there, p.aligned, policy,
-                                       lane);
+  // Of a key of the run, or of the last one if it is behind that.
+  __device__ __forceinline__ int64_t position_of(int key) const { return position + min(key, num_keys - 1); }
+  __device__ __forceinline__ int32_t look_up(int first, int lane) const {
+    if (!unlikely(pages != nullptr) || first >= num_keys) return 0;
+    return pages[position_of(first + lane % kStepKeys) >> p.page_shift];
   }
 
-  // The next slot; every call is a group of copies, be it an empty one.
-  __device__ __forceinline__ void load(uint32_t slot) {
-    if (has_step(ahead)) {
-      if (slot_index == 0) page = next_page;
-      if (slot_index == 0 || !kFloat8 || codes()) {
-        KvRows<K> rows = keys;
-        if (slot_index > 0) {
-          rows.base = static_cast<const K*>(values);
-          rows.stride_token = p.stride_v_token, rows.stride_page = p.stride_v_batch;
+  // Slot number SLOT of the step that takes the keys `first` and on: the next each time. Every call is a group of
+  // copies, be it an empty one.
+  template <int SLOT>
+  __device__ __forceinline__ void load(uint32_t slot, int first, int lane) {
+    using E = std::conditional_t<SLOT == 0, K, V>;
+    constexpr int kRows = SLOT == 0 || kAlike ? kStepKeys : kSlotRows, kFirst = SLOT <= 1 ? 0 : kSlotRows;
+    const E*& shares = share_of<E, SLOT>();
+    const int64_t stride = SLOT == 0 ? p.stride_k_token : p.stride_v_token;
+    if (SLOT == 0) page = next_page;
+    if (first + kStepKeys <= num_fast) {
+      const E* sources[kRows / 16];
+#pragma unroll
+      for (int group = 0; group < kRows / 16; ++group) {
+        const int row = kFirst + 16 * group;
+        if (unlikely(pages != nullptr)) {
+          const int32_t own_page = kStepKeys == 16 ? page : __shfl_sync(0xffffffffu, page, row);
+          sources[group] = shares + offset_in_pages(own_page, position + first + row, SLOT == 0, stride);
+        } else {
+          sources[group] = shares + row * stride;
         }
-        load<kStepKeys>(slot, rows, page, ahead);
-      } else {
-        const KvRows<T> rows = {static_cast<const T*>(values),
-                                p.stride_v_token,
-                                keys.pages,
-                                p.stride_v_batch,
-                                keys.page_shift,
-                                keys.first_position};
-        const int row = (slot_index - 1) * kSlotRows;
-        load<kSlotRows>(slot, rows, __shfl_sync(0xffffffffu, page, (lane + row) & 31), ahead + row);
       }
-      if (++slot_index == step_slots()) {
-        ahead += kCtaKeys, slot_index = 0;
-      } else if (slot_index == 1) {
-        ahead += kCtaKeys, next_page = look_up(), ahead -= kCtaKeys;
-      }
+      const uint32_t share = SLOT == 0 || kAlike ? place : LaneShare<V, HEAD_DIM, true>::place(lane);
+      load_groups<E, HEAD_DIM, true>(slot + share, sources, stride, [&] { return policy(); });
+    } else if (has_step(first)) {
+      load_any<E, kRows, kFirst>(slot, first, shares, SLOT == 0, stride, lane);
     }
+    if (SLOT == 0) next_page = look_up(first + kCtaKeys, lane);
+    if (pages == nullptr && (SLOT == 0 || SLOT + 1 == kStepSlots)) shares += kCtaKeys * stride;
     cp_async_commit();
+  }
+
+ private:
+  template <typename E, int SLOT>
+  __device__ __forceinline__ const E*& share_of() {
+    if constexpr (SLOT == 0) {
+      return keys;
+    } else {
+      return values;
+    }
+  }
+  __device__ __forceinline__ int64_t offset_in_pages(int32_t page, int position, bool is_key, int64_t stride) const {
+    return page * (is_key ? p.stride_k_batch : p.stride_v_batch) + (position & ((1 << p.page_shift) - 1)) * stride;
+  }
+  // With several head blocks the same keys are read again by the next CTA.
+  __device__ __forceinline__ uint64_t policy() const {
+    return p.group_size <= kHeadBlock ? evict_first_policy() : evict_normal_policy();
+  }
+  // ROWS rows of the step from its row FIRST on, whether they are there or not.
+  template <typename E, int ROWS, int FIRST>
+  __device__ __forceinline__ void load_any(uint32_t slot, int first, const E* shares, bool is_key, int64_t stride,
+                                           int lane) const {
+    using OwnShare = LaneShare<E, HEAD_DIM, true>;
+    const int there = num_keys - first - FIRST;
+    const E* const base = shares - OwnShare::offset(stride, lane);
+    const E* own = nullptr;  // of row `lane`
+    if (pages != nullptr) {
+      const int row = min(FIRST + lane % ROWS, max(num_keys - 1 - first, 0));
+      own = base + offset_in_pages(__shfl_sync(0xffffffffu, page, row), position + first + row, is_key, stride);
+    }
+    if (pages != nullptr && p.aligned && there >= ROWS) {
+      load_scattered<E, HEAD_DIM, true, ROWS>(slot, own, [&] { return policy(); }, lane);
+      return;
+    }
+    const auto row_of = [&](int row) {
+      if (pages != nullptr) return shuffle(own, row);
+      return there > 0 ? base + (FIRST + row) * stride : static_cast<const E*>(is_key ? p.k : p.v);
+    };
+    load_some_rows<E, HEAD_DIM, ROWS, true>(slot, row_of, there, p.aligned, policy(), lane);
   }
 };
 
 // Products of a step, by one warp. Lane (g, t) has keys g and g + 8 of each 16, heads 2 t and the next.
-template <typename T, typename K, int HEAD_DIM>
+template <typename T, typename K, typename V, int HEAD_DIM>
 struct TileProducts {
-  static constexpr bool kFloat8 = std::is_same_v<K, Float8>;
+  static constexpr bool kFloat8 = std::is_same_v<K, Float8>, kCodes = std::is_same_v<V, Float8>;
   static constexpr int kGroups = kFloat8 ? 2 : 1;  // of 16 keys
 
   QueryFragments<T, HEAD_DIM, kFloat8> query;
@@ -138,6 +170,13 @@ struct TileProducts {
   float max[2], sum[2];                // of the tile; all lanes of a head agree on the maximum
   float o[HEAD_DIM / 16][4];           // dimensions 16 m + g (0, 1), + 8 (2, 3), of codes 16 m + 2 g and the next
   uint32_t probabilities[kGroups][2];  // B operand: keys x heads
+  uint32_t key_place, value_place;     // of what the lane names to ldmatrix first, in a slot
+
+  __device__ __forceinline__ explicit TileProducts(int lane)
+      : key_place(opaque(kFloat8 ? code_key_place<HEAD_DIM, true>(lane) : santa::cuda::key_place<HEAD_DIM>(lane))),
+        // Lanes name rows: of codes all 32, of 16 bits 16 twice, the second time the next chunk of them.
+        value_place(opaque(kCodes ? code_offset<HEAD_DIM, true>(lane, 0)
+                                  : chunk_offset<HEAD_DIM>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1))) {}
 
   __device__ __forceinline__ void begin() {
     max[0] = max[1] = -INFINITY, sum[0] = sum[1] = 0.0f;
@@ -158,16 +197,34 @@ struct TileProducts {
     }
   }
 
-  // Of the keys `first` and on of the run; its keys from num_keys on are not there. `codes`: values are.
+  // Of the keys `first` and on of the run; its keys from num_keys on are not there.
   __device__ __forceinline__ void take_keys(const DecodeParams& p, const RowUnit& unit, int first_key, int num_keys,
-                                            uint32_t slot, int first, bool codes, int lane) {
+                                            uint32_t slot, int first, int lane) {
     float scores[kGroups][4];
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       if constexpr (kFloat8) {
-        score_codes<T, HEAD_DIM, true>(scores[i], slot + i * kSlotRows * HEAD_DIM, query, lane);
+        score_codes<T, HEAD_DIM>(scores[i], slot + key_place + i * kSlotRows * HEAD_DIM, query);
       } else {
-        score_slot<T, HEAD_DIM>(scores[i], slot, query, lane);
+        score_slot<T, HEAD_DIM>(scores[i], slot + key_place, query);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) scores[i][k] = logit_of(scores[i][k], kFloat8 ? scale[k & 1] : p.scale_log2);
+    }
+    if (unlikely(first + 16 * kGroups > num_keys || changes_logits(p))) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const KeyRange visible = visible_keys(p, unit.row.end(), unit.heads.first + 2 * (lane & 3) + j);
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i) {
+          float& score = scores[i / 2][i % 2 * 2 + j];
+          const int key = first + i * 8 + (lane >> 2);
+          if (key >= num_keys) {
+            score = -INFINITY;
+          } else if (changes_logits(p)) {
+            score = attended_logit(p, visible, first_key + key, score);
+          }
+        }
       }
     }
     float factor[2];
@@ -175,20 +232,7 @@ struct TileProducts {
     for (int j = 0; j < 2; ++j) {
       float own_max = -INFINITY;
 #pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) {
-        float& score = scores[i / 2][i % 2 * 2 + j];
-        const int key = first + i * 8 + (lane >> 2);
-        if (key < num_keys) {
-          score = logit_of(score, kFloat8 ? scale[j] : p.scale_log2);
-          if (changes_logits(p)) {
-            const KeyRange visible = visible_keys(p, unit.row.end(), unit.heads.first + 2 * (lane & 3) + j);
-            score = attended_logit(p, visible, first_key + key, score);
-          }
-        } else {
-          score = -INFINITY;
-        }
-        own_max = fmaxf(own_max, score);
-      }
+      for (int i = 0; i < 2 * kGroups; ++i) own_max = fmaxf(own_max, scores[i / 2][i % 2 * 2 + j]);
       const float new_max = max_over_keys(fmaxf(max[j], own_max)), below = finite_max(new_max);
       factor[j] = exp2_approx(max[j] - below);
       max[j] = new_max;
@@ -210,32 +254,29 @@ struct TileProducts {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) {
       const float first_weight = scores[i / 2][i % 2 * 2], second = scores[i / 2][i % 2 * 2 + 1];
-      uint32_t packed = Float16Traits<T>::pack(first_weight, second);
-      if (kFloat8 && codes) packed = Float16Traits<__half>::pack(first_weight, second);
-      probabilities[i / 2][i % 2] = transpose_8x8(packed);
+      probabilities[i / 2][i % 2] =
+          transpose_8x8(Float16Traits<std::conditional_t<kCodes, __half, T>>::pack(first_weight, second));
     }
   }
 
-  // The values of 16 keys.
-  __device__ __forceinline__ void take_values(uint32_t slot, const uint32_t (&own)[2], int lane) {
-    const int row = (lane & 7) + ((lane >> 4) << 3), chunk = (lane >> 3) & 1;
+  // The values of group GROUP of the step's keys; codes: of all 32 of them. A 16-bit element of their matrices is a
+  // pair of dimensions, the two of which become rows g and g + 8 of the product.
+  template <int GROUP>
+  __device__ __forceinline__ void take_values(uint32_t slot) {
+    const uint32_t place = slot + value_place;
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 16; ++m) {
-      const uint4 a = ldmatrix_x4_transposed(slot + chunk_offset<HEAD_DIM>(row, 2 * m + chunk));
-      Float16Traits<T>::mma(o[m], {a.x, a.y, a.z, a.w}, own[0], own[1]);
-    }
-  }
-  // Those of 32 keys in codes. A 16-bit element of the matrices is a pair of dimensions, the two of which become rows
-  // g and g + 8 of the product.
-  __device__ __forceinline__ void take_codes(uint32_t slot, int lane) {
-#pragma unroll
-    for (int m = 0; m < HEAD_DIM / 16; ++m) {
-      const uint4 pairs = ldmatrix_x4_transposed(slot + code_offset<HEAD_DIM, true>(lane, m));
-      const uint2 a = halves_of_pairs(pairs.x), b = halves_of_pairs(pairs.y);
-      Float16Traits<__half>::mma(o[m], {a.x, a.y, b.x, b.y}, probabilities[0][0], probabilities[0][1]);
-      const uint2 c = halves_of_pairs(pairs.z), d = halves_of_pairs(pairs.w);
-      Float16Traits<__half>::mma(o[m], {c.x, c.y, d.x, d.y}, probabilities[kGroups - 1][0],
-                                 probabilities[kGroups - 1][1]);
+      if constexpr (kCodes) {
+        const uint4 pairs = ldmatrix_x4_transposed(chunk_at<code_span(HEAD_DIM)>(place, m));
+        const uint2 a = halves_of_pairs(pairs.x), b = halves_of_pairs(pairs.y);
+        Float16Traits<__half>::mma(o[m], {a.x, a.y, b.x, b.y}, probabilities[0][0], probabilities[0][1]);
+        const uint2 c = halves_of_pairs(pairs.z), d = halves_of_pairs(pairs.w);
+        Float16Traits<__half>::mma(o[m], {c.x, c.y, d.x, d.y}, probabilities[kGroups - 1][0],
+                                   probabilities[kGroups - 1][1]);
+      } else {
+        const uint4 a = ldmatrix_x4_transposed(chunk_at<128>(place, 2 * m));
+        Float16Traits<T>::mma(o[m], {a.x, a.y, a.z, a.w}, probabilities[GROUP][0], probabilities[GROUP][1]);
+      }
     }
   }
   static __device__ __forceinline__ uint2 halves_of_pairs(uint32_t codes) {
@@ -243,8 +284,7 @@ struct TileProducts {
   }
 
   // Leaves what the warp has of the tile. `output`: a slot.
-  __device__ __forceinline__ void put(TileShared<HEAD_DIM>& shared, unsigned char* output, bool codes, int warp,
-                                      int lane) {
+  __device__ __forceinline__ void put(TileShared<HEAD_DIM>& shared, unsigned char* output, int warp, int lane) {
     const int g = lane >> 2, t = lane & 3;
     auto* const own = reinterpret_cast<float (*)[HEAD_DIM]>(output);
     static_assert(kHeadBlock * HEAD_DIM * sizeof(float) <= slot_bytes(HEAD_DIM));
@@ -254,7 +294,7 @@ struct TileProducts {
       if (g == 0) shared.max[warp][2 * t + j] = max[j], shared.sum[warp][2 * t + j] = sum[j];
 #pragma unroll
       for (int m = 0; m < HEAD_DIM / 16; ++m) {
-        if (kFloat8 && codes) {
+        if constexpr (kCodes) {
           *reinterpret_cast<float2*>(&own[2 * t + j][16 * m + 2 * g]) = {o[m][j] * (1.0f / kHalvesScale),
                                                                          o[m][2 + j] * (1.0f / kHalvesScale)};
         } else {
@@ -325,65 +365,62 @@ __device__ __forceinline__ void write_exact_tile(const DecodeParams& p, const Ro
   });
 }
 
-template <typename T, typename K, int HEAD_DIM>
+// V: of values, T or K.
+template <typename T, typename K, typename V, int HEAD_DIM>
 __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<false>& work,
                                            TileShared<HEAD_DIM>& shared) {
-  using Loader = TileLoader<T, K, HEAD_DIM>;
+  using Loader = TileLoader<T, K, V, HEAD_DIM>;
   constexpr uint32_t kSlotBytes = slot_bytes(HEAD_DIM);
+  constexpr int kStepSlots = Loader::kStepSlots, kAhead = kTileSlots - 1;  // slots between what is read and loaded
+  static_assert(kAhead <= kStepSlots);
   const int warp = warp_index(), lane = threadIdx.x & 31;
   if (Loader::kFloat8 && threadIdx.x == 0) shared.unit = work.unit;
   const RowUnit& unit = Loader::kFloat8 ? shared.unit : work.unit;
-  TileProducts<T, K, HEAD_DIM> products;
+  TileProducts<T, K, V, HEAD_DIM> products(lane);
   products.load_query(p, work.unit, lane);
   Loader loader(p, work, warp, lane);
-  const bool codes = loader.codes();
   unsigned char* const own = shared.ring(threadIdx.x >> 5);  // not from `warp`: slot_after says why
   const uint32_t ring = shared_address(own);
-  // Of the run: the warp's keys of the step, and the end of the tile.
-  int first = warp * Loader::kStepKeys, tile_end = work.unit.row.tile_kv, slot_index = 0;
-
-  products.begin();
-  uint32_t slot = ring, next_slot = ring;
-  // The first turns only fill the ring: code that is there twice has to be fetched twice.
-#pragma unroll 1
-  for (int filling = kTileSlots - 1; loader.has_step(first);) {
-    if (filling == 0) {
-      cp_async_wait<kTileSlots - 2>();
-      __syncwarp();
+  // The warp's keys of the step, of those of the run. The turn before the first step only fills the
+  // ring, by the same code: what is there twice has to be fetched twice.
+  int first = warp * Loader::kStepKeys - Loader::kCtaKeys;
+  uint32_t slot = ring + (kTileSlots - kStepSlots % kTileSlots) % kTileSlots * kSlotBytes;
+  const auto take_slot = [&](auto number, const auto& take) {
+    constexpr int kLoaded = decltype(number)::value + kAhead;
+    cp_async_wait<kTileSlots - 2>();
+    __syncwarp();
+    if (kLoaded >= kStepSlots || first >= 0) {
+      loader.template load<kLoaded % kStepSlots>(slot_before<kSlotBytes, kTileSlots>(slot, ring),
+                                                 first + kLoaded / kStepSlots * Loader::kCtaKeys, lane);
     }
-    loader.load(next_slot);
-    next_slot = slot_after<kSlotBytes, kTileSlots>(next_slot, ring);
-    if (filling > 0) {
-      if (--filling == 0) {
-        products.take_query(p, work.unit.kv_head, lane);
-        if (Loader::kFloat8 && changes_logits(p)) __syncthreads();  // the unit is there
-      }
-      continue;
-    }
-    const uint32_t address = slot;
+    if (first >= 0) take(slot);
     slot = slot_after<kSlotBytes, kTileSlots>(slot, ring);
-    if (slot_index == 0) {
-      products.take_keys(p, unit, loader.first_key, loader.num_keys, address, first, codes, lane);
-      ++slot_index;
+  };
+  products.begin();
+#pragma unroll 1
+  while (loader.has_step(first)) {
+    take_slot(std::integral_constant<int, 0>(), [&](uint32_t address) {
+      products.take_keys(p, unit, work.first_key(), loader.num_keys, address, first, lane);
+    });
+    take_slot(std::integral_constant<int, 1>(), [&](uint32_t address) { products.template take_values<0>(address); });
+    if constexpr (kStepSlots > 2) {
+      take_slot(std::integral_constant<int, 2>(), [&](uint32_t address) { products.template take_values<1>(address); });
+    }
+    first += Loader::kCtaKeys;
+    if (first < Loader::kCtaKeys) {  // the first step is on its way
+      products.take_query(p, work.unit.kv_head, lane);
+      if (Loader::kFloat8) __syncthreads();  // the unit is there
       continue;
     }
-    if (codes) {
-      products.take_codes(address, lane);
-    } else if (slot_index == 1) {
-      products.take_values(address, products.probabilities[0], lane);
-    } else {
-      products.take_values(address, products.probabilities[Loader::kFloat8 ? 1 : 0], lane);
-    }
-    if (++slot_index < loader.step_slots()) continue;
-    slot_index = 0, first += Loader::kCtaKeys;
     const bool is_last = !loader.has_step(first);
-    if (first < tile_end && !is_last) continue;
-    __syncwarp();  // all lanes have read the slot
-    products.put(shared, own + (address - ring), codes, warp, lane);
-    write_exact_tile<T>(p, unit, loader.first_key + tile_end, shared, address - ring);
+    const int end = first & -Loader::kCtaKeys;  // of what has been read; tiles have a power of two of keys
+    if ((end & (unit.row.tile_kv - 1)) != 0 && !is_last) continue;
+    const uint32_t offset = slot_before<kSlotBytes, kTileSlots>(slot, ring) - ring;  // of the slot that has been read
+    __syncwarp();                                                                    // by all lanes
+    products.put(shared, own + offset, warp, lane);
+    write_exact_tile<T>(p, unit, work.first_key() + end, shared, offset);
     if (!is_last) __syncthreads();  // all have read what the tile left in the slots, which are filled again
     products.begin();
-    tile_end += unit.row.tile_kv;
   }
   if (p.plan.exact_cut.row_runs != 1 || unit.row.num_tiles <= 1) return;
   // All tiles of the row were this CTA's.
@@ -406,7 +443,12 @@ __global__ void __launch_bounds__(tile_warps(HEAD_DIM) * 32, min_tile_ctas(HEAD_
   launch_dependents();
   const Work<false> work(p);
   if (work.exists(RowKind::kExact)) {
-    attend_run<T, K, HEAD_DIM>(p, work, *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes));
+    auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
+    if (std::is_same_v<T, K> || p.v_dtype == Dtype::kFloat8E4M3) {
+      attend_run<T, K, K, HEAD_DIM>(p, work, shared);
+    } else {
+      attend_run<T, K, T, HEAD_DIM>(p, work, shared);
+    }
   }
   wait_for_previous();
 }

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
     if (stage < num_stages) {
       const KvRows<T> keys = {first_key, p.stride_k_token};
       const int first = stage * kStageKeys + warp * kSlotRows;
-      load_slot<T, HEAD_DIM>(slot, keys, keys.base, first, num_keys - first, p.aligned, evict_normal_policy(), lane);
+      load_slot<T, HEAD_DIM>(slot, keys, first, num_keys - first, p.aligned, evict_normal_policy, lane);
     }
     cp_async_commit();
   };
