@@ -40,9 +40,9 @@ __device__ __forceinline__ uint32_t code_offset(int row, int chunk) {
   return static_cast<uint32_t>(row * HEAD_DIM) + (chunk * 16 ^ code_permutation<HEAD_DIM, MATRICES>(row));
 }
 
-// The address of the chunk that is `further` chunks behind the one at `place`, a multiple of a power of two that is
-// larger than what the latter is behind the first. SPAN: bytes within which chunks are permuted, and of which rows are
-// multiples; further than that is an offset that an instruction holds.
+// From the place of chunk c of a row to that of chunk c + further, where c is smaller than every power of two in
+// `further`. SPAN: bytes within which chunks are permuted, and of which rows are multiples; what goes beyond them is an
+// offset that an instruction holds.
 template <int SPAN>
 __device__ __forceinline__ uint32_t chunk_at(uint32_t place, int further) {
   return (place ^ (further * 16 & (SPAN - 1))) + (further * 16 & -SPAN);

@@ -220,8 +220,9 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
     }
     scorer.finish(scores, lane);
     if (changes_logits(p)) change_scores(&p, &unit, scores.scores, pitch, tile_keys, first_key + tile);
+    // Of the row from shared memory: registers are few.
     const uint32_t offset = tile_offset(
-        p.budget, stream, row.span_first + first_key + tile, opaque(draw_kv), row.span_len,
+        p.budget, stream, unit.row.span_first + first_key + tile, unit.row.draw_kv, unit.row.span_len,
         static_cast<int64_t>(p.num_samples) * (grouped ? unit.heads.count : 1), unit_bits_of(p.sampler, p.num_samples));
     draw_tile(p, unit, scores, offset, level, first_key + tile, values, queue, produced, lane);
     __syncwarp();  // all lanes have read the scores
