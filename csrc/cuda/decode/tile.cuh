@@ -381,8 +381,8 @@ __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<fal
   Loader loader(p, work, warp, lane);
   unsigned char* const own = shared.ring(threadIdx.x >> 5);  // not from `warp`: slot_after says why
   const uint32_t ring = shared_address(own);
-  // The warp's keys of the step, of those of the run. The turn before the first step only fills the
-  // ring, by the same code: what is there twice has to be fetched twice.
+  // The warp's keys of the step, of those of the run. The turn before the first step only fills the ring, by the same
+  // code: what is there twice has to be fetched twice.
   int first = warp * Loader::kStepKeys - Loader::kCtaKeys;
   uint32_t slot = ring + (kTileSlots - kStepSlots % kTileSlots) % kTileSlots * kSlotBytes;
   const auto take_slot = [&](auto number, const auto& take) {
