@@ -102,6 +102,7 @@ __device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
   return slot + SLOT_BYTES == ring + NUM_SLOTS * SLOT_BYTES ? ring : slot + SLOT_BYTES;
 }
 
+// The one before.
 template <int SLOT_BYTES, int NUM_SLOTS>
 __device__ __forceinline__ uint32_t slot_before(uint32_t slot, uint32_t ring) {
   return (slot == ring ? ring + NUM_SLOTS * SLOT_BYTES : slot) - SLOT_BYTES;

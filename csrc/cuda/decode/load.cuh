@@ -59,6 +59,11 @@ __device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk) {
   }
 }
 
+// Of rows of K and V: with several head blocks they are read again soon.
+__device__ __forceinline__ uint64_t kv_policy(const DecodeParams& p) {
+  return p.group_size <= kHeadBlock ? evict_first_policy() : evict_normal_policy();
+}
+
 // How the lanes share the copy of 16 rows: a lane has the same chunk of every kRows-th row, and where a row has 3 x 2^n
 // chunks, of each third of it.
 template <typename K, int HEAD_DIM, bool MATRICES>

@@ -155,9 +155,7 @@ struct RunLoader {
   __device__ __forceinline__ void load(uint32_t slot) {
     if (ahead < num_keys) {
       const int tile_keys = min(tile_kv, num_keys - ahead);
-      // With several head blocks the keys are read again soon.
-      const auto policy = [&] { return p.group_size <= kHeadBlock ? evict_first_policy() : evict_normal_policy(); };
-      scorer.load(slot, first_key + ahead, tile_keys, index, policy, lane);
+      scorer.load(slot, first_key + ahead, tile_keys, index, [&] { return kv_policy(p); }, lane);
       if (++index == scorer.num_slots(tile_keys)) ahead += p.plan.num_warps * tile_kv, index = 0;
       look_up();
     }

@@ -45,7 +45,7 @@ constexpr int min_tile_ctas(int) { return 2; }
 
 // The keys and values of a run, on their way to the ring of a warp. A step has one slot of keys, and one of values or,
 // where those have 16 bits beside codes, two.
-template <typename T, typename K, typename V, int HEAD_DIM>
+template <typename K, typename V, int HEAD_DIM>
 struct TileLoader {
   static constexpr bool kFloat8 = std::is_same_v<K, Float8>, kAlike = std::is_same_v<K, V>;
   static constexpr int kStepKeys = kFloat8 ? 2 * kSlotRows : kSlotRows;  // of a warp
@@ -81,11 +81,11 @@ struct TileLoader {
   // steps, of a row without keys one.
   __device__ __forceinline__ bool has_step(int first) const { return (first & -kCtaKeys) < max(num_keys, 1); }
 
-  // Of a key of the run, or of the last one if it is behind that.
-  __device__ __forceinline__ int64_t position_of(int key) const { return position + min(key, num_keys - 1); }
+  // The page of key `lane` of a step, or of the last key if that is before it.
   __device__ __forceinline__ int32_t look_up(int first, int lane) const {
     if (!unlikely(pages != nullptr) || first >= num_keys) return 0;
-    return pages[position_of(first + lane % kStepKeys) >> p.page_shift];
+    const int64_t own_position = position + min(first + lane % kStepKeys, num_keys - 1);
+    return pages[own_position >> p.page_shift];
   }
 
   // Slot number SLOT of the step that takes the keys `first` and on: the next each time. Every call is a group of
@@ -110,7 +110,7 @@ struct TileLoader {
         }
       }
       const uint32_t share = SLOT == 0 || kAlike ? place : LaneShare<V, HEAD_DIM, true>::place(lane);
-      load_groups<E, HEAD_DIM, true>(slot + share, sources, stride, [&] { return policy(); });
+      load_groups<E, HEAD_DIM, true>(slot + share, sources, stride, [&] { return kv_policy(p); });
     } else if (has_step(first)) {
       load_any<E, kRows, kFirst>(slot, first, shares, SLOT == 0, stride, lane);
     }
@@ -131,10 +131,6 @@ struct TileLoader {
   __device__ __forceinline__ int64_t offset_in_pages(int32_t page, int position, bool is_key, int64_t stride) const {
     return page * (is_key ? p.stride_k_batch : p.stride_v_batch) + (position & ((1 << p.page_shift) - 1)) * stride;
   }
-  // With several head blocks the same keys are read again by the next CTA.
-  __device__ __forceinline__ uint64_t policy() const {
-    return p.group_size <= kHeadBlock ? evict_first_policy() : evict_normal_policy();
-  }
   // ROWS rows of the step from its row FIRST on, whether they are there or not.
   template <typename E, int ROWS, int FIRST>
   __device__ __forceinline__ void load_any(uint32_t slot, int first, const E* shares, bool is_key, int64_t stride,
@@ -148,14 +144,14 @@ struct TileLoader {
       own = base + offset_in_pages(__shfl_sync(0xffffffffu, page, row), position + first + row, is_key, stride);
     }
     if (pages != nullptr && p.aligned && there >= ROWS) {
-      load_scattered<E, HEAD_DIM, true, ROWS>(slot, own, [&] { return policy(); }, lane);
+      load_scattered<E, HEAD_DIM, true, ROWS>(slot, own, [&] { return kv_policy(p); }, lane);
       return;
     }
     const auto row_of = [&](int row) {
       if (pages != nullptr) return shuffle(own, row);
       return there > 0 ? base + (FIRST + row) * stride : static_cast<const E*>(is_key ? p.k : p.v);
     };
-    load_some_rows<E, HEAD_DIM, ROWS, true>(slot, row_of, there, p.aligned, policy(), lane);
+    load_some_rows<E, HEAD_DIM, ROWS, true>(slot, row_of, there, p.aligned, kv_policy(p), lane);
   }
 };
 
@@ -369,7 +365,7 @@ __device__ __forceinline__ void write_exact_tile(const DecodeParams& p, const Ro
 template <typename T, typename K, typename V, int HEAD_DIM>
 __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<false>& work,
                                            TileShared<HEAD_DIM>& shared) {
-  using Loader = TileLoader<T, K, V, HEAD_DIM>;
+  using Loader = TileLoader<K, V, HEAD_DIM>;
   constexpr uint32_t kSlotBytes = slot_bytes(HEAD_DIM);
   constexpr int kStepSlots = Loader::kStepSlots, kAhead = kTileSlots - 1;  // slots between what is read and loaded
   static_assert(kAhead <= kStepSlots);
