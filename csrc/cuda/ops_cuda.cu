@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32) select_kernel(const __grid_constant__ Sele
 struct SelectBackend {
   static void run(const SelectParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
-    select_kernel<<<dim3(p.tiles, p.rows), 32, 0, current_stream(device_index)>>>(p);
+    SANTA_LAUNCH(select_kernel, dim3(p.tiles, p.rows), 32, 0, current_stream(device_index), p);
     check_launch("select_kernel");
   }
 };
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32) draw_kernel(const __grid_constant__ DrawPa
 struct DrawBackend {
   static void run(const DrawParams& p, int device_index) {
     const torch::stable::accelerator::DeviceGuard guard(device_index);
-    draw_kernel<<<dim3(p.tiles, p.rows), 32, 0, current_stream(device_index)>>>(p);
+    SANTA_LAUNCH(draw_kernel, dim3(p.tiles, p.rows), 32, 0, current_stream(device_index), p);
     check_launch("draw_kernel");
   }
 };

@@ -1,6 +1,6 @@
 // CUDA kernels on the host, one thread block after the other: threads are coroutines that give way wherever they wait
-// for each other. What follows is as much of CUDA C++ as the kernels of csrc/cuda/decode use; the instructions that
-// they are built from are in cuda/common/ptx.cuh beside this file, which takes the place of the one in csrc.
+// for each other. What follows is as much of CUDA C++ as the kernels of csrc/cuda use; the instructions that they are
+// built from are in cuda/common/ptx.cuh beside this file, which takes the place of the one in csrc.
 //
 // Results are those of a GPU up to the rounding of exp2 and of sums in matrix products. Copies to shared memory land
 // when they are waited for and no sooner, and threads run in an order that can be chosen, so a wait or a barrier that
@@ -10,8 +10,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -60,21 +62,30 @@ class Barrier {
 
 struct Copy {
   uint32_t to;
-  std::vector<unsigned char> bytes;
+  std::array<unsigned char, 16> bytes;
 };
 
 struct Thread {
-  ucontext_t context;
-  std::unique_ptr<unsigned char[]> stack;
+  ucontext_t context;  // where it starts; from then on it is where `place` says, since swapcontext asks the kernel
+  jmp_buf place;
+  bool started = false;
   Dim index;
   bool done = false;
   std::vector<Copy> open_copies;              // of the group that is not committed yet
   std::deque<std::vector<Copy>> copy_groups;  // that have not been waited for
+
+  void resume() {
+    if (started) _longjmp(place, 1);
+    started = true;
+    setcontext(&context);
+  }
 };
 
 // What a warp exchanges: two buffers in turn, since no thread can be two exchanges ahead of another.
+using Words = std::array<uint32_t, 6>;  // of a lane: the operands of a matrix product
 struct Warp {
   uint64_t values[2][32];
+  Words words[2][32];
   int arrived = 0;
   unsigned phase = 0;
 };
@@ -87,33 +98,42 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier all, pair, teams[16];
-  int current = 0, stride = 1;
+  int current = 0, stride = 1;  // of threads, in the order x, y
   Dim index{}, size{}, grid{};
+  std::vector<uint32_t> barriers;  // addresses in shared memory, of 8 bytes each
   ucontext_t caller;
   const std::function<void()>* kernel = nullptr;
   std::string error;
   uint64_t idle = 0;  // turns since a thread got on
 };
 
+// Dynamic shared memory. What kernels declare is among the static variables of this library, which the linker puts
+// between __bss_start and _end; its addresses go from kDeclaredShared on.
 alignas(1024) inline unsigned char shared_memory[kSharedBytes];
+constexpr uint32_t kDeclaredShared = 1 << 20;
+extern "C" __attribute__((visibility("hidden"))) unsigned char __bss_start[], _end[];
+inline unsigned char* declared_shared() { return __bss_start - reinterpret_cast<uint64_t>(__bss_start) % 1024; }
+
+inline std::vector<std::unique_ptr<unsigned char[]>> stacks;
 inline Block block;
 inline int shared_bytes_asked;  // by the kernel that runs
+inline int64_t num_launches = 0;
 // Which thread comes after which: any odd number, or the order of their indices.
 inline int order = 1;
 
 // The next thread that is not done.
 inline void yield() {
   const int count = static_cast<int>(block.threads.size()), from = block.current;
-  if (++block.idle > uint64_t{1} << 26) block.error = "all threads wait for each other";
+  if (++block.idle > uint64_t{1} << 26) block.error = "emulator: all threads wait for each other";
   int next = from;
   do {
     next = (next + block.stride) % count;
   } while (block.threads[next].done && next != from);
   if (!block.error.empty() || (next == from && block.threads[from].done)) {
     setcontext(&block.caller);
-  } else if (next != from) {
+  } else if (next != from && _setjmp(block.threads[from].place) == 0) {
     block.current = next;
-    swapcontext(&block.threads[from].context, &block.threads[next].context);
+    block.threads[next].resume();
   }
 }
 
@@ -141,13 +161,14 @@ inline void run_thread() {
 }
 
 // Runs kernel() by all threads of all blocks of the grid.
-inline void launch(dim3 grid, int num_threads, int shared_bytes, const std::function<void()>& kernel) {
+inline void launch(dim3 grid, dim3 threads, int shared_bytes, const std::function<void()>& kernel) {
+  const int num_threads = static_cast<int>(threads.x * threads.y);
   require(shared_bytes <= kSharedBytes, "a kernel asks for more shared memory than there is");
   require(num_threads % kWarpThreads == 0, "a block is not of whole warps");
-  shared_bytes_asked = shared_bytes;
+  shared_bytes_asked = shared_bytes, ++num_launches;
   for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
     block = Block{};
-    block.grid = {grid.x, grid.y, grid.z}, block.size = {static_cast<unsigned>(num_threads), 1, 1};
+    block.grid = {grid.x, grid.y, grid.z}, block.size = {threads.x, threads.y, 1};
     block.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     block.kernel = &kernel, block.stride = order % num_threads;
     std::memset(shared_memory, kJunk, sizeof(shared_memory));
@@ -155,24 +176,44 @@ inline void launch(dim3 grid, int num_threads, int shared_bytes, const std::func
     block.threads.resize(num_threads);
     for (int t = 0; t < num_threads; ++t) {
       Thread& thread = block.threads[t];
-      thread.index = {static_cast<unsigned>(t), 0, 0};
-      thread.stack.reset(new unsigned char[kStackBytes]);
+      thread.index = {t % threads.x, t / threads.x, 0};
+      if (static_cast<int>(stacks.size()) <= t) stacks.emplace_back(new unsigned char[kStackBytes]);
       getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.get(), thread.context.uc_stack.ss_size = kStackBytes;
+      thread.context.uc_stack.ss_sp = stacks[t].get(), thread.context.uc_stack.ss_size = kStackBytes;
       makecontext(&thread.context, run_thread, 0);
     }
     volatile bool started = false;
     getcontext(&block.caller);
     if (!started) {
       started = true;
-      setcontext(&block.threads[0].context);
+      block.threads[0].resume();
     }
-    if (!block.error.empty()) throw std::runtime_error("emulator: " + block.error);
+    if (!block.error.empty()) throw std::runtime_error(block.error);
   }
 }
 
+inline uint32_t shared_address(const void* pointer) {
+  const auto* const byte = static_cast<const unsigned char*>(pointer);
+  if (byte >= shared_memory && byte < shared_memory + kSharedBytes) {
+    require(byte < shared_memory + shared_bytes_asked, "an address past the shared memory that was asked for");
+    return static_cast<uint32_t>(byte - shared_memory);
+  }
+  require(byte >= __bss_start && byte < _end, "an address that is not in shared memory");
+  return kDeclaredShared + static_cast<uint32_t>(byte - declared_shared());
+}
+// The bytes of such an address.
+inline unsigned char* at(uint32_t address, int bytes) {
+  require(address % bytes == 0, "shared memory: misaligned");
+  if (address >= kDeclaredShared) {
+    require(address - kDeclaredShared + bytes <= _end - declared_shared(), "shared memory: out of bounds");
+    return declared_shared() + (address - kDeclaredShared);
+  }
+  require(static_cast<int>(address) + bytes <= shared_bytes_asked, "shared memory: out of bounds");
+  return shared_memory + address;
+}
+
 inline Thread& self() { return block.threads[block.current]; }
-inline int lane() { return static_cast<int>(self().index.x) % kWarpThreads; }
+inline int lane() { return block.current % kWarpThreads; }
 
 template <typename T>
 uint64_t bits_of(T value) {
@@ -188,19 +229,29 @@ T value_of(uint64_t bits) {
   return value;
 }
 
-// The values of all threads of the warp, by lane.
-inline const uint64_t* exchange(uint64_t bits) {
-  Warp& warp = block.warps[self().index.x / kWarpThreads];
+// Waits for all threads of the warp, with what the buffer of this exchange is put into.
+template <typename Put>
+unsigned exchange_by(const Put& put) {
+  Warp& warp = block.warps[block.current / kWarpThreads];
   const unsigned phase = warp.phase;
-  uint64_t* const values = warp.values[phase & 1];
-  values[lane()] = bits;
+  put(warp, phase & 1);
   block.idle = 0;
   if (++warp.arrived == kWarpThreads) {
     warp.arrived = 0, ++warp.phase;
   } else {
     while (warp.phase == phase) yield();
   }
-  return values;
+  return phase & 1;
+}
+
+// The values of all threads of the warp, by lane.
+inline const uint64_t* exchange(uint64_t bits) {
+  Warp& warp = block.warps[block.current / kWarpThreads];
+  return warp.values[exchange_by([&](Warp& warp, unsigned buffer) { warp.values[buffer][lane()] = bits; })];
+}
+inline const Words* exchange_words(const Words& words) {
+  Warp& warp = block.warps[block.current / kWarpThreads];
+  return warp.words[exchange_by([&](Warp& warp, unsigned buffer) { warp.words[buffer][lane()] = words; })];
 }
 
 }  // namespace emulator
@@ -251,6 +302,15 @@ inline int __reduce_max_sync(unsigned, int value) {
 }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulator::exchange(0); }
 inline void __syncthreads() { emulator::block.all.wait(static_cast<int>(emulator::block.threads.size())); }
+inline bool __syncthreads_or(bool vote) {
+  static int votes;
+  __syncthreads();
+  votes = 0;
+  __syncthreads();
+  votes |= vote;
+  __syncthreads();
+  return votes != 0;
+}
 
 template <typename T>
 T __ldg(const T* source) {
@@ -275,10 +335,12 @@ T atomicOr(T* address, T value) {
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(value); }
 inline float __uint_as_float(uint32_t bits) { return emulator::value_of<float>(bits); }
 inline float __int_as_float(int bits) { return emulator::value_of<float>(static_cast<uint32_t>(bits)); }
+inline long long __double_as_longlong(double value) { return emulator::value_of<long long>(emulator::bits_of(value)); }
 inline uint32_t __float_as_uint(float value) { return static_cast<uint32_t>(emulator::bits_of(value)); }
-inline void* __cvta_shared_to_generic(size_t address) { return emulator::shared_memory + address; }
+inline void* __cvta_shared_to_generic(size_t address) { return emulator::at(static_cast<uint32_t>(address), 1); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;

@@ -8,6 +8,8 @@ from helpers.inputs import working_dtype
 
 import santa
 
+pytestmark = pytest.mark.emulate
+
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("num_rows", [1, 7, 100])

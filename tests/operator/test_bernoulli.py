@@ -14,6 +14,7 @@ from santa import reference_bernoulli as oracle
 # The operator against the oracle ----------------------------------------------------------------------
 
 
+@pytest.mark.emulate
 @pytest.mark.sanitize
 @pytest.mark.parametrize(
     "group, head_dim", [(1, 64), (2, 96), (3, 128), (4, 128), (5, 192), (7, 64), (8, 256), (12, 64)]
@@ -52,6 +53,7 @@ def test_exact_values_of_noisy_scores(device, group, head_dim):
             assert torch.equal(features.cpu(), oracle.features_read(counts, 2))
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("group", [1, 2, 4, 6, 8, 16])
 def test_scores_of_sampled_rows(device, group):
     """The lse of sampled rows, which is made of the tiles' softmax states, for all tile sizes."""
@@ -136,6 +138,7 @@ def test_many_draws_come_close_to_exact_scores(device, num_samples):
     assert relative_rms(out, expected) < (5e-3 if num_samples == 0 else 0.1)
 
 
+@pytest.mark.emulate
 def test_short_rows_have_exact_values(device):
     """min_sampled_len speaks of values: a shorter row has noisy scores and all of its values."""
     q, k, v = make_qkv(2, 8, 2, 900, 64, dtype=working_dtype(device), device=device, seed=12)
@@ -170,6 +173,7 @@ def test_backends_agree():
 # Same bits ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("num_samples", [0, 32])
 @pytest.mark.parametrize("score_sampler", SCORE_SAMPLERS)
 def test_same_bits(device, num_samples, score_sampler):

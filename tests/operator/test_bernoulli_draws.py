@@ -13,6 +13,7 @@ from santa import reference_bernoulli as oracle
 N = 16384
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("score_sampler", SCORE_SAMPLERS)
 @pytest.mark.parametrize("num_draws", [1, 3, 16, 4096])
 def test_counts_are_the_oracles(device, score_sampler, num_draws):

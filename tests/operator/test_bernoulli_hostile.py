@@ -12,6 +12,8 @@ from helpers.statistics import relative_rms
 
 import santa
 
+pytestmark = pytest.mark.emulate
+
 # Hostile input -----------------------------------------------------------------------------------------
 
 

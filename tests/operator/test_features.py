@@ -79,6 +79,7 @@ def oracle(qkv, given):
 # Exact and sampled, against float64 ----------------------------------------------------------------------
 
 
+@pytest.mark.emulate
 @pytest.mark.sanitize
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("q_len", [None, 3])
@@ -161,6 +162,7 @@ def test_window_of_constant_length_draws_fresh_numbers(device, options):
         assert len({tuple(step[0].flatten().tolist()) for step in steps}) == 3
 
 
+@pytest.mark.emulate
 def test_window_is_a_row_of_its_own(device, options):
     """The bits of a call on the window's keys alone, at the position of the whole row."""
     (q, k, v), _ = problem("none", device)
@@ -192,6 +194,7 @@ def test_window_as_long_as_the_row_is_none(device, options, q_len):
     assert not torch.equal(santa.decode(*qkv, window_left=KV_LEN - 2, **options)[1], expected[1])
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("q_len", [1, 2, 8])
 def test_keys_before_the_window_are_never_read(device, options, q_len):
     """The first token's window begins where no other does before it: NaN in front of that changes no bit."""
@@ -227,6 +230,7 @@ def test_no_soft_cap(device, options):
     assert ((flat - math.log(KV_LEN)).abs() < 1.1e-3).all()
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("cap", [20.0, 50.0, 1e3, 1e5, 1e30])
 def test_far_soft_caps(device, cap):
     """The farther a cap is above the logits, the less it changes them, up to the largest that is taken."""
@@ -236,6 +240,7 @@ def test_far_soft_caps(device, cap):
     torch.testing.assert_close(lse.double().cpu(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("q_len", [None, 3])
 def test_sinks_change_no_draw(device, options, q_len):
     """They scale what comes out: by exp(lse without - lse with), whatever was drawn. A sink of -inf is none, to the
@@ -307,6 +312,7 @@ def test_heads_draw_what_they_draw_in_the_whole_model(device, options, q_len, kv
 # Scales -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.emulate
 def test_numbers_as_scales(device, options):
     """A float, or an int, is a tensor of one."""
     (q, k, v), given = problem("numbers as scales", device)

@@ -11,6 +11,8 @@ from helpers.inputs import dtypes_of, make_qkv, working_dtype
 
 import santa
 
+pytestmark = pytest.mark.emulate
+
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize("num_samples", [0, 32])

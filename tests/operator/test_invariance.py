@@ -8,6 +8,8 @@ from helpers.inputs import SAMPLED, make_qkv, working_dtype
 
 import santa
 
+pytestmark = pytest.mark.emulate
+
 OPTIONS = [(*combination, 64) for combination in SAMPLED] + [("grouped", "proportional", 0)]
 
 

@@ -13,6 +13,8 @@ import santa
 from santa import ProposalKeys
 from santa import reference_proposal as oracle
 
+pytestmark = pytest.mark.emulate
+
 NAN = float("nan")
 BATCH, HEADS = 2, 3
 

@@ -108,6 +108,7 @@ def test_a_token_sees_nothing_behind_itself(device, q_len):
         assert (changed[:, seen:] != out[:, seen:]).any(dim=-1).all() and (changed_lse[:, seen:] != lse[:, seen:]).all()
 
 
+@pytest.mark.emulate
 @pytest.mark.sanitize
 @pytest.mark.parametrize("q_len", [2, 5, 8])
 def test_rows_shorter_than_q_len(device, options, q_len):
@@ -127,6 +128,7 @@ def test_rows_shorter_than_q_len(device, options, q_len):
         torch.testing.assert_close(lse.double().cpu(), expected_lse, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("group_size", [1, 4, 12])
 def test_one_token_is_one_token(device, options, group_size):
     """[batch, 1, heads, head_dim] gives the bits of [batch, heads, head_dim]."""

@@ -44,6 +44,7 @@ def test_laws(q_len, past_blocks, heads, options, seed):
 SHAPES = [(1, 0), (77, 1), (128, 0), (1000, 2), (2600, 0), (2304, 5)]
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize(("q_len", "past_blocks"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -57,6 +58,7 @@ def test_laws_on_devices(device, q_len, past_blocks, dtype, head_dim):
     check_laws(q, k, alpha_c=0.6, alpha_s=0.0, selection="joint", min_mass=0.5)
 
 
+@pytest.mark.emulate
 @pytest.mark.parametrize("selection", ["paper", "joint"])
 @pytest.mark.parametrize("min_mass", [0.0, 0.8])
 @pytest.mark.parametrize("gqa", ["per_head", "union"])

@@ -13,6 +13,8 @@ import santa
 from santa import reference_prefill as reference
 from santa.reference_prefill import BLOCK
 
+pytestmark = pytest.mark.emulate
+
 
 def padded(x: Tensor, *, rows: int, columns: int) -> Tensor:
     """x as a view into a larger buffer of NaN."""

@@ -18,7 +18,7 @@ namespace {
 template <typename T>
 void launch_stages(const BernoulliParams& p, cudaStream_t stream) {
   const DecodeParams& d = p.decode;
-  draw_kernel<T><<<dim3(d.num_kv_heads, d.batch), kDrawThreads, 0, stream>>>(p);
+  SANTA_LAUNCH(draw_kernel<T>, dim3(d.num_kv_heads, d.batch), kDrawThreads, 0, stream, p);
   check_launch("draw_kernel");
   if (d.plan.one_pass) {
     with_head_dim(d.head_dim, [&](auto head_dim) { launch_one_pass_bernoulli<T, head_dim()>(p, stream); });
@@ -29,7 +29,7 @@ void launch_stages(const BernoulliParams& p, cudaStream_t stream) {
     const int tiles =
         std::max(1, max_exact_tiles(d.plan.longest_exact));  // rows without keys have their output written too
     const dim3 grid(static_cast<unsigned>(tiles) * d.num_kv_heads * head_blocks, d.batch);
-    attend_scores_kernel<T><<<grid, kAttendThreads, 0, stream>>>(p, head_blocks);
+    SANTA_LAUNCH(attend_scores_kernel<T>, grid, kAttendThreads, 0, stream, p, head_blocks);
     check_launch("attend_scores_kernel");
   }
   if (d.plan.proportional) launch_value_stages(d, stream);
@@ -60,20 +60,21 @@ void launch_ternary_counts(const BernoulliParams& p, int32_t* counts, cudaStream
   const DecodeParams& d = p.decode;
   const dim3 grid(d.num_kv_heads, d.batch);
   if (d.dtype == Dtype::kBFloat16) {
-    draw_kernel<__nv_bfloat16><<<grid, kDrawThreads, 0, stream>>>(p);
+    SANTA_LAUNCH(draw_kernel<__nv_bfloat16>, grid, kDrawThreads, 0, stream, p);
   } else {
-    draw_kernel<__half><<<grid, kDrawThreads, 0, stream>>>(p);
+    SANTA_LAUNCH(draw_kernel<__half>, grid, kDrawThreads, 0, stream, p);
   }
   check_launch("draw_kernel");
   const int64_t total = static_cast<int64_t>(d.batch) * d.num_qo_heads * d.head_dim;
-  widen_counts_kernel<<<static_cast<unsigned>(ceil_div(total, 256)), 256, 0, stream>>>(p.counts, counts, total);
+  const auto ctas = static_cast<unsigned>(ceil_div(total, 256));
+  SANTA_LAUNCH(widen_counts_kernel, ctas, 256, 0, stream, p.counts, counts, total);
   check_launch("widen_counts_kernel");
 }
 
 void launch_append(const AppendParams& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.num_rows, kAppendTile) * ceil_div(p.head_dim, kAppendTile);
   const dim3 grid(static_cast<unsigned>(tiles), p.num_kv_heads, p.batch);
-  append_kernel<<<grid, dim3(kAppendTile, kAppendRows), 0, stream>>>(p);
+  SANTA_LAUNCH(append_kernel, grid, dim3(kAppendTile, kAppendRows), 0, stream, p);
   check_launch("append_kernel");
 }
 

@@ -217,7 +217,8 @@ void launch_score_heads(const BernoulliParams& p, cudaStream_t stream) {
       static_cast<int>(ceil_div(d.plan.proportional ? d.max_kv_len : d.plan.longest_exact, kScoreKeys));
   const dim3 grid(static_cast<unsigned>(num_chunks) * d.num_kv_heads * p.num_blocks, d.batch);
   share_multiprocessor(score_features_kernel<T, HEADS>, 0);
-  score_features_kernel<T, HEADS><<<grid, kScoreThreads, 0, stream>>>(p, num_chunks);
+  auto* const kernel = score_features_kernel<T, HEADS>;
+  SANTA_LAUNCH(kernel, grid, kScoreThreads, 0, stream, p, num_chunks);
   check_launch("score_features_kernel");
 }
 

@@ -27,28 +27,29 @@ void launch_block_scores_of(const SampleSelectParams& p, int num_heads, cudaStre
 void launch_pass(const SampleSelectParams& p, int num_heads, cudaStream_t stream) {
   launch_block_scores_of(p, num_heads, stream);
   const unsigned chunks = static_cast<unsigned>(num_heads) * p.num_chunks;
-  mass_kernel<<<chunks, kMassThreads, 0, stream>>>(p);
+  SANTA_LAUNCH(mass_kernel, chunks, kMassThreads, 0, stream, p);
   check_launch("mass_kernel");
-  cover_kernel<<<2 * num_heads, kCoverThreads, 0, stream>>>(p);
+  SANTA_LAUNCH(cover_kernel, 2 * num_heads, kCoverThreads, 0, stream, p);
   check_launch("cover_kernel");
   if (p.selection == Selection::kJoint) {
-    joint_kernel<<<num_heads, kChooseThreads, 0, stream>>>(p);
+    SANTA_LAUNCH(joint_kernel, num_heads, kChooseThreads, 0, stream, p);
     check_launch("joint_kernel");
   }
   if (p.repairs()) {
-    repair_kernel<<<num_heads, kChooseThreads, 0, stream>>>(p);
+    SANTA_LAUNCH(repair_kernel, num_heads, kChooseThreads, 0, stream, p);
     check_launch("repair_kernel");
   }
   if (p.gqa_union && p.gqa_group_size > 1) {
-    union_kernel<<<num_heads / p.gqa_group_size, kCoverThreads, 0, stream>>>(p);
+    SANTA_LAUNCH(union_kernel, num_heads / p.gqa_group_size, kCoverThreads, 0, stream, p);
     check_launch("union_kernel");
   }
   const int64_t lists = static_cast<int64_t>(num_heads) * p.nq;
-  expand_kernel<<<static_cast<unsigned>(ceil_div(lists, kExpandWarps)), kExpandWarps * 32, 0, stream>>>(p, num_heads);
+  const auto expand_ctas = static_cast<unsigned>(ceil_div(lists, kExpandWarps));
+  SANTA_LAUNCH(expand_kernel, expand_ctas, kExpandWarps * 32, 0, stream, p, num_heads);
   check_launch("expand_kernel");
-  retained_kernel<<<chunks, kMassThreads, 0, stream>>>(p);
+  SANTA_LAUNCH(retained_kernel, chunks, kMassThreads, 0, stream, p);
   check_launch("retained_kernel");
-  stats_kernel<<<num_heads, kStatsThreads, 0, stream>>>(p);
+  SANTA_LAUNCH(stats_kernel, num_heads, kStatsThreads, 0, stream, p);
   check_launch("stats_kernel");
 }
 

@@ -215,9 +215,9 @@ void launch_block_scores(const SampleSelectParams& p, int num_heads, cudaStream_
   const int num_ranges = ceil_div_int(p.nk, kRangeBlocks);
   const int64_t num_ctas = static_cast<int64_t>(num_heads) * p.num_chunks * num_ranges;
   constexpr int kSharedBytes = sizeof(ScoreShared<HEAD_DIM>);
-  allow_shared_memory(block_scores_kernel<T, HEAD_DIM>, kSharedBytes);
-  block_scores_kernel<T, HEAD_DIM>
-      <<<static_cast<unsigned>(num_ctas), kScoreThreads, kSharedBytes, stream>>>(p, num_ranges);
+  auto* const kernel = block_scores_kernel<T, HEAD_DIM>;
+  allow_shared_memory(kernel, kSharedBytes);
+  SANTA_LAUNCH(kernel, static_cast<unsigned>(num_ctas), kScoreThreads, kSharedBytes, stream, p, num_ranges);
   check_launch("block_scores_kernel");
 }
 

@@ -1,5 +1,5 @@
 // The instructions of csrc/cuda/common/ptx.cuh on the host, under the same names. Addresses in shared memory are
-// offsets.
+// offsets, of arrays that a kernel declares from kDeclaredShared on.
 #pragma once
 
 #include "emulator.h"
@@ -8,16 +8,8 @@
 
 namespace santa::cuda {
 
-inline uint32_t shared_address(const void* pointer) {
-  const int64_t offset = static_cast<const unsigned char*>(pointer) - emulator::shared_memory;
-  emulator::require(offset >= 0 && offset < emulator::shared_bytes_asked, "an address that is not in shared memory");
-  return static_cast<uint32_t>(offset);
-}
-inline unsigned char* at(uint32_t address, int bytes) {
-  emulator::require(address % bytes == 0, "shared memory: misaligned");
-  emulator::require(static_cast<int>(address) + bytes <= emulator::shared_bytes_asked, "shared memory: out of bounds");
-  return emulator::shared_memory + address;
-}
+using emulator::at;
+using emulator::shared_address;
 template <typename T>
 T load_shared(uint32_t address) {
   T value;
@@ -49,9 +41,12 @@ inline void prefetch_l2(const void*) {}
 inline void copy_up_to_16(uint32_t shared, const void* global, int bytes) {
   emulator::require(bytes == 0 || reinterpret_cast<uint64_t>(global) % 16 == 0, "a copy from a misaligned address");
   at(shared, 16);
-  std::vector<unsigned char> read(16, 0);
-  if (bytes > 0) std::memcpy(read.data(), global, bytes);
-  emulator::self().open_copies.push_back({shared, std::move(read)});
+  for (const uint32_t barrier : emulator::block.barriers) {
+    emulator::require(barrier + 8 <= shared || barrier >= shared + 16, "a copy over a barrier");
+  }
+  emulator::Copy copy{shared, {}};
+  if (bytes > 0) std::memcpy(copy.bytes.data(), global, bytes);
+  emulator::self().open_copies.push_back(copy);
 }
 inline void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_t) {
   copy_up_to_16(shared, global, valid ? 16 : 0);
@@ -147,25 +142,19 @@ inline uint32_t transpose_8x8(uint32_t fragment) {
 }
 
 // Words of A and B of a matrix product, of all lanes.
-struct Fragments {
-  uint64_t rows[4][32], columns[2][32];
-
-  Fragments(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    for (int i = 0; i < 4; ++i) std::memcpy(rows[i], emulator::exchange(a[i]), sizeof(rows[i]));
-    std::memcpy(columns[0], emulator::exchange(b0), sizeof(columns[0]));
-    std::memcpy(columns[1], emulator::exchange(b1), sizeof(columns[1]));
-  }
-};
+inline const emulator::Words* fragments(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  return emulator::exchange_words({a[0], a[1], a[2], a[3], b0, b1});
+}
 
 // m16n8k32 of bytes, to integers: as Float16Traits::mma, four elements to a word.
 inline void mma_u8_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const auto [rows, columns] = Fragments(a, b0, b1);
+  const emulator::Words* const words = fragments(a, b0, b1);
   const int g = emulator::lane() >> 2, t = emulator::lane() & 3;
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 32; ++k) {
-      const int half = k / 16, word = k % 16 / 4, shift = 8 * (k % 4);
-      const auto x = static_cast<uint8_t>(rows[2 * half + (i >> 1)][g * 4 + word] >> shift);
-      const auto y = static_cast<int8_t>(columns[half][(2 * t + (i & 1)) * 4 + word] >> shift);
+      const int half = k / 16, lane = k % 16 / 4, shift = 8 * (k % 4);
+      const auto x = static_cast<uint8_t>(words[g * 4 + lane][2 * half + (i >> 1)] >> shift);
+      const auto y = static_cast<int8_t>(words[(2 * t + (i & 1)) * 4 + lane][4 + half] >> shift);
       d[i] += static_cast<int>(x) * y;
     }
   }
@@ -183,6 +172,7 @@ struct HostBarrier {  // in the 8 bytes of an mbarrier
 inline void mbarrier_init(uint64_t* barrier, int count) {
   const HostBarrier fresh = {static_cast<uint32_t>(count), static_cast<uint16_t>(count), 0};
   std::memcpy(barrier, &fresh, sizeof(fresh));
+  emulator::block.barriers.push_back(shared_address(barrier));
 }
 inline void mbarrier_arrive(uint32_t address) {
   auto barrier = load_shared<HostBarrier>(address);
@@ -237,14 +227,14 @@ struct Float16Traits {
 
   // m16n8k16: lane (g, t) has A of rows g and g + 8, B of column g, D of rows g and g + 8 and columns 2 t and 2 t + 1.
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const auto [rows, columns] = Fragments(a, b0, b1);
+    const emulator::Words* const words = fragments(a, b0, b1);
     const int g = emulator::lane() >> 2, t = emulator::lane() & 3;
     for (int i = 0; i < 4; ++i) {
       const int column = 2 * t + (i & 1);
       for (int k = 0; k < 16; ++k) {
-        const int half = k / 8, word = k % 8 / 2;
-        d[i] +=
-            element(rows[2 * half + (i >> 1)][g * 4 + word], k & 1) * element(columns[half][column * 4 + word], k & 1);
+        const int half = k / 8, lane = k % 8 / 2;
+        d[i] += element(words[g * 4 + lane][2 * half + (i >> 1)], k & 1) *
+                element(words[column * 4 + lane][4 + half], k & 1);
       }
     }
   }
