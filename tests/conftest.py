@@ -1,5 +1,6 @@
-"""Fixtures of all tests. Tests that take `device` run on the CPU and, marked `gpu`, on CUDA. Those marked `emulate`
-also run with the CUDA kernels on the host (helpers/emulator.py); with --emulate all of them do, and nothing else.
+"""Fixtures of all tests. Tests that take `device` run on the CPU, unless they are marked `cuda`, and, marked `gpu`, on
+CUDA. Those marked `emulate` also run with the CUDA kernels on the host (helpers/emulator.py); with --emulate all of
+them do, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     named = any("device" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "device" not in metafunc.fixturenames or named:
         return
-    devices: list[Any] = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+    def is_marked(name: str) -> bool:
+        return metafunc.definition.get_closest_marker(name) is not None
+
+    devices: list[Any] = [pytest.param("cuda", marks=pytest.mark.gpu)]
+    if not is_marked("cuda"):
+        devices.insert(0, "cpu")
     if metafunc.config.option.emulate:
         devices = ["emulated"]
-    elif metafunc.definition.get_closest_marker("emulate") is not None:
+    elif is_marked("emulate"):
         devices.append("emulated")
     metafunc.parametrize("device", devices, indirect=True)
 
