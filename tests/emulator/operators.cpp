@@ -1,4 +1,5 @@
 // santa's operators once more, as torch.ops.santa_emulator: for tensors on the CPU, with the CUDA backend behind them.
+// The other .cpp files compile its kernels, a part of csrc/cuda each: parts use the same names for different things.
 #include "emulator.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

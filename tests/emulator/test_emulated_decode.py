@@ -94,11 +94,14 @@ class Case:
         assert not isinstance(LIBRARY, str)
         before = emulator.num_launches(LIBRARY)
         with emulator.device(LIBRARY, **device):
-            found = self.on_cpu(**{} if seed is None else {"seed": seed})
+            found = self._call(**{} if seed is None else {"seed": seed})
         assert emulator.num_launches(LIBRARY) > before
         return found
 
-    def on_cpu(self, **changes: Any) -> tuple[torch.Tensor, ...]:
+    def on_cpu(self) -> tuple[torch.Tensor, ...]:
+        return self._call()
+
+    def _call(self, **changes: Any) -> tuple[torch.Tensor, ...]:
         function = santa.decode_paged if "page_table" in self.options else santa.decode
         return function(self.q, self.k, self.v, return_rows_read=True, **self.options | changes)
 
