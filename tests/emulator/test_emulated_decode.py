@@ -175,10 +175,11 @@ def test_more_draws_than_a_chunk_holds() -> None:
     Case(num_samples=2000).check()
 
 
+@pytest.mark.parametrize("head_dim, storage", [(128, ""), (192, "KV"), (256, "K")])
 @pytest.mark.parametrize("how", HOW)
-def test_bits_depend_on_neither_threads_nor_the_device(how: str) -> None:
+def test_bits_depend_on_neither_threads_nor_the_device(how: str, head_dim: int, storage: str) -> None:
     """Threads in other orders, one multiprocessor and many, little shared memory: the same bits."""
-    case = Case(lens=[2900, 700, 90], head_dim=128, **HOW[how])
+    case = Case(lens=[2900, 700, 90], head_dim=head_dim, storage=storage, **HOW[how])
     expected = case.emulated()
     for changes in ({"order": 7}, {"order": 101}, {"num_sms": 1, "sm_kb": 100}, {"num_sms": 132, "order": 31}):
         found = case.emulated(**changes)
