@@ -57,11 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_emulated(item: pytest.Item) -> bool:
-    return (
-        isinstance(item, pytest.Function)
-        and getattr(item, "callspec", None) is not None
-        and (item.callspec.params.get("device") == "emulated")
-    )
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("device") == "emulated"
 
 
 class EmulatedCuda(str):

@@ -229,29 +229,31 @@ T value_of(uint64_t bits) {
   return value;
 }
 
-// Waits for all threads of the warp, with what the buffer of this exchange is put into.
-template <typename Put>
-unsigned exchange_by(const Put& put) {
-  Warp& warp = block.warps[block.current / kWarpThreads];
+// Waits for all threads of the warp.
+inline void meet(Warp& warp) {
   const unsigned phase = warp.phase;
-  put(warp, phase & 1);
   block.idle = 0;
   if (++warp.arrived == kWarpThreads) {
     warp.arrived = 0, ++warp.phase;
   } else {
     while (warp.phase == phase) yield();
   }
-  return phase & 1;
 }
 
 // The values of all threads of the warp, by lane.
 inline const uint64_t* exchange(uint64_t bits) {
   Warp& warp = block.warps[block.current / kWarpThreads];
-  return warp.values[exchange_by([&](Warp& warp, unsigned buffer) { warp.values[buffer][lane()] = bits; })];
+  uint64_t* const values = warp.values[warp.phase & 1];
+  values[lane()] = bits;
+  meet(warp);
+  return values;
 }
-inline const Words* exchange_words(const Words& words) {
+inline const Words* exchange_words(const Words& own) {
   Warp& warp = block.warps[block.current / kWarpThreads];
-  return warp.words[exchange_by([&](Warp& warp, unsigned buffer) { warp.words[buffer][lane()] = words; })];
+  Words* const words = warp.words[warp.phase & 1];
+  words[lane()] = own;
+  meet(warp);
+  return words;
 }
 
 }  // namespace emulator

@@ -92,11 +92,8 @@ class Case:
 
     def emulated(self, *, seed: int | None = None, **device: int) -> tuple[torch.Tensor, ...]:
         assert not isinstance(LIBRARY, str)
-        before = emulator.num_launches(LIBRARY)
         with emulator.device(LIBRARY, **device):
-            found = self._call(**{} if seed is None else {"seed": seed})
-        assert emulator.num_launches(LIBRARY) > before
-        return found
+            return self._call(**{} if seed is None else {"seed": seed})
 
     def on_cpu(self) -> tuple[torch.Tensor, ...]:
         return self._call()
