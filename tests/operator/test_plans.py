@@ -77,10 +77,14 @@ def assert_one_result(force_plan: Force, call: Callable[..., tuple[Tensor, ...]]
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize("scores", ["bf16", "fp8-k", "fp8"])
 def test_exact_rows(device, force_plan, scores, known, head_dim):
-    """A CTA for each tile, for some of them, and for whole rows, which it combines itself where lengths are known."""
+    """A CTA for each tile, for some of them, and for whole rows. Where lengths are known a row's only CTA combines it,
+    or both of its two, elsewhere a kernel of its own."""
     call = call_of(device, scores, 5, [2300, 2300, 2300] if known else [2300, 40, 4700], head_dim)
     options = {"num_samples": 0} | ({"kv_lens": None} if known else {})
     assert_one_result(force_plan, call, [(0, 0, ctas) for ctas in (1, 9, 10**6)], **options)
+    if known:
+        for ours, theirs in zip(call(**options), call(num_samples=0), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("group", [4, 8, 12])

@@ -77,6 +77,7 @@ struct FeatureScorer {
         aligned(p.aligned_keys && unit.row.kv_start % kThreadKeys == 0) {}
 
   __device__ __forceinline__ void load_query(const RowUnit&, int) {}
+  __device__ __forceinline__ void take_query(int) {}
   __device__ __forceinline__ void look_up(int, int, int, int) {}
 
   __device__ __forceinline__ const uint16_t* counts() const {

@@ -58,4 +58,26 @@ void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int sha
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
+// Whether a kernel can be launched in clusters: whether it was compiled for sm_90 or later.
+template <typename Kernel>
+bool has_clusters(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
+}
+
+// Launches a kernel whose grid, of one dimension, is clusters of two neighbouring CTAs.
+template <typename... Parameters, typename... Arguments>
+void launch_pairs(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                  const char* name, const Arguments&... arguments) {
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = 2, size.val.clusterDim.y = size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &size, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
 }  // namespace santa::cuda

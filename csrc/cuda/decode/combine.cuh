@@ -15,33 +15,42 @@ constexpr int kCombineThreads = 256;
 
 constexpr int kCombineAhead = 4;  // tiles of a thread whose values are on their way before their weights are known
 
-// merge, rounded alike whichever of the two comes first: all lanes of a tree agree, and all kernels.
-__device__ __forceinline__ SoftmaxState merge_evenly(SoftmaxState a, SoftmaxState b) {
+// Sums over a warp, the same in all lanes. They are rounded here, not as the code around them suits the compiler: all
+// kernels agree. What lanes have is in units of 2^max, the sum in those of the largest max, which max becomes.
+__device__ __forceinline__ float factor_of_warp(float& max) {
+  const float own = max;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, offset));
+  return exp2_below(own, max);
+}
+__device__ __forceinline__ float sum_of_warp(float value, float factor) {
+  value = __fmul_rn(value, factor);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+__device__ __forceinline__ SoftmaxState merge_rounded(SoftmaxState a, SoftmaxState b) {
   const float max = fmaxf(a.max, b.max);
   return {max, __fadd_rn(a.sum * exp2_below(a.max, max), b.sum * exp2_below(b.max, max))};
 }
 
-// Log-sum-exp of a query vector's tiles, base 2, by a warp: lanes take tiles in turn, then merge as a tree. The order
-// depends on the number of tiles alone. `first_stats`: of its first tile. own_max becomes the maximum of tile
-// threadIdx.x % 32.
+// Log-sum-exp of a query vector's tiles, base 2, by a warp: lanes take tiles in turn, then merge. The order depends on
+// the number of tiles alone. `first_stats`: of its first tile. own_max becomes the maximum of tile threadIdx.x % 32.
 __device__ __forceinline__ float lse_of_tiles(const DecodeParams& p, int64_t first_stats, int num_tiles,
                                               float& own_max) {
   SoftmaxState state = empty_softmax_state();
   own_max = -INFINITY;
-  // Loops: code that runs once has to be fetched first.
+  // A loop: code that runs once has to be fetched first.
 #pragma unroll 1
   for (int tile = threadIdx.x & 31; tile < num_tiles; tile += 32) {
     const int64_t index = first_stats + static_cast<int64_t>(tile) * p.group_size;
     const float max = p.tile_max[index];
-    state = merge_evenly(state, {max, p.tile_sum[index]});
+    state = merge_rounded(state, {max, p.tile_sum[index]});
     if (tile < 32) own_max = max;
   }
-#pragma unroll 1
-  for (int offset = 16; offset > 0; offset >>= 1) {
-    state = merge_evenly(
-        state, {__shfl_xor_sync(0xffffffffu, state.max, offset), __shfl_xor_sync(0xffffffffu, state.sum, offset)});
-  }
-  return log2_sum(state);
+  const float factor = factor_of_warp(state.max);
+  return log2_sum({state.max, sum_of_warp(state.sum, factor)});
 }
 
 __device__ __forceinline__ void add_weighted(float4& sum, float weight, float4 value) {
@@ -69,32 +78,41 @@ __device__ __noinline__ void combine_exact_head(const DecodeParams* params, cons
   const DecodeParams& p = *params;
   const RowUnit& unit = *row_unit;
   constexpr int kLanes = HEAD_DIM / 4, kSlots = kCombineThreads / kLanes;  // those of combine_row
+  constexpr int kAhead = kSlots < 8 ? kSlots : 8;                          // tiles whose values are on their way
   const int64_t stats = p.stats_offset(unit.group) + h;
   const int num_tiles = unit.row.num_tiles;
-  float own_max;
-  const float lse = lse_of_tiles(p, stats, num_tiles, own_max);
+  const auto value_of = [&](int tile, int lane) {
+    const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
+    return *reinterpret_cast<const float4*>(p.o_accum + index * HEAD_DIM + lane * 4);
+  };
+  float own_max, lse = 0.0f;
+  const auto add_tile = [&](float4& own, int tile, float4 value) {
+    const float max = tile < 32 ? __shfl_sync(0xffffffffu, own_max, tile)
+                                : p.tile_max[stats + static_cast<int64_t>(tile) * p.group_size];
+    add_weighted(own, exp2_below(max, lse), value);
+  };
 #pragma unroll 1
-  for (int lane = threadIdx.x & 31; lane < round_up(kLanes, 32); lane += 32) {
+  for (int first_lane = 0; first_lane < kLanes; first_lane += 32) {
+    const int lane = min(first_lane + static_cast<int>(threadIdx.x & 31), kLanes - 1);
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-    for (int slot = 0; slot < kSlots; ++slot) {
-      float4 own = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-      for (int tile = slot; tile < num_tiles; tile += kSlots) {
-        const int64_t index = stats + static_cast<int64_t>(tile) * p.group_size;
-        float max = __shfl_sync(0xffffffffu, own_max, tile & 31);
-        if (tile >= 32) max = p.tile_max[index];
-        if (lane >= kLanes) continue;
-        const float4 value = *reinterpret_cast<const float4*>(p.o_accum + index * HEAD_DIM + lane * 4);
-        add_weighted(own, exp2_below(max, lse), value);
+    for (int slot = 0; slot < kSlots; slot += kAhead) {
+      float4 ahead[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (slot + i < num_tiles) ahead[i] = value_of(slot + i, lane);
       }
-      if (slot == 0) {
-        sum = own;
-      } else {
+      if (first_lane == 0 && slot == 0) lse = lse_of_tiles(p, stats, num_tiles, own_max);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        float4 own = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (slot + i < num_tiles) add_tile(own, slot + i, ahead[i]);
+#pragma unroll 1
+        for (int tile = slot + i + kSlots; tile < num_tiles; tile += kSlots) add_tile(own, tile, value_of(tile, lane));
         add(sum, own);
       }
     }
-    if (lane < kLanes) {
+    if (first_lane + (threadIdx.x & 31) < kLanes) {
       write_output<T>(p, unit.row, p.output_index(unit.batch_index, unit.kv_head, h), unit.kv_head, h, lse, sum, lane);
     }
   }
@@ -149,13 +167,8 @@ __device__ __forceinline__ void combine_row(const DecodeParams& p, const float* 
       state = merge_proposals(state, {max, p.tile_sum[index], tile_drawn[index]});
       if (tile < 32) own_max = max;
     }
-#pragma unroll 1
-    for (int offset = 16; offset > 0; offset >>= 1) {
-      state = merge_proposals(
-          state, {__shfl_xor_sync(0xffffffffu, state.reference, offset), __shfl_xor_sync(0xffffffffu, state.z, offset),
-                  __shfl_xor_sync(0xffffffffu, state.drawn, offset)});
-    }
-    lse = log2_guarded(state);
+    const float factor = factor_of_warp(state.reference);
+    lse = log2_guarded({state.reference, sum_of_warp(state.z, factor), sum_of_warp(state.drawn, factor)});
   } else {
     lse = lse_of_tiles(p, stats, row.num_tiles, own_max);
   }

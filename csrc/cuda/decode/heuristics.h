@@ -75,6 +75,7 @@ struct DeviceLimits {
   int num_sms;
   int sm_bytes;   // shared memory of a multiprocessor
   int cta_bytes;  // of one CTA, at most
+  bool has_clusters;
 };
 
 // Set by a test operator, to see that results do not depend on it; 0: what the heuristics say.
@@ -243,6 +244,8 @@ inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   plan.exact_cut = {.ctas_at_once = ctas * device.num_sms, .start_kv = kExactStartKv};
   const int longest = plan.equal_rows ? plan.row.kv_len : plan.longest_exact;
   cut_rows(p, plan.exact_cut, longest, exact_tile_kv_of(longest), max_exact_tiles(longest), plan.equal_rows, false);
+  // Larger clusters than pairs take longer to start than they save.
+  plan.row_pairs = plan.exact_cut.row_runs == 2 && device.has_clusters;
 }
 
 // The kernel of scores. In short runs, of fewer tiles than four warps take, those that there are have more on their

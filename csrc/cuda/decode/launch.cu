@@ -48,7 +48,8 @@ void launch_value_stages(const DecodeParams& p, cudaStream_t stream) {
 
 void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   // The tile kernel wrote the output.
-  if (!p.plan.one_pass && !p.plan.proportional && (p.max_tiles == 1 || p.plan.exact_cut.row_runs == 1)) return;
+  const bool merged = p.max_tiles == 1 || p.plan.exact_cut.row_runs == 1 || p.plan.row_pairs;
+  if (!p.plan.one_pass && !p.plan.proportional && merged) return;
   const auto launch = [&](auto* kernel) {
     share_multiprocessor(kernel, 0);
     launch_after(kernel, dim3(p.num_kv_heads * p.group_size, p.batch), kCombineThreads, 0, stream, "combine_kernel", p);
@@ -64,6 +65,7 @@ DeviceLimits device_limits_of(int device_index) {
   read(device.num_sms, cudaDevAttrMultiProcessorCount);
   read(device.sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   read(device.cta_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.has_clusters = has_clusters(combine_kernel<__half>);  // any kernel: all are compiled for the same
   return device;
 }
 

@@ -84,8 +84,8 @@ __device__ __forceinline__ Run find_run(const DecodeParams& p, int index) {
   return {0, 0, 0};
 }
 
-// What a CTA works on: parts of a row in one pass, or tiles of another. KV heads and head blocks are fastest:
-// concurrent CTAs read neighbouring memory.
+// What a CTA works on: parts of a row in one pass, or tiles of another. KV heads and head blocks are fastest, so that
+// concurrent CTAs read neighbouring memory, but for exact rows whose runs are known.
 template <bool SAMPLED = true>
 struct Work {
   RowUnit unit;
@@ -95,9 +95,14 @@ struct Work {
   // be fetched first.
   __device__ __forceinline__ explicit Work(const DecodeParams& p) {
     const RunCut& cut = SAMPLED ? p.plan.sampled_cut : p.plan.exact_cut;
-    const int num_units = p.num_units(), index = blockIdx.x / num_units;
+    const int num_units = p.num_units();
+    int index = blockIdx.x / num_units, number = blockIdx.x - index * num_units;  // of the unit
     Run run = {0, index * cut.run_parts, cut.run_parts};
-    if (cut.row_runs > 0) {
+    if (!SAMPLED && cut.row_runs > 0) {  // runs of a row are neighbours, so that they can be a cluster
+      index = blockIdx.x / cut.row_runs;
+      run.first_part = (blockIdx.x - index * cut.row_runs) * cut.run_parts;
+      run.batch_index = index / num_units, number = index - run.batch_index * num_units;
+    } else if (cut.row_runs > 0) {
       run.batch_index = index / cut.row_runs;
       run.first_part = (index - run.batch_index * cut.row_runs) * cut.run_parts;
     } else if (p.batch > 1) {
@@ -107,7 +112,7 @@ struct Work {
         return;
       }
     }
-    unit = RowUnit::make(p, run.batch_index, blockIdx.x - index * num_units);
+    unit = RowUnit::make(p, run.batch_index, number);
     // A row without keys has a tile too, whose output is written.
     const int num_parts = SAMPLED ? unit.row.num_tiles : max(unit.row.num_tiles, 1);
     if (cut.row_runs == 0 && p.batch == 1) {

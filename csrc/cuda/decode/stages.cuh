@@ -23,8 +23,12 @@ void launch_tiles(const DecodeParams& p, cudaStream_t stream) {
     launch_after(kernel, grid, kThreads, kBytes, stream, "tile_kernel", p);
   } else {
     allow_shared_memory(kernel, kBytes);
-    SANTA_LAUNCH(kernel, grid, kThreads, kBytes, stream, p);
-    check_launch("tile_kernel");
+    if (p.plan.row_pairs) {
+      launch_pairs(kernel, grid, kThreads, kBytes, stream, "tile_kernel", p);
+    } else {
+      SANTA_LAUNCH(kernel, grid, kThreads, kBytes, stream, p);
+      check_launch("tile_kernel");
+    }
   }
 }
 

@@ -418,15 +418,29 @@ __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<fal
     if (!is_last) __syncthreads();  // all have read what the tile left in the slots, which are filled again
     products.begin();
   }
-  if (p.plan.exact_cut.row_runs != 1 || unit.row.num_tiles <= 1) return;
-  // All tiles of the row were this CTA's.
   if (!Loader::kFloat8 && threadIdx.x == 0) shared.unit = unit;
-  __syncthreads();
-#pragma unroll 1
-  for (int head = warp; head < unit.heads.count; head += tile_warps(HEAD_DIM)) {
-    combine_exact_head<T, HEAD_DIM>(&p, &shared.unit, unit.heads.first + head);
+}
+
+// Where all tiles of the row were this CTA's, or its cluster's, whose two CTAs take heads in turn. By all threads.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void combine_own_row(const DecodeParams& p, TileShared<HEAD_DIM>& shared) {
+  const bool is_pair = p.plan.row_pairs;
+  if (p.plan.exact_cut.row_runs != 1 && !is_pair) return;
+  if (is_pair) {
+    cluster_barrier();
+  } else {
+    __syncthreads();
   }
-  if (p.rows_read != nullptr && unit.heads.first == 0 && threadIdx.x == 0) p.rows_read[unit.group] = unit.row.kv_len;
+  const RowUnit& unit = shared.unit;
+  if (unit.row.num_tiles <= 1) return;
+  const int rank = is_pair ? cluster_rank() : 0, ctas = is_pair ? 2 : 1;
+#pragma unroll 1
+  for (int head = warp_index() * ctas + rank; head < unit.heads.count; head += tile_warps(HEAD_DIM) * ctas) {
+    combine_exact_head<T, HEAD_DIM>(&p, &unit, unit.heads.first + head);
+  }
+  if (p.rows_read != nullptr && unit.heads.first == 0 && rank == 0 && threadIdx.x == 0) {
+    p.rows_read[unit.group] = unit.row.kv_len;
+  }
 }
 
 // All tiles of all exact rows. Beside sampled rows it starts before their kernel has ended, and ends after it: who
@@ -445,6 +459,7 @@ __global__ void __launch_bounds__(tile_warps(HEAD_DIM) * 32, min_tile_ctas(HEAD_
     } else {
       attend_run<T, K, T, HEAD_DIM>(p, work, shared);
     }
+    combine_own_row<T, HEAD_DIM>(p, shared);
   }
   wait_for_previous();
 }

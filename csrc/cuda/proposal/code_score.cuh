@@ -23,31 +23,39 @@ struct alignas(16) QueryCodes {
   int offset[kHeadBlock];            // what products are too large
 };
 
-// By warps first, first + step, ... of as many as there are heads at most.
+// A query vector and what its codes depend on, on their way to registers: a lane has features lane, lane + 32, ...
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUnit& unit,
-                                            QueryCodes<T, HEAD_DIM>& queries, int first, int step, int lane) {
-  static_assert(sizeof(QueryCodes<T, HEAD_DIM>) == query_bytes(HEAD_DIM), "heuristics.h has to know of it");
-  constexpr int kFeatures = HEAD_DIM / 32;  // of a lane
-  const DecodeParams& d = p.decode;
-  const int64_t statistics = p.statistics_offset(unit.batch_index, unit.kv_head);
-  const float score_scale = d.score_scale(unit.kv_head);
-#pragma unroll 1
-  for (int head = first; head < kHeadBlock; head += step) {
-    const bool there = head < unit.heads.count;
-    const T* const row = static_cast<const T*>(d.q) +
-                         d.query_offset(unit.batch_index, unit.kv_head, unit.heads.first + (there ? head : 0));
-    float q[kFeatures], scaled[kFeatures], largest = 0.0f;
+struct QueryFeatures {
+  static constexpr int kFeatures = HEAD_DIM / 32;
+
+  T q[kFeatures];
+  float channel_scale[kFeatures], center[kFeatures];
+
+  // Of `head` of the block, which is there.
+  __device__ __forceinline__ void load(const ProposalParams& p, const RowUnit& unit, int head, int lane) {
+    const DecodeParams& d = p.decode;
+    const int64_t statistics = p.statistics_offset(unit.batch_index, unit.kv_head) + lane;
+    const T* const row =
+        static_cast<const T*>(d.q) + d.query_offset(unit.batch_index, unit.kv_head, unit.heads.first + head) + lane;
 #pragma unroll
     for (int i = 0; i < kFeatures; ++i) {
-      q[i] = there ? Float16Traits<T>::to_float(row[i * 32 + lane]) : 0.0f;
-      scaled[i] = q[i] * __ldg(p.channel_scale + statistics + i * 32 + lane);
-      largest = larger_magnitude(largest, scaled[i]);
-      queries.exact[head][i * 32 + lane] = Float16Traits<T>::from_float(q[i]);
+      q[i] = row[i * 32];
+      channel_scale[i] = __ldg(p.channel_scale + statistics + i * 32);
+      center[i] = __ldg(p.center + statistics + i * 32);
     }
-    float shift = 0.0f;  // in the order of core/proposal.h
+  }
+
+  __device__ __forceinline__ void put(const ProposalParams& p, const RowUnit& unit, QueryCodes<T, HEAD_DIM>& queries,
+                                      int head, int lane) const {
+    float scaled[kFeatures], largest = 0.0f, shift = 0.0f;  // the shift in the order of core/proposal.h
 #pragma unroll
-    for (int i = 0; i < kFeatures; ++i) shift = fmaf(q[i], __ldg(p.center + statistics + i * 32 + lane), shift);
+    for (int i = 0; i < kFeatures; ++i) {
+      const float feature = Float16Traits<T>::to_float(q[i]);
+      scaled[i] = feature * channel_scale[i];
+      largest = larger_magnitude(largest, scaled[i]);
+      shift = fmaf(feature, center[i], shift);
+      queries.exact[head][i * 32 + lane] = q[i];
+    }
 #pragma unroll
     for (int apart = kCenterLanes / 2; apart > 0; apart /= 2) {
       largest = larger_magnitude(largest, __shfl_xor_sync(0xffffffffu, largest, apart));
@@ -63,9 +71,37 @@ __device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUn
     }
     sum = __reduce_add_sync(0xffffffffu, sum);
     if (lane == 0) {
+      const float score_scale = p.decode.score_scale(unit.kv_head);
       queries.common[head] = {score_scale * scale * 0.0625f, score_scale * shift};
       queries.offset[head] = kCodeOffset * sum;
     }
+  }
+
+  // One that is not there.
+  static __device__ __forceinline__ void put_zeros(QueryCodes<T, HEAD_DIM>& queries, int head, int lane) {
+#pragma unroll
+    for (int i = 0; i < kFeatures; ++i) {
+      queries.exact[head][i * 32 + lane] = Float16Traits<T>::from_float(0.0f);
+      queries.codes[head][i * 32 + lane] = 0;
+    }
+    if (lane == 0) queries.common[head] = {0.0f, 0.0f}, queries.offset[head] = 0;
+  }
+};
+
+// All query vectors of the block, by `num_warps` warps. `features`: of head `warp`, loaded if it is there, long before.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void put_queries(const ProposalParams& p, const RowUnit& unit,
+                                            QueryFeatures<T, HEAD_DIM>& features, QueryCodes<T, HEAD_DIM>& queries,
+                                            int warp, int num_warps, int lane) {
+  static_assert(sizeof(QueryCodes<T, HEAD_DIM>) == query_bytes(HEAD_DIM), "heuristics.h has to know of it");
+#pragma unroll 1
+  for (int head = warp; head < kHeadBlock; head += num_warps) {
+    if (head >= unit.heads.count) {
+      QueryFeatures<T, HEAD_DIM>::put_zeros(queries, head, lane);
+      continue;
+    }
+    if (head != warp) features.load(p, unit, head, lane);
+    features.put(p, unit, queries, head, lane);
   }
 }
 

@@ -5,11 +5,12 @@
 
 namespace santa::cuda {
 
-constexpr int kProposalWarps = 4;  // of a CTA; the last step of a part's sums is over them
-constexpr int kCodeSlotKeys = 32;  // of a slot: their codes, row behind row, then their scales
-constexpr int kMostCodeSlots = 4;  // of a warp's ring
-constexpr int kListedDraws = 32;   // of a tile, at a time
-constexpr int kDrawsAtOnce = 8;    // whose keys are scored by one matrix product
+constexpr int kProposalWarps = 4;                   // of a CTA; the last step of a part's sums is over them
+constexpr int kCodeSlotKeys = 32;                   // of a slot: their codes, row behind row, then their scales
+constexpr int kMostCodeSlots = 4;                   // of a warp's ring
+constexpr int kLevelAheadKeys = 3 * kCodeSlotKeys;  // of the first tile, left to score when levels are asked for
+constexpr int kListedDraws = 32;                    // of a tile, at a time
+constexpr int kDrawsAtOnce = 8;                     // whose keys are scored by one matrix product
 
 // CTAs on a multiprocessor, as far as registers have room: four where there is shared memory for as many, as on sm_90.
 // At 64 it is the compiler that takes more.

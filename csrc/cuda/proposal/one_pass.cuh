@@ -116,7 +116,7 @@ struct ProposalWarp {
   const QueryCodes<T, HEAD_DIM>& queries;
   Shared& own;
   const int lane;
-  float level;  // of head lane % 8
+  float level;  // of head lane % 8, times level_scale in base 2
 
   // Sums of the tile: relative to 2^reference, z over all keys and what draws change about it, ProposalState::drawn,
   // the values of heads.
@@ -218,9 +218,10 @@ struct ProposalWarp {
     // What follows for the lane's head: its draws, and all keys' part of Z.
     const bool there = own_head < num_heads;
     const int span_len = unit.row.span_len;
-    const float share = streaming_share(state, level, num_keys, span_len);
+    const float level_log2 = level * p.level_scale;
+    const float share = streaming_share(state, level_log2, num_keys, span_len);
     const float rate = there ? draw_rate(p.num_samples, share, state) : 0.0f;
-    reference = there ? tile_reference(Budget::kStreaming, level, state.max) : -INFINITY;
+    reference = there ? tile_reference(Budget::kStreaming, level_log2, state.max) : -INFINITY;
     z = there ? state.sum * exp2_below(state.max, reference) : 0.0f;
 
     // How often each key is drawn, and how many draws there are before it.
@@ -501,17 +502,21 @@ struct ProposalWarp {
 #pragma unroll 1
     for (int h = member; h < cta.unit.heads.count; h += team) {
       float reference = -INFINITY, z = 0.0f, drawn = 0.0f, sums[kElements] = {};
-#pragma unroll 1
-      for (int u = 0; u < team; ++u) {
-        const float other = first[u].reference[h], raised = fmaxf(reference, other);
+#pragma unroll
+      for (int u = 0; u < kProposalWarps; ++u) {  // no branches: what all warps have is on its way together
+        const bool there = u < team;
+        const Shared& of = first[there ? u : 0];
+        const float other = there ? of.reference[h] : -INFINITY, raised = fmaxf(reference, other);
         const float factor = exp2_below(reference, raised), other_factor = exp2_below(other, raised);
         reference = raised;
-        z = merged(z, factor, first[u].z[h], other_factor);
-        drawn = merged(drawn, factor, first[u].drawn[h], other_factor);
+        z = there ? merged(z, factor, of.z[h], other_factor) : z;
+        drawn = there ? merged(drawn, factor, of.drawn[h], other_factor) : drawn;
         float values[kElements] = {};
-        if (first[u].rows > 0) load_elements(values, &first[u].sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
+        if (of.rows > 0) load_elements(values, &of.sums[h][min(lane, Lanes::kLanes - 1) * kElements]);
 #pragma unroll
-        for (int d = 0; d < kElements; ++d) sums[d] = merged(sums[d], factor, values[d], other_factor);
+        for (int d = 0; d < kElements; ++d) {
+          sums[d] = there ? merged(sums[d], factor, values[d], other_factor) : sums[d];
+        }
       }
       if (lane < Lanes::kLanes) {
         store_global(p.o_accum + (stats + h) * HEAD_DIM + lane * kElements, sums, evict_last_policy());
@@ -559,21 +564,27 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
       shared_address(warps + kProposalWarps) + static_cast<uint32_t>(threadIdx.x >> 5) * ring_slots * kSlotBytes;
   const uint32_t ring_end = ring + ring_slots * kSlotBytes;
 
+  QueryFeatures<T, HEAD_DIM> features;  // first of all: they take their time
+  if (warp < work.unit.heads.count) features.load(proposal, work.unit, warp, lane);
   const int part_kv = work.unit.row.tile_kv, kv_len = work.unit.row.kv_len;
   if (threadIdx.x == 0) {
     cta.unit = work.unit;
     cta.first_part = work.first_part, cta.num_parts = work.last_part - work.first_part;
     cta.part_kv = part_kv, cta.first_key = work.first_part * part_kv;
     cta.num_keys = min(cta.num_parts * part_kv, kv_len - cta.first_key);
-    cta.first_codes = CodeSlots<HEAD_DIM>::find_first(proposal, work.unit, cta.first_key);
     const int part_tiles = part_kv / kTileKv;
     cta.team = p.plan.whole_parts && part_tiles <= kProposalWarps ? 1 : min(part_tiles, kProposalWarps);
     cta.turns = part_tiles / cta.team, cta.span = cta.team == 1 ? part_kv : kTileKv;
+  }
+  if (threadIdx.x == 32) {
+    cta.keys = key_bytes(p, work.unit);
+    cta.first_codes = CodeSlots<HEAD_DIM>::find_first(proposal, work.unit, work.first_part * part_kv);
+  }
+  if (threadIdx.x == 64) cta.values = value_bytes(p, work.unit);
+  if (threadIdx.x == 96) {
     cta.stream =
         random_stream(p, work.unit.batch_index, work.unit.row, work.unit.kv_head, work.unit.block, p.num_head_blocks());
   }
-  if (threadIdx.x == 32) cta.keys = key_bytes(p, work.unit);
-  if (threadIdx.x == 64) cta.values = value_bytes(p, work.unit);
   __syncthreads();
 
   // From lane 0: see warp_index.
@@ -600,7 +611,7 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
   };
   uint32_t slot = ring;
   for (int i = 0; i < ring_slots; ++i) load(ring + i * kSlotBytes);
-  put_queries(proposal, cta.unit, queries, warp, kProposalWarps, lane);
+  put_queries(proposal, cta.unit, features, queries, warp, kProposalWarps, lane);
   __syncthreads();
 
   const CodeScorer<T, HEAD_DIM, QUADS> scorer(queries, lane);
@@ -615,26 +626,30 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
       const int tile = part * same(cta.part_kv) + (turn * team + (warp & (team - 1))) * kTileKv;
       const int tile_keys = min(num_keys - tile, kTileKv);
       if (tile_keys <= 0) break;
+      // Levels are asked for before the last slots of the first tile: they take their time too.
+      int first = 0, stop = tile_index == 0 ? tile_keys - kLevelAheadKeys : tile_keys;
+      while (true) {
 #pragma unroll 1
-      for (int first = 0; first < tile_keys; first += kCodeSlotKeys) {
-        // cp_async_wait_but(ring_slots - 1), the usual number first: it is asked for every slot.
-        if (ring_slots == 3) {
-          cp_async_wait<2>();
-        } else if (ring_slots == 2) {
-          cp_async_wait<1>();
-        } else {
-          cp_async_wait<3>();
+        for (; first < stop; first += kCodeSlotKeys) {
+          // cp_async_wait_but(ring_slots - 1), the usual number first: it is asked for every slot.
+          if (ring_slots == 3) {
+            cp_async_wait<2>();
+          } else if (ring_slots == 2) {
+            cp_async_wait<1>();
+          } else {
+            cp_async_wait<3>();
+          }
+          __syncwarp();  // the other lanes' copies are visible
+          scorer.score(slot, lane, [&](int at, const float (&logits)[4]) { own.put(first + at, logits); });
+          __syncwarp();  // the other lanes are done with the slot: it is filled again
+          load(slot);
+          slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
         }
-        __syncwarp();  // the other lanes' copies are visible
-        scorer.score(slot, lane, [&](int at, const float (&logits)[4]) { own.put(first + at, logits); });
-        __syncwarp();  // the other lanes are done with the slot: it is filled again
-        load(slot);
-        slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
-      }
-      if (tile_index == 0) {
+        if (stop >= tile_keys) break;
         wait_for_previous();  // the pilot
         const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
-        own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head)) * p.level_scale;
+        own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head));
+        stop = tile_keys;
       }
       if ((tile_index & 31) == 0) {
         const int span_tiles = span / kTileKv, nth = (tile / kTileKv & (span_tiles - 1)) + lane;
@@ -669,7 +684,7 @@ constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim);
 #endif
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
+__global__ void __launch_bounds__(kPilotWarps * 32, 1) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
   SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
   const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
@@ -677,9 +692,11 @@ __global__ void __launch_bounds__(kPilotWarps * 32) pilot_proposal_kernel(const 
   using Scorer = PilotScorer<T, HEAD_DIM>;
   const int warp = warp_index(), lane = threadIdx.x & 31;
   unsigned char* const slots = shared_bytes + kPilotHeadBytes;
+  QueryFeatures<T, HEAD_DIM> features;
+  if (warp < unit.heads.count) features.load(p, unit, warp, lane);
   Scorer::load(p, unit, shared_address(slots) + (threadIdx.x >> 5) * Scorer::kPilotBytes, warp, lane);
   auto& queries = *reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(slots + kPilotWarps * Scorer::kPilotBytes);
-  put_queries(p, unit, queries, warp, kPilotWarps, lane);
+  put_queries(p, unit, features, queries, warp, kPilotWarps, lane);
   __syncthreads();
   Scorer scorer{queries};
   find_level(p.decode, unit, scorer, shared_bytes);

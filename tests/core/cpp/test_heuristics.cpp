@@ -19,9 +19,9 @@ struct Gpu {
 
 constexpr int kKb = 1024, kReserved = 1024;  // of every CTA
 const Gpu kGpus[] = {
-    {"sm_80", {108, 164 * kKb, 163 * kKb}}, {"sm_86", {84, 100 * kKb, 99 * kKb}},
-    {"sm_89", {142, 100 * kKb, 99 * kKb}},  {"sm_90", {132, 228 * kKb, 227 * kKb}},
-    {"sm_120", {170, 100 * kKb, 99 * kKb}},
+    {"sm_80", {108, 164 * kKb, 163 * kKb, false}}, {"sm_86", {84, 100 * kKb, 99 * kKb, false}},
+    {"sm_89", {142, 100 * kKb, 99 * kKb, false}},  {"sm_90", {132, 228 * kKb, 227 * kKb, true}},
+    {"sm_120", {170, 100 * kKb, 99 * kKb, true}},
 };
 
 DecodeParams params_of(int batch, int64_t kv_len, int group, int head_dim, Dtype k_dtype, bool lengths_known,
@@ -124,10 +124,31 @@ void test_equal_rows() {
   }
 }
 
+// Rows whose two runs are known are pairs of CTAs, where the device has clusters.
+void test_pairs() {
+  int pairs = 0;
+  for (const Gpu& gpu : kGpus) {
+    for (const int batch : {1, 4, 16, 64}) {
+      for (const int64_t kv_len : {100, 512, 1000, 2048, 4096, 20000, 131072}) {
+        for (const bool known : {true, false}) {
+          DecodeParams p = params_of(batch, kv_len, 4, 128, Dtype::kBFloat16, known);
+          p.num_samples = 0, p.plan = plan_call(p);
+          plan_tiles(p, gpu.limits);
+          const bool two = known && p.plan.exact_cut.row_runs == 2;
+          check(p.plan.row_pairs == (two && gpu.limits.has_clusters), gpu.name, ": ", batch, " x ", kv_len);
+          pairs += p.plan.row_pairs;
+        }
+      }
+    }
+  }
+  check(pairs >= 4, "hardly any pairs");
+}
+
 }  // namespace
 
 int main() {
   test_shared_memory();
   test_equal_rows();
+  test_pairs();
   return exit_code();
 }

@@ -27,4 +27,14 @@ void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int sha
   emulator::launch(grid, threads, shared_bytes, [&] { (*kernel)(arguments...); });
 }
 
+// CTAs run one after the other: there are no clusters.
+template <typename Kernel>
+bool has_clusters(Kernel*) {
+  return false;
+}
+template <typename... Arguments>
+void launch_pairs(const Arguments&...) {
+  emulator::require(false, "a launch without clusters");
+}
+
 }  // namespace santa::cuda
