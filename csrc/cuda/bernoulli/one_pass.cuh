@@ -76,8 +76,8 @@ struct FeatureScorer {
              unit.kv_head * p.decode.stride_k_head + unit.row.kv_start),
         aligned(p.aligned_keys && unit.row.kv_start % kThreadKeys == 0) {}
 
-  __device__ __forceinline__ void load_query(const RowUnit&, int) {}
-  __device__ __forceinline__ void take_query(int) {}
+  __device__ __forceinline__ void ask_query(const RowUnit&, int) {}
+  __device__ __forceinline__ void take_query(const RowUnit&, int) {}
   __device__ __forceinline__ void look_up(int, int, int, int) {}
 
   __device__ __forceinline__ const uint16_t* counts() const {

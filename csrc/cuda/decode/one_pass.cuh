@@ -55,17 +55,22 @@ struct KeyScorer {
                          p.stride_k_token, p.stride_k_head);
   }
 
-  __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
-    query.load(p, unit.batch_index, unit.kv_head, unit.heads.first, unit.heads.count, lane);
+  // First of all, since it takes its time; beside float8 keys, where registers are few, when it is needed.
+  __device__ __forceinline__ void ask_query(const RowUnit& unit, int lane) {
+    if constexpr (!kFloat8) load_query(unit, lane);
   }
-  // Once it is there.
-  __device__ __forceinline__ void take_query(int lane) {
-    scale[0] = scale[1] = score_scale_of<K>(p, kv_head);
+  __device__ __forceinline__ void take_query(const RowUnit& unit, int lane) {
+    if constexpr (kFloat8) load_query(unit, lane);
+    scale[0] = scale[1] = score_scale_of<K>(p, unit.kv_head);
     if constexpr (kFloat8) {
       const float inverse = to_float16<HEAD_DIM>(query) / kHalvesScale;
       scale[0] *= __shfl_sync(0xffffffffu, inverse, (lane & 3) * 8);
       scale[1] *= __shfl_sync(0xffffffffu, inverse, (lane & 3) * 8 + 4);
     }
+  }
+
+  __device__ __forceinline__ void load_query(const RowUnit& unit, int lane) {
+    query.load(p, unit.batch_index, unit.kv_head, unit.heads.first, unit.heads.count, lane);
   }
 
   static __device__ __forceinline__ int num_slots(int num_keys) { return ceil_div_int(num_keys, kSlotKeys); }
@@ -113,7 +118,7 @@ struct KeyScorer {
   // memory for as many of them as a slot has.
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t slot, int part, const RowUnit& unit, int lane, const Put& put) {
-    load_query(unit, lane);
+    ask_query(unit, lane);
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len);
     const int64_t position = pilot_position(min(part * kPilotWarpKeys + lane, size - 1), kv_len, 1);
     const K* const own_row =
@@ -124,7 +129,7 @@ struct KeyScorer {
       const auto row_of = [&](int row) { return shuffle(own_row, turn * kSlotKeys + row); };
       load_some_rows<K, HEAD_DIM, kSlotKeys>(slot, row_of, size - first, p.aligned, evict_normal_policy(), lane);
       cp_async_commit();
-      if (turn == 0) take_query(lane);
+      if (turn == 0) take_query(unit, lane);
       cp_async_wait<0>();
       __syncwarp();
       score(slot, 0, lane, [&](int key, const float (&logits)[4]) { put((first + key) / 16, logits); });
@@ -207,7 +212,7 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
       if (filling > 0 && --filling == 0) {
         // The first copies are on their way.
         cta_barrier();  // what the CTA shares is set up
-        scorer.take_query(lane);
+        scorer.take_query(unit, lane);
         stream = random_stream(p, unit.batch_index, unit.row, unit.kv_head,
                                grouped ? unit.block : unit.heads.first + (lane & 7),
                                grouped ? p.num_head_blocks() : p.group_size);
@@ -255,7 +260,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
     mbarrier_init(&shared.empty[0][0] + threadIdx.x, kGatherWarps * 32);
   }
   if (warp < num_warps) {
-    scorer.load_query(work.unit, lane);  // first of all: it takes its time
+    scorer.ask_query(work.unit, lane);
     // Slots must not start from `warp`: slot_after says why.
     score_tiles(p, shared.unit, work.unit.row, score_pitch_of(work.unit.heads.count), scorer,
                 areas + (threadIdx.x >> 5) * area_bytes, work.first_key(), work.num_keys(), shared.values,

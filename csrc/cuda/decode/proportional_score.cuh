@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(kProportionalWarps * 32, 2)
   float* const score_area = reinterpret_cast<float*>(area + ring_slots * Scorer::kSlotBytes);
 
   Scorer scorer(p, work.unit, nullptr);
-  scorer.load_query(work.unit, lane);  // first of all: it takes its time
+  scorer.ask_query(work.unit, lane);
   RunLoader<Scorer> loader(p, scorer, first_key, num_keys, warp, tile_kv, lane);
   for (int i = 0; i < ring_slots; ++i) loader.load(ring + i * Scorer::kSlotBytes);
   __syncthreads();  // the unit is there
-  scorer.take_query(lane);
+  scorer.take_query(unit, lane);
 
   uint32_t slot = ring;
 #pragma unroll 1
