@@ -626,8 +626,10 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
       const int tile = part * same(cta.part_kv) + (turn * team + (warp & (team - 1))) * kTileKv;
       const int tile_keys = min(num_keys - tile, kTileKv);
       if (tile_keys <= 0) break;
-      // Levels are asked for before the last slots of the first tile: they take their time too.
-      int first = 0, stop = tile_index == 0 ? tile_keys - kLevelAheadKeys : tile_keys;
+      // Levels are asked for before the last slots of the first tile: they take their time too. Beside float8 keys,
+      // where registers are few, behind it.
+      constexpr bool kAsksAhead = !std::is_same_v<K, Float8>;
+      int first = 0, stop = kAsksAhead && tile_index == 0 ? tile_keys - kLevelAheadKeys : tile_keys;
       while (true) {
 #pragma unroll 1
         for (; first < stop; first += kCodeSlotKeys) {
@@ -645,10 +647,11 @@ __device__ __forceinline__ void propose_parts(const ProposalParams& proposal, co
           load(slot);
           slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
         }
-        if (stop >= tile_keys) break;
+        if (kAsksAhead ? stop >= tile_keys : tile_index > 0) break;
         wait_for_previous();  // the pilot
         const int head = cta.unit.heads.first + min(lane & 7, cta.unit.heads.count - 1);
         own.level = __ldcg(p.level + p.output_index(cta.unit.batch_index, cta.unit.kv_head, head));
+        if (!kAsksAhead) break;
         stop = tile_keys;
       }
       if ((tile_index & 31) == 0) {
