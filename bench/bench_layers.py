@@ -29,8 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 import santa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import harness
 from harness import environment, save_run, time_cpu_us, time_us
+from report import parse_shape
 
 SHAPES = ["1x512", "8x4096"]
 PAGE_SIZE = 16
@@ -123,17 +123,10 @@ def run(a: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    sizes = text.split("x")
-    if len(sizes) != 2 or not all(x.isdigit() and int(x) > 0 for x in sizes) or int(sizes[1]) % PAGE_SIZE:
-        raise argparse.ArgumentTypeError(f"{text!r} needs to be batch x kv_len, as 8x4096, in pages of {PAGE_SIZE}")
-    return int(sizes[0]), int(sizes[1])
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=None, metavar="BATCHxKV_LEN")
+    parser.add_argument("--shapes", nargs="+", default=None, help="batch x kv_len, in pages of 16 keys")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--num-qo-heads", type=int, default=32)
     parser.add_argument("--num-kv-heads", type=int, default=8)
@@ -143,7 +136,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
     parser.add_argument("--json", type=Path, help="where results go as well")
     a = parser.parse_args(argv)
-    a.shapes = a.shapes or [parse_shape(shape) for shape in (["2x64"] if a.quick else SHAPES)]
+    try:
+        a.shapes = [parse_shape(shape) for shape in a.shapes or (["2x64"] if a.quick else SHAPES)]
+    except ValueError as error:
+        parser.error(str(error))
+    for batch, kv_len in a.shapes:
+        if kv_len % PAGE_SIZE:
+            parser.error(f"--shapes has {batch}x{kv_len}; kv_len needs to be a multiple of {PAGE_SIZE}, a page")
     if a.quick:
         a.layers, a.num_qo_heads, a.num_kv_heads, a.head_dim, a.intermediate, a.room = 2, 4, 2, 64, 128, 16384
     return a
@@ -153,8 +152,6 @@ def main() -> None:
     a = parse()
     print(", ".join(f"{name} {value}" for name, value in environment(a.device).items()))
     print(f"{a.layers} layers, {a.num_qo_heads} / {a.num_kv_heads} heads, head_dim {a.head_dim}, bfloat16, NHD")
-    if a.device == "cpu" and a.quick:
-        harness.CPU_CACHE_BYTES = 0
     run(a)
 
 

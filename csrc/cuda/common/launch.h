@@ -41,43 +41,44 @@ void share_multiprocessor(Kernel* kernel, int bytes) {
         "cudaFuncSetAttribute");
 }
 
-// Launches a kernel that calls wait_for_previous() (ptx.cuh) before it needs the one before it, which may still be
-// running when it starts. Only code for sm_90 and later waits; what was compiled for less must not be launched early.
-template <typename... Parameters, typename... Arguments>
-void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                  const char* name, const Arguments&... arguments) {
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
-  config.dynamicSmemBytes = shared_bytes;
-  config.attrs = &early, config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
-}
-
-// Whether a kernel can be launched in clusters: whether it was compiled for sm_90 or later.
+// Whether what runs was compiled for sm_90 or later.
 template <typename Kernel>
-bool has_clusters(Kernel* kernel) {
+bool is_for_sm_90(Kernel* kernel) {
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   return attributes.ptxVersion >= 90;
 }
 
-// Launches a kernel whose grid, of one dimension, is clusters of two neighbouring CTAs.
+// Launches a kernel in the way that `attributes`, so many of them, say.
 template <typename... Parameters, typename... Arguments>
-void launch_pairs(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                  const char* name, const Arguments&... arguments) {
-  cudaLaunchAttribute size{};
-  size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim.x = 2, size.val.clusterDim.y = size.val.clusterDim.z = 1;
+void launch_with(cudaLaunchAttribute* attributes, unsigned count, void (*kernel)(Parameters...), dim3 grid, int threads,
+                 int shared_bytes, cudaStream_t stream, const char* name, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
   config.dynamicSmemBytes = shared_bytes;
-  config.attrs = &size, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+// Launches a kernel that calls wait_for_previous() (ptx.cuh) before it needs the one before it, which may still be
+// running when it starts. Only code for sm_90 and later waits; what was compiled for less must not be launched early.
+template <typename... Parameters, typename... Arguments>
+void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                  const char* name, const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  launch_with(&early, is_for_sm_90(kernel) ? 1 : 0, kernel, grid, threads, shared_bytes, stream, name, arguments...);
+}
+
+// Launches a kernel, compiled for sm_90 or later, whose grid, of one dimension, is clusters of two neighbouring CTAs.
+template <typename... Parameters, typename... Arguments>
+void launch_pairs(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                  const char* name, const Arguments&... arguments) {
+  cudaLaunchAttribute pairs{};
+  pairs.id = cudaLaunchAttributeClusterDimension;
+  pairs.val.clusterDim.x = 2, pairs.val.clusterDim.y = pairs.val.clusterDim.z = 1;
+  launch_with(&pairs, 1, kernel, grid, threads, shared_bytes, stream, name, arguments...);
 }
 
 }  // namespace santa::cuda

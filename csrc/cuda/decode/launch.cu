@@ -65,7 +65,7 @@ DeviceLimits device_limits_of(int device_index) {
   read(device.num_sms, cudaDevAttrMultiProcessorCount);
   read(device.sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   read(device.cta_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  device.has_clusters = has_clusters(combine_kernel<__half>);  // any kernel: all are compiled for the same
+  device.has_clusters = is_for_sm_90(combine_kernel<__half>);  // any kernel: all are compiled for the same
   return device;
 }
 

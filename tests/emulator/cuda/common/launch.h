@@ -29,7 +29,7 @@ void launch_after(void (*kernel)(Parameters...), dim3 grid, int threads, int sha
 
 // CTAs run one after the other: there are no clusters.
 template <typename Kernel>
-bool has_clusters(Kernel*) {
+bool is_for_sm_90(Kernel*) {
   return false;
 }
 template <typename... Arguments>
