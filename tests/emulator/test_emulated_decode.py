@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -105,25 +104,28 @@ class Case:
 
     def check(self) -> None:
         """The same draws, and the same outputs up to rounding. A draw may lie so near the boundary between two keys
-        that rounding decides it, which on the CPU depends on its instructions: in up to one of 15 cases, by what was
-        seen, of the proportional samplers that draw for each head. Then three of five other seeds must agree, which by
-        chance they do not in one case of 4,000."""
-        try:
-            self._compare()
-        except AssertionError:
-            agreeing = 0
-            for seed in range(6, 11):
-                with contextlib.suppress(AssertionError):
-                    self._compare(seed=seed)
-                    agreeing += 1
-            if agreeing < 3:
-                raise
+        that rounding decides it, which on the CPU depends on its instructions: one KV head of one row may have read
+        another row of V. 3 in 395 cases did, and none of them twice, which by chance one in 30,000 would."""
+        found, expected = self.emulated(), self.on_cpu()
+        moved = self.other_draws(found, expected)
+        assert moved.sum() <= 1, f"[row, KV head] with other draws: {moved.nonzero().tolist()}"
+        assert ((found[2] - expected[2]).abs() <= 1).all()
+        if not self.proposes:  # whose lse is of what was drawn
+            torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-5)
 
-    def _compare(self, **changes: Any) -> None:
-        found, expected = self.emulated(**changes), self._call(**changes)
-        assert torch.equal(found[2], expected[2])
-        assert relative_rms(found[0], expected[0].double()) < TOLERANCE[self.q.dtype]
-        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-5)
+    def other_draws(self, found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Where results are further apart than rounding: bool [batch, num_kv_heads]."""
+        num_kv_heads = expected[2].shape[1]
+
+        def by_kv_head(x: torch.Tensor) -> torch.Tensor:  # [batch, ..., heads, width] -> [batch, num_kv_heads, rest]
+            return x.double().unflatten(-2, (num_kv_heads, x.shape[-2] // num_kv_heads)).movedim(-3, 1).flatten(2)
+
+        error = by_kv_head(found[0]) - by_kv_head(expected[0])
+        near = error.norm(dim=2) <= TOLERANCE[self.q.dtype] * by_kv_head(expected[0]).norm(dim=2)
+        # Rows without keys have -infinity.
+        lse, expected_lse = (by_kv_head(x.unsqueeze(-1)) for x in (found[1], expected[1]))
+        near &= ((lse == expected_lse) | ((lse - expected_lse).abs() <= 2e-5)).all(2)
+        return ~near | (found[2] != expected[2])
 
 
 HOW = {
@@ -249,4 +251,4 @@ def test_bits_do_not_depend_on_the_batch(how: str) -> None:
 def test_another_seed_gives_other_draws() -> None:
     """What the comparisons above would see."""
     case = Case()
-    assert not torch.equal(case.emulated()[2], case.emulated(seed=6)[2])
+    assert case.other_draws(case.emulated(), case.emulated(seed=6)).all()
