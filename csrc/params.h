@@ -69,7 +69,6 @@ struct CallPlan {
   int num_warps;     // that score, per CTA
   int num_slots;     // of a warp's ring
   bool whole_parts;  // with proposal keys, whether a warp takes whole parts
-  bool mixed;        // whether exact rows and those in one pass have one kernel; sampled_cut is for both then
   bool row_pairs;    // whether an exact row's two CTAs are a cluster and merge its tiles themselves
   RunCut sampled_cut, exact_cut;
 };

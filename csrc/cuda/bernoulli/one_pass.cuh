@@ -267,12 +267,12 @@ __global__ void __launch_bounds__(bound_threads(kFeatureScoreWarps, HEAD_DIM), 2
   SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = FeatureScorer<T, HEAD_DIM>;
   launch_dependents();
-  const Work work = find_work<Rows::kSampled>(p.decode);
+  const Work<> work(p.decode);
   if (!work.exists(RowKind::kOnePass)) return;
   Scorer::fetch_list(p, work.unit, one_pass_bytes + kSharedBytes);
   __syncthreads();
   Scorer scorer(p, work.unit, one_pass_bytes + kSharedBytes);
-  one_pass<Scorer, T, HEAD_DIM>(p.decode, one_pass_bytes, scorer, work, blockDim.x);
+  one_pass<Scorer, T, HEAD_DIM>(p.decode, one_pass_bytes, scorer, work);
 }
 
 template <typename T, int HEAD_DIM>

@@ -170,10 +170,6 @@ constexpr int tile_shared_bytes(int head_dim) {
   return kTileHeadBytes + tile_warps(head_dim) * kTileSlots * kTileSlotRows * slot_row_pitch(head_dim) * 2;
 }
 
-// Whether exact rows and rows in one pass can have a kernel together (mixed.cuh): beyond, one pass has fewer warps than
-// a tile can use, or registers.
-constexpr bool can_mix(int head_dim) { return head_dim <= 128; }
-
 // Proportional rows: warps of the kernel of scores at most, and what a CTA and each of its warps take of shared memory.
 constexpr int kProportionalWarps = 6;
 constexpr int kProportionalSharedBytes = 512;  // of what the CTA shares; proportional_score.cuh checks it
@@ -204,8 +200,7 @@ inline int longest_part_kv(const DecodeParams& p) {
 inline void cut_sampled_rows(DecodeParams& p, int ctas_at_once, int run_multiple = 1) {
   CallPlan& plan = p.plan;
   plan.sampled_cut = {.ctas_at_once = ctas_at_once, .start_kv = kStartKv};
-  const int most_parts = plan.mixed ? std::max(plan.max_parts, max_exact_tiles(plan.longest_exact)) : plan.max_parts;
-  cut_rows(p, plan.sampled_cut, p.max_kv_len, longest_part_kv(p), most_parts, !plan.exact, true, run_multiple);
+  cut_rows(p, plan.sampled_cut, p.max_kv_len, longest_part_kv(p), plan.max_parts, !plan.exact, true, run_multiple);
 }
 
 // Two CTAs live on a multiprocessor: one draws and merges while the other streams; one, if there are no more. As many
@@ -231,12 +226,6 @@ inline void plan_warps(DecodeParams& p, const DeviceLimits& device, int tiles, i
   plan.num_warps = num_warps, plan.num_slots = num_slots;
 }
 
-// Where there may be both, and two CTAs fit on a multiprocessor, whichever rows they have.
-inline bool mixes_rows(const DecodeParams& p, const DeviceLimits& device) {
-  return p.plan.one_pass && p.plan.exact && can_mix(p.head_dim) &&
-         tile_shared_bytes(p.head_dim) <= shared_room(device, 2);
-}
-
 inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
   if (!p.plan.one_pass) return;
   cut_sampled_rows(p, 2 * device.num_sms);
@@ -250,7 +239,7 @@ inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const Sco
 // Exact rows are shorter: where only the device knows lengths, to choose takes more time than it saves.
 inline void plan_tiles(DecodeParams& p, const DeviceLimits& device) {
   CallPlan& plan = p.plan;
-  if (!plan.exact || plan.mixed) return;
+  if (!plan.exact) return;
   const int ctas = tile_shared_bytes(p.head_dim) <= shared_room(device, 2) ? 2 : 1;
   plan.exact_cut = {.ctas_at_once = ctas * device.num_sms, .start_kv = kExactStartKv};
   const int longest = plan.equal_rows ? plan.row.kv_len : plan.longest_exact;

@@ -19,7 +19,7 @@ void launch_decode_of(const DecodeParams& p, cudaStream_t stream) {
   with_head_dim(p.head_dim, [&](auto head_dim) {
     if (p.plan.one_pass) launch_one_pass<T, K, head_dim()>(p, stream);
     if (p.plan.proportional) launch_scores<T, K, head_dim()>(p, stream);
-    if (p.plan.exact && !p.plan.mixed) launch_tiles<T, K, head_dim()>(p, stream);
+    if (p.plan.exact) launch_tiles<T, K, head_dim()>(p, stream);
   });
   if (p.plan.proportional) launch_value_stages(p, stream);
   launch_combine(p, stream);
@@ -71,7 +71,6 @@ DeviceLimits device_limits_of(int device_index) {
 
 void plan_decode(DecodeParams& p, int device_index) {
   const DeviceLimits device = device_limits_of(device_index);
-  p.plan.mixed = mixes_rows(p, device);
   plan_one_pass(p, device, key_score_needs(p));
   plan_scores(p, device, key_score_needs(p));
   plan_tiles(p, device);

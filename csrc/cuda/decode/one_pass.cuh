@@ -237,10 +237,10 @@ __device__ __forceinline__ void score_tiles(const DecodeParams& p, const RowUnit
   cp_async_wait<0>();
 }
 
-// T: of q, and of values that are not float8. By the first num_threads threads of the CTA.
+// T: of q, and of values that are not float8.
 template <typename Scorer, typename T, int HEAD_DIM>
 __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* shared_bytes, Scorer& scorer,
-                                         const Work& work, int num_threads) {
+                                         const Work<>& work) {
   auto& shared = *reinterpret_cast<OnePassShared*>(shared_bytes);
   const int warp = warp_index(), lane = threadIdx.x & 31, num_warps = p.plan.num_warps;
   const int pitch = score_pitch_of(head_block_of(p, 0).count);
@@ -254,7 +254,7 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
   };
   const int first_part = work.first_part, last_part = work.last_part;
   if (threadIdx.x == 0) shared.unit = work.unit;
-  if (threadIdx.x == num_threads - 1) shared.values = value_bytes(p, work.unit);
+  if (threadIdx.x == blockDim.x - 1) shared.values = value_bytes(p, work.unit);
   if (threadIdx.x < num_warps * kQueueChunks) {
     mbarrier_init(&shared.full[0][0] + threadIdx.x, 32);
     mbarrier_init(&shared.empty[0][0] + threadIdx.x, kGatherWarps * 32);
@@ -295,10 +295,10 @@ __global__ void __launch_bounds__(bound_threads(max_key_warps(std::is_same_v<K, 
   SANTA_DYNAMIC_SHARED(one_pass_bytes);
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
-  const Work work = find_work<Rows::kSampled>(p);
+  const Work<> work(p);
   if (!work.exists(RowKind::kOnePass)) return;
   Scorer scorer(p, work.unit, nullptr);
-  one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, work, blockDim.x);
+  one_pass<Scorer, T, HEAD_DIM>(p, one_pass_bytes, scorer, work);
 }
 
 }  // namespace santa::cuda

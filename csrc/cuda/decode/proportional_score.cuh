@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kProportionalWarps * 32, 2)
   SANTA_DYNAMIC_SHARED(shared_bytes);
   using Scorer = KeyScorer<T, K, HEAD_DIM>;
   launch_dependents();
-  const Work work = find_work<Rows::kSampled>(p);
+  const Work<> work(p);
   if (!work.exists(RowKind::kProportional)) return;
   RowUnit& unit = *reinterpret_cast<RowUnit*>(shared_bytes);
   static_assert(sizeof(RowUnit) <= kProportionalSharedBytes, "heuristics.h has to know of it");

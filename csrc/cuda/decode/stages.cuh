@@ -4,7 +4,6 @@
 #include "cuda/common/launch.h"
 #include "cuda/decode/heuristics.h"
 #include "cuda/decode/launch.h"
-#include "cuda/decode/mixed.cuh"
 #include "cuda/decode/one_pass.cuh"
 #include "cuda/decode/proportional_gather.cuh"
 #include "cuda/decode/proportional_score.cuh"
@@ -63,18 +62,8 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
 template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass(const DecodeParams& p, cudaStream_t stream) {
   const ScoreNeeds needs = key_score_needs(p);
-  const auto launch = [&](auto* kernel, int bytes, int threads) {
-    launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, kernel, p, p, pilot_shared_bytes(needs), bytes, threads,
-                            stream);
-  };
-  const int bytes = one_pass_shared_bytes(p, needs);
-  if constexpr (can_mix(HEAD_DIM)) {
-    if (p.plan.mixed) {
-      constexpr int kTileBytes = tile_shared_bytes(HEAD_DIM), kThreads = tile_warps(HEAD_DIM) * 32;
-      return launch(mixed_kernel<T, K, HEAD_DIM>, std::max(bytes, kTileBytes), kThreads);
-    }
-  }
-  launch(one_pass_kernel<T, K, HEAD_DIM>, bytes, one_pass_threads(p));
+  launch_one_pass_kernels(pilot_kernel<T, K, HEAD_DIM>, one_pass_kernel<T, K, HEAD_DIM>, p, p,
+                          pilot_shared_bytes(needs), one_pass_shared_bytes(p, needs), one_pass_threads(p), stream);
 }
 
 template <typename T, typename K, int HEAD_DIM>

@@ -63,7 +63,7 @@ struct TileLoader {
   int32_t page, next_page;  // paged: of key `lane` of the step; looked up long before it is needed
   uint32_t place;           // of the lane's share in a slot of keys
 
-  __device__ __forceinline__ TileLoader(const DecodeParams& p, const Work& work, int warp, int lane)
+  __device__ __forceinline__ TileLoader(const DecodeParams& p, const Work<false>& work, int warp, int lane)
       : p(p), num_keys(work.num_keys()), place(opaque(Share::place(lane))) {
     const int batch_index = work.unit.batch_index, kv_head = work.unit.kv_head, start = work.unit.row.kv_start;
     const KvRows<K> key = key_rows<K>(p, batch_index, kv_head, start);
@@ -363,7 +363,8 @@ __device__ __forceinline__ void write_exact_tile(const DecodeParams& p, const Ro
 
 // V: of values, T or K.
 template <typename T, typename K, typename V, int HEAD_DIM>
-__device__ __forceinline__ void attend_run(const DecodeParams& p, const Work& work, TileShared<HEAD_DIM>& shared) {
+__device__ __forceinline__ void attend_run(const DecodeParams& p, const Work<false>& work,
+                                           TileShared<HEAD_DIM>& shared) {
   using Loader = TileLoader<K, V, HEAD_DIM>;
   constexpr uint32_t kSlotBytes = slot_bytes(HEAD_DIM);
   constexpr int kStepSlots = Loader::kStepSlots, kAhead = kTileSlots - 1;  // slots between what is read and loaded
@@ -420,15 +421,6 @@ __device__ __forceinline__ void attend_run(const DecodeParams& p, const Work& wo
   if (!Loader::kFloat8 && threadIdx.x == 0) shared.unit = unit;
 }
 
-template <typename T, typename K, int HEAD_DIM>
-__device__ __forceinline__ void attend_run(const DecodeParams& p, const Work& work, TileShared<HEAD_DIM>& shared) {
-  if (std::is_same_v<T, K> || p.v_dtype == Dtype::kFloat8E4M3) {
-    attend_run<T, K, K, HEAD_DIM>(p, work, shared);
-  } else {
-    attend_run<T, K, T, HEAD_DIM>(p, work, shared);
-  }
-}
-
 // Where all tiles of the row were this CTA's, or its cluster's, whose two CTAs take heads in turn. By all threads.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void combine_own_row(const DecodeParams& p, TileShared<HEAD_DIM>& shared) {
@@ -459,10 +451,14 @@ __global__ void __launch_bounds__(tile_warps(HEAD_DIM) * 32, min_tile_ctas(HEAD_
   SANTA_DYNAMIC_SHARED(shared_bytes);
   static_assert(sizeof(TileShared<HEAD_DIM>) <= kTileHeadBytes, "heuristics.h has to know of it");
   launch_dependents();
-  const Work work = find_work<Rows::kExact>(p);
+  const Work<false> work(p);
   if (work.exists(RowKind::kExact)) {
     auto& shared = *reinterpret_cast<TileShared<HEAD_DIM>*>(shared_bytes);
-    attend_run<T, K, HEAD_DIM>(p, work, shared);
+    if (std::is_same_v<T, K> || p.v_dtype == Dtype::kFloat8E4M3) {
+      attend_run<T, K, K, HEAD_DIM>(p, work, shared);
+    } else {
+      attend_run<T, K, T, HEAD_DIM>(p, work, shared);
+    }
     combine_own_row<T, HEAD_DIM>(p, shared);
   }
   wait_for_previous();

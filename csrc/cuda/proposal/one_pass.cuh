@@ -14,7 +14,7 @@ namespace santa::cuda {
 
 // Parts [0, num_parts) of the run, counted from its first key on; num_keys of them are there.
 template <typename T, typename K, int HEAD_DIM, int QUADS>
-__device__ __forceinline__ void propose_parts(const ProposalParams& proposal, const Work& work,
+__device__ __forceinline__ void propose_parts(const ProposalParams& proposal, const Work<>& work,
                                               unsigned char* shared_bytes) {
   using Warp = ProposalWarp<T, K, HEAD_DIM, QUADS>;
   using Shared = typename Warp::Shared;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kProposalWarps * 32, proposal_ctas(HEAD_DIM))
     one_pass_proposal_kernel(const __grid_constant__ ProposalParams p) {
   SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
-  const Work work = find_work<Rows::kSampled>(p.decode);
+  const Work<> work(p.decode);
   if (!__shfl_sync(0xffffffffu, work.exists(RowKind::kOnePass), 0)) return;
   propose_parts<T, K, HEAD_DIM, QUADS>(p, work, shared_bytes);
 }

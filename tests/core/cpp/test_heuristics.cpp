@@ -144,39 +144,11 @@ void test_pairs() {
   check(pairs >= 4, "hardly any pairs");
 }
 
-// Exact rows and rows in one pass have one kernel where there may be both and two CTAs of either fit; no row has more
-// runs than there are CTAs for.
-void test_mixed_rows() {
-  for (const Gpu& gpu : kGpus) {
-    for (const int head_dim : {64, 96, 128, 192, 256}) {
-      for (const int batch : {1, 7, 300}) {
-        for (const bool known : {true, false}) {
-          DecodeParams p = params_of(batch, 32768, 4, head_dim, Dtype::kBFloat16, known);
-          p.min_sampled_len = 8192, p.plan = plan_call(p);
-          p.plan.mixed = mixes_rows(p, gpu.limits);
-          const bool fits = 2 * (tile_shared_bytes(head_dim) + kReserved) <= gpu.limits.sm_bytes;
-          check(p.plan.mixed == (!known && head_dim <= 128 && fits), gpu.name, ": head_dim ", head_dim);
-          check(gpu.limits.sm_bytes < 228 * kKb || fits, gpu.name, ": no two tiles fit at head_dim ", head_dim);
-          plan_one_pass(p, gpu.limits, key_score_needs(p));
-          plan_tiles(p, gpu.limits);
-          if (!p.plan.mixed) continue;
-          check(p.plan.exact_cut.max_runs == 0, "a cut that no kernel needs");
-          // All rows as long as exact ones can be, in runs of one tile where there are CTAs enough.
-          const int64_t tiles = max_exact_tiles(p.plan.longest_exact), ctas = gpu.limits.num_sms * 2;
-          const int64_t wanted = std::min<int64_t>(batch * tiles, ctas / p.num_units());
-          check(p.plan.sampled_cut.max_runs >= wanted, gpu.name, ": ", p.plan.sampled_cut.max_runs, " runs");
-        }
-      }
-    }
-  }
-}
-
 }  // namespace
 
 int main() {
   test_shared_memory();
   test_equal_rows();
   test_pairs();
-  test_mixed_rows();
   return exit_code();
 }
