@@ -69,7 +69,6 @@ struct CallPlan {
   int num_warps;     // that score, per CTA
   int num_slots;     // of a warp's ring
   bool whole_parts;  // with proposal keys, whether a warp takes whole parts
-  int pilot_units;   // KV heads and head blocks whose pilots a CTA has
   bool row_pairs;    // whether an exact row's two CTAs are a cluster and merge its tiles themselves
   RunCut sampled_cut, exact_cut;
 };

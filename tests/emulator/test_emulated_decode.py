@@ -223,17 +223,6 @@ def test_rows_that_one_cta_has_are_combined_alike(head_dim: int) -> None:
     assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=1), expected, strict=True))
 
 
-@pytest.mark.parametrize("group", [3, 12])
-@pytest.mark.parametrize("changes", [{}, {"proposes": True}, {"storage": "K"}], ids=["keys", "codes", "float8"])
-def test_pilots_that_share_a_cta(changes: dict[str, Any], group: int) -> None:
-    """Rows of known length: where there are fewer places than CTAs, a CTA of the pilot has two units."""
-    case = Case(lens=[1100, 1100], known=True, group=group, num_samples=20, **changes)
-    case.check()
-    expected = case.emulated(num_sms=132)
-    for num_sms in (1, 3):
-        assert all(torch.equal(x, y) for x, y in zip(case.emulated(num_sms=num_sms), expected, strict=True))
-
-
 def test_parts_that_warps_share() -> None:
     """With proposal keys, on a device with too few parts for all warps; on a small one each warp takes whole ones."""
     case = Case(lens=[1000], group=1, num_kv_heads=70, proposes=True, num_samples=20)

@@ -151,7 +151,6 @@ struct FeatureScorer {
   // Hands the logits of the pilot keys [32 part, 32 part + 32), in runs of neighbours, to put(group of 16, logits).
   // They come straight from memory, many at a time; those that are not finite count as zeros here, where nothing hangs
   // on them.
-  static __device__ __forceinline__ int pilot_slot(int, int, const PilotTeam&) { return 0; }
   template <typename Put>
   __device__ __forceinline__ void score_pilot(uint32_t, int part, const RowUnit& unit, int lane, const Put& put) const {
     constexpr int kGroups = kPilotWarpKeys / 16, kTogether = 4;  // slots of features
@@ -259,7 +258,7 @@ __global__ void __launch_bounds__(kPilotWarps * 32, 1)
   Scorer::fetch_list(p, unit, list);
   __syncthreads();
   Scorer scorer(p, unit, list);
-  find_level(p.decode, unit, scorer, PilotTeam(1), one_pass_bytes);
+  find_level(p.decode, unit, scorer, one_pass_bytes);
 }
 
 template <typename T, int HEAD_DIM>

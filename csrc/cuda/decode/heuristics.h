@@ -147,20 +147,11 @@ inline void cut_rows(const DecodeParams& p, RunCut& cut, int kv_len, int part_kv
 
 constexpr int kPilotWarpKeys = 32;
 constexpr int kPilotWarps = kPilotKeys / kPilotWarpKeys;
-constexpr int kMostPilotUnits = 2;
-// Of PilotShared; what the warps and the Scorer need follows; pilot.cuh checks it.
-constexpr int kPilotHeadBytes = 1024 * kMostPilotUnits;
+constexpr int kPilotHeadBytes =
+    1024;  // of PilotShared; what the warps and the Scorer need follows; pilot.cuh checks it
 
 inline int pilot_shared_bytes(const ScoreNeeds& needs) {
   return kPilotHeadBytes + kPilotWarps * needs.pilot + needs.once;
-}
-
-// A CTA of the pilot takes the room of one that scores, which starts later then, and ends last. Where there are not
-// enough places for both, one CTA has the pilots of two units.
-inline int pilot_units_of(const DecodeParams& p) {
-  const RunCut& cut = p.plan.sampled_cut;
-  const int64_t places = cut.ctas_at_once - cut.max_runs * p.num_units();
-  return cut.row_runs > 0 && p.num_units() % 2 == 0 && p.batch * p.num_units() > places ? 2 : 1;
 }
 
 inline int one_pass_shared_bytes(const DecodeParams& p, const ScoreNeeds& needs) {
@@ -238,7 +229,6 @@ inline void plan_warps(DecodeParams& p, const DeviceLimits& device, int tiles, i
 inline void plan_one_pass(DecodeParams& p, const DeviceLimits& device, const ScoreNeeds& needs) {
   if (!p.plan.one_pass) return;
   cut_sampled_rows(p, 2 * device.num_sms);
-  p.plan.pilot_units = p.by_features ? 1 : pilot_units_of(p);
   const int run_kv = p.plan.sampled_cut.run_parts * longest_part_kv(p);
   const int tiles = ceil_div_int(run_kv, draw_tile_kv_of(p.max_kv_len, p.by_features));
   plan_warps(

@@ -114,8 +114,6 @@ struct KeyScorer {
 
   __device__ __forceinline__ void finish(TileScores&, int) const {}
 
-  static __device__ __forceinline__ int pilot_slot(int warp, int, const PilotTeam&) { return warp * kPilotBytes; }
-
   // Hands the logits of the pilot keys [32 part, 32 part + 32) to put(group of 16 pilot keys, logits). `slot`: shared
   // memory for as many of them as a slot has.
   template <typename Put>
@@ -282,15 +280,13 @@ __device__ __forceinline__ void one_pass(const DecodeParams& p, unsigned char* s
 }
 
 template <typename T, typename K, int HEAD_DIM>
-__global__ void __launch_bounds__(kPilotWarps * 32, HEAD_DIM <= 128 ? 4 : 1)
-    pilot_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kPilotWarps * 32) pilot_kernel(const __grid_constant__ DecodeParams p) {
   SANTA_DYNAMIC_SHARED(one_pass_bytes);
   launch_dependents();
-  const PilotTeam team(p.plan.pilot_units);
-  const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x * p.plan.pilot_units + team.unit);
+  const RowUnit unit = RowUnit::make(p, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
   KeyScorer<T, K, HEAD_DIM> scorer(p, unit, nullptr);
-  find_level(p, unit, scorer, team, one_pass_bytes);
+  find_level(p, unit, scorer, one_pass_bytes);
 }
 
 template <typename T, typename K, int HEAD_DIM>

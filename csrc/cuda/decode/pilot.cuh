@@ -1,6 +1,6 @@
-// The pilot of streaming rows: one CTA per row, KV head and head block, or for two of these (units) of a row, estimates
-// the log-sum-exp of its query heads from kPilotKeys keys, a warp 32 of them at a time. The one-pass kernel starts
-// meanwhile, and waits for it before its first draw.
+// The pilot of streaming rows: one CTA per row, KV head and head block estimates the log-sum-exp of its query heads
+// from kPilotKeys keys, a warp 32 of them. The one-pass kernel starts meanwhile, and waits for it before its first
+// draw.
 #pragma once
 
 #include "core/draw.h"
@@ -11,27 +11,14 @@
 namespace santa::cuda {
 
 struct PilotShared {
-  SoftmaxState states[kMostPilotUnits][kPilotKeys / 16][kHeadBlock];
+  SoftmaxState states[kPilotKeys / 16][kHeadBlock];
 };
 static_assert(sizeof(PilotShared) <= kPilotHeadBytes);
 
-// The warps of a CTA that have a unit together.
-struct PilotTeam {
-  int unit, size, member;
-
-  __device__ __forceinline__ explicit PilotTeam(int units) {
-    static_assert(kMostPilotUnits == 2);
-    const int warp = threadIdx.x >> 5;
-    size = units == 1 ? kPilotWarps : kPilotWarps / 2;  // a power of two
-    unit = warp < size ? 0 : 1, member = warp & (size - 1);
-  }
-};
-
 // The states of 16 pilot keys. `logits`: of pilot keys 16 group + g and 8 more, heads 2 t and the next, in the order of
 // score_slot.
-__device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& unit,
-                                          SoftmaxState (*states)[kHeadBlock], int group, const float (&logits)[4],
-                                          float spaced, int lane) {
+__device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& unit, PilotShared& shared, int group,
+                                          const float (&logits)[4], float spaced, int lane) {
   const int low = group * 16 + (lane >> 2), high = low + 8, kv_len = unit.row.kv_len, size = pilot_size(kv_len);
   const float low_weight = low < size ? pilot_log2_weight(low, kv_len, spaced) : -INFINITY;
   const float high_weight = high < size ? pilot_log2_weight(high, kv_len, spaced) : -INFINITY;
@@ -51,31 +38,30 @@ __device__ __forceinline__ void put_pilot(const DecodeParams& p, const RowUnit& 
     const float max = max_over_keys(fmaxf(first, second)), below = finite_max(max);
     float sum = exp2_approx(first - below) + exp2_approx(second - below);
     for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane < 4) states[group][2 * lane + j] = {max, sum};
+    if (lane < 4) shared.states[group][2 * lane + j] = {max, sum};
   }
 }
 
-// By all warps of the CTA; `unit` is that of the warp. `bytes`: PilotShared and what the warps need.
+// By all warps of the CTA. `bytes`: PilotShared and what the warps need.
 template <typename Scorer>
 __device__ __forceinline__ void find_level(const DecodeParams& p, const RowUnit& unit, Scorer& scorer,
-                                           const PilotTeam& team, unsigned char* bytes) {
-  auto* const states = reinterpret_cast<PilotShared*>(bytes)->states[team.unit];
-  const int lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
+                                           unsigned char* bytes) {
+  auto& shared = *reinterpret_cast<PilotShared*>(bytes);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = pilot_size(unit.row.kv_len);
   const float spaced = spaced_log2_weight(unit.row.kv_len);
-#pragma unroll 1
-  for (int part = team.member; part * kPilotWarpKeys < size; part += team.size) {
+  if (warp * kPilotWarpKeys < size) {
     scorer.score_pilot(
-        shared_address(bytes) + kPilotHeadBytes + Scorer::pilot_slot(threadIdx.x >> 5, part, team), part, unit, lane,
-        [&](int group, const float (&logits)[4]) { put_pilot(p, unit, states, group, logits, spaced, lane); });
+        shared_address(bytes) + kPilotHeadBytes + warp * Scorer::kPilotBytes, warp, unit, lane,
+        [&](int group, const float (&logits)[4]) { put_pilot(p, unit, shared, group, logits, spaced, lane); });
   }
   __syncthreads();
-  if (team.member > 0) return;
+  if (warp > 0) return;
   // Lanes of the same head take groups in turn and merge as a tree.
   const int num_groups = ceil_div_int(size, kPilotWarpKeys) * (kPilotWarpKeys / 16);
   SoftmaxState state = empty_softmax_state();
   // Loops: code that runs once has to be fetched first.
 #pragma unroll 1
-  for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, states[group][lane & 7]);
+  for (int group = lane >> 3; group < num_groups; group += 4) state = merge(state, shared.states[group][lane & 7]);
 #pragma unroll 1
   for (int offset = 8; offset < 32; offset <<= 1) {
     state = merge(state,

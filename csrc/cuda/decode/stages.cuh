@@ -41,7 +41,7 @@ void launch_one_pass_kernels(void (*pilot)(Params), void (*one_pass)(Params), co
   const bool needs_pilot = p.budget == Budget::kStreaming && !p.has_levels;
   if (needs_pilot) {
     share_multiprocessor(pilot, pilot_bytes);
-    const dim3 pilot_grid(p.num_units() / p.plan.pilot_units, p.batch);
+    const dim3 pilot_grid(p.num_units(), p.batch);
     if (is_first) {
       SANTA_LAUNCH(pilot, pilot_grid, kPilotWarps * 32, pilot_bytes, stream, argument);
       check_launch("pilot_kernel");

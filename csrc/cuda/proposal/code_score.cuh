@@ -325,11 +325,6 @@ struct PilotScorer {
 
   const QueryCodes<T, HEAD_DIM>& queries;
 
-  // A warp has a slot for each of its parts, one behind the other.
-  static __device__ __forceinline__ int pilot_slot(int warp, int part, const PilotTeam& team) {
-    return (team.size == kPilotWarps ? warp : 2 * warp + (part < team.size ? 0 : 1)) * kPilotBytes;
-  }
-
   static __device__ __forceinline__ void load(const ProposalParams& p, const RowUnit& unit, uint32_t slot, int part,
                                               int lane) {
     const int kv_len = unit.row.kv_len, size = pilot_size(kv_len), first = part * kPilotWarpKeys;

@@ -38,8 +38,8 @@ inline int proposal_shared_bytes(const DecodeParams& p, int num_slots) {
          kProposalWarps * (proposal_warp_bytes(p.head_dim, quads) + num_slots * code_slot_bytes(p.head_dim));
 }
 
-constexpr int pilot_proposal_bytes(int head_dim, int units) {
-  return kPilotHeadBytes + units * (kPilotWarps * code_slot_bytes(head_dim) + query_bytes(head_dim));
+constexpr int pilot_proposal_bytes(int head_dim) {
+  return kPilotHeadBytes + kPilotWarps * code_slot_bytes(head_dim) + query_bytes(head_dim);
 }
 
 // As many CTAs on a multiprocessor as have room for two slots, then as many slots as have room.
@@ -61,7 +61,6 @@ inline void plan_one_pass_proposal(DecodeParams& p, const DeviceLimits& device) 
   plan.whole_parts =
       forced_plan().num_warps > 0 ? forced_plan().num_warps == 1 : 10 * items >= 9 * ceil_div(items, warps) * warps;
   cut_sampled_rows(p, ctas * device.num_sms, plan.whole_parts ? kProposalWarps : 1);
-  plan.pilot_units = pilot_units_of(p);
 }
 
 }  // namespace santa::cuda

@@ -153,28 +153,22 @@ constexpr int proposal_ctas(int head_dim) { return most_proposal_ctas(head_dim);
 #endif
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(kPilotWarps * 32, HEAD_DIM <= 128 ? 4 : 1)
-    pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
+__global__ void __launch_bounds__(kPilotWarps * 32, 1) pilot_proposal_kernel(const __grid_constant__ ProposalParams p) {
   SANTA_DYNAMIC_SHARED(shared_bytes);
   launch_dependents();
-  const int units = p.decode.plan.pilot_units, lane = threadIdx.x & 31;
-  const PilotTeam team(units);
-  const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x * units + team.unit);
+  const RowUnit unit = RowUnit::make(p.decode, blockIdx.y, blockIdx.x);
   if (!unit.row.one_pass()) return;
   using Scorer = PilotScorer<T, HEAD_DIM>;
+  const int warp = warp_index(), lane = threadIdx.x & 31;
   unsigned char* const slots = shared_bytes + kPilotHeadBytes;
   QueryFeatures<T, HEAD_DIM> features;
-  if (team.member < unit.heads.count) features.load(p, unit, team.member, lane);
-#pragma unroll 1
-  for (int part = team.member; part < kPilotWarps; part += team.size) {
-    Scorer::load(p, unit, shared_address(slots) + Scorer::pilot_slot(threadIdx.x >> 5, part, team), part, lane);
-  }
-  auto* const queries =
-      reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(slots + units * kPilotWarps * Scorer::kPilotBytes) + team.unit;
-  put_queries(p, unit, features, *queries, team.member, team.size, lane);
+  if (warp < unit.heads.count) features.load(p, unit, warp, lane);
+  Scorer::load(p, unit, shared_address(slots) + (threadIdx.x >> 5) * Scorer::kPilotBytes, warp, lane);
+  auto& queries = *reinterpret_cast<QueryCodes<T, HEAD_DIM>*>(slots + kPilotWarps * Scorer::kPilotBytes);
+  put_queries(p, unit, features, queries, warp, kPilotWarps, lane);
   __syncthreads();
-  Scorer scorer{*queries};
-  find_level(p.decode, unit, scorer, team, shared_bytes);
+  Scorer scorer{queries};
+  find_level(p.decode, unit, scorer, shared_bytes);
 }
 
 // QUADS: head_quads of the block.
@@ -192,8 +186,7 @@ template <typename T, typename K, int HEAD_DIM>
 void launch_one_pass_proposal(const ProposalParams& p, cudaStream_t stream) {
   auto* const kernel = head_quads(head_block_of(p.decode, 0).count) == 1 ? one_pass_proposal_kernel<T, K, HEAD_DIM, 1>
                                                                          : one_pass_proposal_kernel<T, K, HEAD_DIM, 2>;
-  launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, kernel, p, p.decode,
-                          pilot_proposal_bytes(HEAD_DIM, p.decode.plan.pilot_units),
+  launch_one_pass_kernels(pilot_proposal_kernel<T, HEAD_DIM>, kernel, p, p.decode, pilot_proposal_bytes(HEAD_DIM),
                           proposal_shared_bytes(p.decode, p.decode.plan.num_slots), kProposalWarps * 32, stream);
 }
 
