@@ -3,6 +3,7 @@
 #   PYTHON=python3          the Python to start from; a torch >= 2.10 that it has is used
 #   TORCH='torch==2.13.0'   install this torch instead
 #   VENV=.venv              where the environment goes
+#   WORKERS=2               processes that run the tests; unset, one per core, 4 at most
 #   ARGS='--size small'     options of bench/real_models.py
 #   SANTA_CUDA, SANTA_CUDA_ARCHS, MAX_JOBS: see setup.py. Unset, SANTA_CUDA_ARCHS is native for what is installed here
 #                           and setup.py's default for a wheel, which others install.
@@ -11,6 +12,7 @@ PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 ARGS ?=
 
 # Resolved before PATH changes below, where python3 would become the environment's own.
@@ -21,6 +23,9 @@ endif
 BIN := $(abspath $(VENV))/bin
 # The starting Python's folder comes last: a ninja or cmake beside it may be the only one.
 export PATH := $(BIN):$(PATH):$(dir $(PYTHON_EXE))
+
+# Files of tests go to processes of one thread each: those that are about threads say how many they want.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 OPTIONS := $(VENV)/.options
 ENV := $(VENV)/.env-ready
@@ -54,10 +59,10 @@ real-models: $(INSTALL) $(MODELS)/.smollm2 $(MODELS)/.gemma3 ## what sampling co
 	$(BIN)/python bench/real_models.py $(ARGS)
 
 test: $(INSTALL) core-test ## run the tests; those for a GPU say why they are skipped if there is none
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-gpu: $(INSTALL) ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTEST) -m gpu $(PYTEST_ARGS)
 
 # The sanitizers slow the GPU down a hundredfold, hence a selection of tests.
 sanitize: $(INSTALL) ## run GPU tests under each tool of compute-sanitizer

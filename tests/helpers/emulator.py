@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -57,10 +58,12 @@ def build() -> Path | str:
     contents = [path.read_bytes() for path in sources]
     digest = hashlib.sha256(b"\0".join([repr((torch.__version__, options)).encode(), *contents])).hexdigest()[:16]
     library = ROOT / "build" / "emulator" / f"santa_emulator_{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _compile(compiler, options, Path(folder) / library.name).replace(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes run tests too
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                _compile(compiler, options, Path(folder) / library.name).replace(library)
     return library
 
 

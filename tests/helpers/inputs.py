@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,17 @@ def dtypes_of(device: str) -> list[torch.dtype]:
 def working_dtype(device: str) -> torch.dtype:
     """The most accurate dtype of the device: what the sampling laws are tested in."""
     return torch.float32 if device == "cpu" else torch.float16
+
+
+@contextlib.contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """The CPU backend has so many in the block."""
+    had = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(had)
 
 
 def make_qkv(

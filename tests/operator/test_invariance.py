@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.inputs import SAMPLED, make_qkv, working_dtype
+from helpers.inputs import SAMPLED, make_qkv, num_threads, working_dtype
 
 import santa
 
@@ -50,6 +50,17 @@ def test_repeated(device, options):
     first = run(q, k, v, kv_lens=kv_lens, row_seeds=row_seeds, **options)
     for _ in range(5):
         assert_same_bits(run(q, k, v, kv_lens=kv_lens, row_seeds=row_seeds, **options), first)
+
+
+def test_threads(options):
+    """Of the CPU backend, fewer and more than there are rows."""
+    q, k, v, kv_lens, row_seeds = problem("cpu")
+    results = []
+    for count in (1, 2, 5):
+        with num_threads(count):
+            results.append(run(q, k, v, kv_lens=kv_lens, row_seeds=row_seeds, **options))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
 
 
 @pytest.mark.sanitize

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.float8 import on_cpu, quantised
-from helpers.inputs import make_qkv, working_dtype
+from helpers.inputs import make_qkv, num_threads, working_dtype
 from helpers.paged import FORMS, STORAGES, PagedCache, assert_same_bits
 from helpers.proposal import all_rows, problem, rows_of, selected, spoiled
 from helpers.statistics import relative_rms
@@ -230,12 +230,9 @@ def test_layouts_padding_and_threads(device):
     starts = torch.full((3,), 33, dtype=torch.int32, device=device)
     padded = replace(proposal, codes=codes[0], scales=codes[1])
     assert_same_bits(decode(q, *wide, padded, kv_starts=starts, **spans), expected)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert_same_bits(decode(q, k, v, proposal, **spans), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        with num_threads(count):
+            assert_same_bits(decode(q, k, v, proposal, **spans), expected)
 
 
 def test_heads_spread_over_devices(device):
