@@ -108,8 +108,10 @@ class Case:
         another row of V. 3 in 395 cases did, and none of them twice, which by chance one in 30,000 would."""
         found, expected = self.emulated(), self.on_cpu()
         moved = self.other_draws(found, expected)
-        assert moved.sum() <= 1, f"[row, KV head] with other draws: {moved.nonzero().tolist()}"
-        assert ((found[2] - expected[2]).abs() <= 1).all()
+        may_move = 0 if self.options["num_samples"] == 0 else 1
+        assert moved.sum() <= may_move, f"[row, KV head] with other draws: {moved.nonzero().tolist()}"
+        assert ((found[2] - expected[2]).abs() <= may_move).all()
+        assert relative_rms(found[0], expected[0].double()) < (0.5 if moved.any() else TOLERANCE[self.q.dtype])
         if not self.proposes:  # whose lse is of what was drawn
             torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-5)
 
