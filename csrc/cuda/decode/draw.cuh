@@ -117,6 +117,19 @@ __device__ __forceinline__ float reduce_four(const float (&values)[4], int lane,
 }
 __device__ __forceinline__ int lane_of_four(int i) { return (i & 2) << 3 | (i & 1) << 3; }
 
+// A head that is undefined takes no part in what its block draws. e: exponentials of the lane's keys, for four heads;
+// sum: of one head's over the warp, where reduce_four leaves it.
+template <int KEYS>
+__device__ __forceinline__ void drop_undefined_heads(float (&e)[KEYS][4], float sum) {
+  if (!__any_sync(0xffffffffu, !is_finite(sum))) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (is_finite(__shfl_sync(0xffffffffu, sum, lane_of_four(i)))) continue;
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) e[j][i] = 0.0f;
+  }
+}
+
 // How often each of a lane's 4 keys, 4 lane + j, is drawn, by whole warps. `total`: units of all keys.
 __device__ __forceinline__ void count_tile_draws(uint32_t (&counts)[4], uint32_t& total, const uint32_t (&units)[4],
                                                  uint32_t offset, int unit_bits, int lane) {
@@ -191,15 +204,7 @@ __device__ __forceinline__ void draw_tile(const DecodeParams& p, const RowUnit& 
       values[i] = (e[0][i] + e[1][i]) + (e[2][i] + e[3][i]);
     }
     const float sum = reduce_four(values, lane, [](float a, float b) { return a + b; });
-    if (__any_sync(0xffffffffu, !is_finite(sum))) {
-      // A head that is undefined takes no part in what its block draws.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (is_finite(__shfl_sync(0xffffffffu, sum, lane_of_four(i)))) continue;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) e[j][i] = 0.0f;
-      }
-    }
+    drop_undefined_heads(e, sum);
 #pragma unroll
     for (int j = 0; j < 4; ++j) quad_of(j, quad) = {e[j][0], e[j][1], e[j][2], e[j][3]};
     const SoftmaxState quad_state = {__shfl_sync(0xffffffffu, max, lane_of_four(own_head & 3)),

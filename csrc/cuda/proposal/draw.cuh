@@ -197,15 +197,7 @@ struct ProposalWarp {
         }
       }
       const float sum = reduce_four(values, lane, [](float a, float b) { return a + b; });
-      if (__any_sync(0xffffffffu, !is_finite(sum))) {
-        // A head that is undefined takes no part in what its block draws.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (is_finite(__shfl_sync(0xffffffffu, sum, lane_of_four(i)))) continue;
-#pragma unroll
-          for (int j = 0; j < kKeys; ++j) e[quad][j][i] = 0.0f;
-        }
-      }
+      drop_undefined_heads(e[quad], sum);
       const SoftmaxState quad_state = {__shfl_sync(0xffffffffu, max, lane_of_four(own_head & 3)),
                                        __shfl_sync(0xffffffffu, sum, lane_of_four(own_head & 3))};
       if (own_head >> 2 == quad) state = quad_state;

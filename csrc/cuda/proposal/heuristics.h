@@ -24,12 +24,12 @@ constexpr int query_pitch(int head_dim) { return head_dim + 8; }
 constexpr int query_bytes(int head_dim) { return kHeadBlock * (query_pitch(head_dim) * 2 + head_dim + 12); }
 
 constexpr int head_quads(int block_heads) { return block_heads <= 4 ? 1 : 2; }
-// WarpShared; one_pass.cuh checks it.
+// WarpShared; draw.cuh checks it.
 constexpr int proposal_warp_bytes(int head_dim, int quads) {
   return (kProposalScores * 4 + kListedDraws * 16 + 240 + quads * (16 * head_dim + kDrawsAtOnce * 16) + 127) / 128 *
          128;
 }
-constexpr int kProposalSharedBytes = 512;  // of ProposalShared; one_pass.cuh checks it
+constexpr int kProposalSharedBytes = 512;  // of ProposalShared; draw.cuh checks it
 constexpr int aligned_query_bytes(int head_dim) { return (query_bytes(head_dim) + 127) / 128 * 128; }
 
 inline int proposal_shared_bytes(const DecodeParams& p, int num_slots) {
